@@ -1,0 +1,115 @@
+"""The `loa` command: one subcommand per job, each the same code as `python -m pipelines.<job>`.
+
+A job's module is imported only when its command is chosen: `loa --help` and shell completion stay quick.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import Any, NamedTuple
+
+import click
+from click.shell_completion import CompletionItem, get_completion_class
+
+__version__ = "0.1.0"
+
+
+class Job(NamedTuple):
+    target: str  # module:command
+    summary: str
+
+
+# In the order of a first visit. The summaries stand here because the modules are not imported to ask them.
+JOURNEY: dict[str, dict[str, Job]] = {
+    "Start here": {
+        "demo": Job("pipelines.demo:main", "The whole line on a small corpus: recordings in, trained stages, sound out."),
+        "variants": Job("pipelines.plan:main", "The systems that can be built, with their sizes and costs."),
+    },
+    "From recordings to features": {
+        "ingest": Job("pipelines.ingest:main", "Corpora or a folder of sound -> one validated clip table."),
+        "preprocess": Job("pipelines.preprocess:main", "Clip table -> shards of mel, loa, latent, text or speech features."),
+    },
+    "From features to a system": {
+        "train": Job("pipelines.train:main", "Train one stage of a variant on this machine or a cluster."),
+        "export": Job("pipelines.export:main", "Gather the trained stages into a bundle that diffusers loads, too."),
+        "evaluate": Job("pipelines.evaluate:main", "Generate for held-out captions and score what is heard."),
+    },
+    "From a bundle to sound": {
+        "generate": Job("serving.generate:main", "Write the sound of a prompt to a WAV file."),
+        "serve": Job("serving.app:main", "Answer prompts over HTTP, with a page to try it."),
+    },
+}
+JOBS = {name: job for jobs in JOURNEY.values() for name, job in jobs.items()}
+
+
+class Commands(click.Group):
+    """A group that knows its commands by name and imports the one that is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*JOBS, *super().list_commands(ctx)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in JOBS:
+            return super().get_command(ctx, cmd_name)
+        module, _, attribute = JOBS[cmd_name].target.partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        given, names = args[0], self.list_commands(ctx)
+        if given not in names and not given.startswith("-"):
+            near = difflib.get_close_matches(given, names, 3, 0.5)
+            hint = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(names)}."
+            ctx.fail(f"No such command {given!r}. {hint}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for heading, jobs in JOURNEY.items():
+            with formatter.section(heading):
+                formatter.write_dl([(name, job.summary) for name, job in jobs.items()])
+        with formatter.section("This command"):
+            formatter.write_dl([(name, command.get_short_help_str()) for name, command in self.commands.items()])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        found = [CompletionItem(name, help=job.summary) for name, job in JOBS.items() if name.startswith(incomplete)]
+        own = [CompletionItem(n, help=c.get_short_help_str()) for n, c in self.commands.items() if n.startswith(incomplete)]
+        return found + own + click.Command.shell_complete(self, ctx, incomplete)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="loa")
+def main() -> None:
+    """loa trains every stage of AudioLDM 2 from recordings, and serves the result.
+
+    New here? `loa demo` runs the whole line in minutes. Then, on recordings of your own:
+
+    \b
+      loa ingest DIR            one table of clips
+      loa preprocess mel        features, pass by pass
+      loa train vae             the stages, one after the other
+      loa export                a bundle
+      loa generate "rain on a tin roof" -o rain.wav
+
+    Each command explains itself: `loa train --help`.
+    """
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print a shell's completion script.
+
+    Loaded from the shell's start-up file, it completes commands, options and variants:
+
+    \b
+      bash:  loa completion bash >> ~/.bashrc
+      zsh:   loa completion zsh >> ~/.zshrc
+      fish:  loa completion fish > ~/.config/fish/completions/loa.fish
+    """
+    script: Any = get_completion_class(shell)
+    click.echo(script(main, {}, "loa", "_LOA_COMPLETE").source())
+
+
+if __name__ == "__main__":
+    main(prog_name="loa")

@@ -1,0 +1,146 @@
+"""Joining a Ray cluster, or quietly starting one on this machine, and sizing pools so that they never starve."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.base import UserError
+
+OBJECT_STORE_BYTES = 400 * 2**20  # units of work are shard numbers: features travel through files, not through Ray
+
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # tasks without a GPU leave CUDA_VISIBLE_DEVICES alone
+}
+_QUIET_LOCAL = {
+    "RAY_AUTH_MODE": "disabled",  # nothing of a local cluster listens beyond loopback
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers use this interpreter and this folder
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """CPUs and GPUs of a machine or a cluster."""
+
+    cpus: int
+    gpus: int
+    largest_node_cpus: int
+
+
+@dataclass(frozen=True)
+class Pool:
+    """How many workers a step gets, and what each reserves."""
+
+    size: int
+    num_cpus: float
+    num_gpus: float = 0.0
+
+    @property
+    def threads(self) -> int:
+        """Threads a worker may use for arithmetic."""
+        return max(1, int(self.num_cpus))
+
+
+def connect(address: str | None = None, num_cpus: int | None = None) -> None:
+    """Join the cluster at `address` (or RAY_ADDRESS, set inside a Ray job), else start one on this machine.
+
+    A cluster of this machine offers one CPU more than it has cores, so that a pool as wide as the machine leaves room
+    for the task that feeds it. Calling again does nothing.
+
+    Args:
+        address: "auto", "host:port" or "ray://host:port".
+        num_cpus: CPUs a cluster of this machine offers.
+
+    Raises:
+        UserError: no cluster answers at the address.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    for name, value in (_QUIET | _QUIET_LOCAL if address == "local" else _QUIET).items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        return
+    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address == "local":
+        _make_importable()
+        settings |= {
+            "num_cpus": num_cpus or local_resources().cpus + 1,
+            "object_store_memory": min(OBJECT_STORE_BYTES, max(100 * 2**20, _shared_memory() * 3 // 4)),
+            "include_dashboard": False,
+        }
+    try:
+        ray.init(address=address, **settings)
+    except (ConnectionError, ValueError) as error:
+        raise UserError(f"no Ray cluster answers at {address!r} ({error}); start one with `ray start --head` or leave the address away") from error
+
+
+def local_resources() -> Resources:
+    """What this process may use of this machine: cores by affinity and container limit, and GPUs."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = _container_cores()
+    cpus = max(1, min(cores, int(limit))) if limit else cores
+    import torch
+
+    return Resources(cpus, torch.cuda.device_count(), cpus)
+
+
+def cluster_resources() -> Resources:
+    """What the joined cluster has."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return Resources(
+        cpus=int(sum(node.get("CPU", 0) for node in nodes)),
+        gpus=int(sum(node.get("GPU", 0) for node in nodes)),
+        largest_node_cpus=int(max((node.get("CPU", 0) for node in nodes), default=0)),
+    )
+
+
+def cpu_pool(resources: Resources, units: int, workers: int | None = None) -> Pool:
+    """Single-threaded workers for `units` of work: as many as asked for, else all CPUs but one."""
+    free = max(1, resources.cpus - 1)
+    return Pool(max(1, min(workers or free, free, units)), 1)
+
+
+def encoder_pool(resources: Resources, units: int, workers: int | None = None) -> Pool:
+    """Workers that each hold a network: one per GPU, several sharing one when more are asked for.
+
+    Without GPUs a few workers share the CPUs but one, at up to four threads each unless fewer workers are asked for.
+    """
+    free = max(1, resources.cpus - 1)
+    if resources.gpus:
+        size = max(1, min(workers or resources.gpus, units))
+        share = 1.0 if size <= resources.gpus else 1.0 / -(-size // resources.gpus)
+        return Pool(size, min(4.0, max(0.5, free // size)) if free >= size else free / size, share)
+    size = max(1, min(workers or -(-free // 4), free, units))
+    return Pool(size, max(1, min(free // size, resources.largest_node_cpus, 8)))
+
+
+def _make_importable() -> None:
+    """Let workers of a local cluster import these packages whatever folder the command was started in."""
+    here = str(Path(__file__).resolve().parent.parent)
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if here not in paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join([here, *paths])
+
+
+def _container_cores() -> float | None:
+    """The CPU quota of a cgroup v2 container, in cores."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return None
+    return None if quota == "max" else int(quota) / int(period)
+
+
+def _shared_memory() -> int:
+    """Free bytes of /dev/shm, where Ray keeps its objects; the temporary folder's where there is no such place."""
+    place = "/dev/shm" if os.path.isdir("/dev/shm") else "/"
+    return shutil.disk_usage(place).free

@@ -1,0 +1,772 @@
+"""The feature store: one clip table, and for every feature a *series* of tar shards beside it.
+
+    store.json              format, audio settings, how clips were dealt to shards, and the recipe of every series
+    clips.parquet           one row per clip in shard order; row group i is shard i
+    rejected.parquet        what ingest could not take, and why
+    mel/000000.tar          WebDataset members `<clip_id>.mel.npy`, in the order of the clip table
+    mel/000000.json         the ledger row: size, sha256, clips, rejections, where each member lies
+
+Every series has the same shard numbers and the same clip order, so series zip together, a new feature never
+rewrites an old one, and any WebDataset reader can read a single series. A shard exists when its ledger row does:
+the row is written last, so whatever was interrupted before that is done again. Bytes depend on the clips alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import posixpath
+import subprocess
+import threading
+import uuid
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import fsspec
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import webdataset
+from fsspec.implementations.local import LocalFileSystem
+
+from stages.audio import AudioConfig, decode_flac
+from stages.base import UserError
+
+STORE_FORMAT = 1
+DEFAULT_SHARD_SIZE = 256
+
+CLIP_SCHEMA = pa.schema(
+    [
+        ("clip_id", pa.string()),  # unique, without dots and slashes: it names tar members
+        ("corpus", pa.string()),
+        ("path", pa.string()),  # the recording: an absolute path or a URL
+        ("start", pa.float64()),  # seconds
+        ("seconds", pa.float64()),
+        ("captions", pa.list_(pa.string())),
+        ("transcript", pa.string()),  # "" when there is none
+        ("labels", pa.list_(pa.string())),
+        ("split", pa.string()),  # train, validation or test
+        ("licence", pa.string()),
+    ]
+)
+REJECTED_SCHEMA = pa.schema([(name, pa.string()) for name in ("corpus", "path", "clip_id", "reason")])
+
+_FORBIDDEN_IN_IDS = frozenset("./\\ \t\n")
+_MOST_OPEN_SHARDS = 256
+
+Member = np.ndarray | bytes
+
+
+class StoreWarning(UserWarning):
+    """A shard that exists but cannot be trusted; the next run of its pass makes it again."""
+
+
+# --------------------------------------------------------------------------------------------- what a shard is made of
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A clip that a pass could not use."""
+
+    clip_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """What makes a shard exist."""
+
+    shard: int
+    count: int
+    bytes: int
+    sha256: str
+    clip_ids: tuple[str, ...]
+    rejected: tuple[Rejection, ...]
+    members: tuple[str, ...]  # suffixes, such as "mel.npy"
+    spans: tuple[tuple[int, ...], ...]  # per clip: offset and size of each member in the tar
+
+    def to_json(self) -> bytes:
+        """The row as it lies in the store."""
+        return (json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":")) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> LedgerRow:
+        """Inverse of `to_json`; raises ValueError for anything that is no ledger row."""
+        try:
+            values = json.loads(data)
+            row = cls(
+                shard=int(values["shard"]),
+                count=int(values["count"]),
+                bytes=int(values["bytes"]),
+                sha256=str(values["sha256"]),
+                clip_ids=tuple(values["clip_ids"]),
+                rejected=tuple(Rejection(**entry) for entry in values["rejected"]),
+                members=tuple(values["members"]),
+                spans=tuple(map(tuple, values["spans"])),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a ledger row: {error!r}") from error
+        if not row.count == len(row.clip_ids) == len(row.spans):
+            raise ValueError(f"the row counts {row.count} clips but names {len(row.clip_ids)}")
+        return row
+
+
+class ShardWriter:
+    """Writes one shard of one series, clip by clip; leaving the `with` block without an error makes it exist."""
+
+    def __init__(self, store: FeatureStore, series: str, shard: int) -> None:
+        self.store, self.series, self.shard = store, series, shard
+        self.row: LedgerRow | None = None
+        self._clip_ids: list[str] = []
+        self._spans: list[tuple[int, ...]] = []
+        self._members: tuple[str, ...] | None = None
+        self._rejected: list[Rejection] = []
+
+    def __enter__(self) -> ShardWriter:
+        self._final = self.store.path(self.series, f"{self.shard:06d}.tar")
+        self._draft = f"{self._final}.draft-{uuid.uuid4().hex}"
+        self.store.fs.makedirs(self.store.path(self.series), exist_ok=True)
+        self._file = self.store.fs.open(self._draft, "wb")
+        self._stream = _HashedStream(self._file)
+        # A tar of fixed bytes: no times, no users, nothing compressed.
+        self._tar = webdataset.TarWriter(
+            self._stream, user="", group="", mode=0o444, mtime=0, compress=False, encoder=False
+        )
+        return self
+
+    def add(self, clip_id: str, members: Mapping[str, Member]) -> None:
+        """Append a clip. Members are named by suffix ("mel.npy"); arrays are written as npy, bytes as they are."""
+        names = tuple(sorted(members))
+        if self._members not in (None, names):
+            raise ValueError(f"{self.series} holds {self._members} for every clip, {clip_id} brings {names}")
+        self._members = names
+        spans: list[int] = []
+        for name in names:
+            data = _encode(name, members[name])
+            self._tar.write({"__key__": clip_id, name: data})
+            spans += (self._tar.tarstream.offset - -(-len(data) // 512) * 512, len(data))
+        self._clip_ids.append(clip_id)
+        self._spans.append(tuple(spans))
+
+    def reject(self, clip_id: str, reason: str) -> None:
+        """Note that a clip is left out, and why."""
+        self._rejected.append(Rejection(clip_id, reason))
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None:
+            self._file.close()
+            self.store.fs.rm_file(self._draft)
+            return
+        self._tar.close()
+        self._file.close()
+        self.store.rename(self._draft, self._final)
+        self.row = LedgerRow(
+            shard=self.shard,
+            count=len(self._clip_ids),
+            bytes=self._stream.size,
+            sha256=self._stream.digest.hexdigest(),
+            clip_ids=tuple(self._clip_ids),
+            rejected=tuple(self._rejected),
+            members=self._members or (),
+            spans=tuple(self._spans),
+        )
+        self.store.write(self.row.to_json(), self.series, f"{self.shard:06d}.json")
+
+
+class _HashedStream(io.RawIOBase):
+    """Passes bytes on to a file and knows their number and checksum."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest, self.size = file, hashlib.sha256(), 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.file.write(data)
+        self.digest.update(data)
+        self.size += len(data)
+        return len(data)
+
+
+def _encode(name: str, value: Member) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    if not name.endswith(".npy"):
+        raise ValueError(f"an array is stored as .npy, not as {name!r}")
+    buffer = io.BytesIO()
+    np.save(buffer, value, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _decode(name: str, data: memoryview) -> np.ndarray:
+    if name.endswith(".npy"):
+        return _decode_npy(data)
+    if name.endswith(".flac"):
+        return decode_flac(bytes(data))
+    raise ValueError(f"nothing here decodes {name!r}; members end in .npy or .flac")
+
+
+def _decode_npy(data: memoryview) -> np.ndarray:
+    """What `np.load(allow_pickle=False)` gives, without copying and with the header parsed only once per shape."""
+    start = 10 + int.from_bytes(data[8:10], "little")
+    dtype, shape, order = _npy_header(bytes(data[:start]))
+    return np.frombuffer(data, dtype, offset=start).reshape(shape, order=order)
+
+
+@lru_cache(maxsize=4096)
+def _npy_header(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...], Any]:
+    stream = io.BytesIO(header)
+    version = np.lib.format.read_magic(stream)
+    if version != (1, 0):
+        raise ValueError(f"npy version {version}; the store writes version (1, 0)")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    if dtype.hasobject:
+        raise ValueError("an array of Python objects is not read from a store")
+    return dtype, shape, "F" if fortran else "C"
+
+
+# -------------------------------------------------------------------------------------------------------- the store
+
+
+class FeatureStore:
+    """A feature store on a local folder or any fsspec URL. Pickles into workers; holds no open files."""
+
+    def __init__(self, fs: fsspec.AbstractFileSystem, root: str, card: dict[str, Any]) -> None:
+        self.fs, self.root, self._card = fs, root, card
+
+    @classmethod
+    def open(cls, root: str | Path) -> FeatureStore:
+        """The store at `root`. Raises UserError when there is none, or one of another format."""
+        fs, path = fsspec.core.url_to_fs(str(root))
+        try:
+            card = json.loads(fs.cat_file(posixpath.join(path, "store.json")))
+        except FileNotFoundError:
+            raise UserError(f"{root} holds no feature store (no store.json); make one with `loa ingest`") from None
+        except ValueError as error:
+            raise UserError(f"{root}/store.json is damaged ({error}); make the store again with `loa ingest`") from None
+        if card.get("format") != STORE_FORMAT:
+            raise UserError(f"{root} has store format {card.get('format')}, this version of loa reads {STORE_FORMAT}")
+        return cls(fs, path, card)
+
+    @classmethod
+    def create(
+        cls,
+        root: str | Path,
+        audio: AudioConfig,
+        clips: pa.Table,
+        rejected: pa.Table,
+        seed: int = 0,
+        shard_size: int = DEFAULT_SHARD_SIZE,
+    ) -> FeatureStore:
+        """Deal the clips to shards by a seeded shuffle and write the clip table.
+
+        The shuffle starts from the sorted ids, so it depends on the set of clips and the seed alone. Asking again for
+        the same store returns it with its series; asking for another one in its place is refused.
+
+        Args:
+            clips: one row per clip, the columns of CLIP_SCHEMA.
+            rejected: what was left out, the columns of REJECTED_SCHEMA.
+        """
+        table = _deal(_conform(clips, CLIP_SCHEMA), seed, shard_size)
+        fs, path = fsspec.core.url_to_fs(str(root))
+        card = {
+            "format": STORE_FORMAT,
+            "audio": audio.to_dict(),
+            "seed": seed,
+            "shard_size": shard_size,
+            "num_clips": table.num_rows,
+            "clips_sha256": _table_digest(table),
+            "series": {},
+        }
+        store = cls(fs, path, card)
+        if fs.exists(store.path("store.json")):
+            there = cls.open(root)
+            changes = _differences({**there._card, "series": {}}, card)
+            if changes:
+                raise UserError(f"{root} is already a feature store of other clips or settings ({changes}); name another folder or delete it")
+            store = there
+        fs.makedirs(path, exist_ok=True)
+        for name, content in (("rejected.parquet", _conform(rejected, REJECTED_SCHEMA)), ("clips.parquet", table)):
+            buffer = io.BytesIO()
+            pq.write_table(content, buffer, row_group_size=shard_size, compression="zstd", write_statistics=False)
+            store.write(buffer.getvalue(), name)
+        if store._card is card:
+            store._write_card(card)
+        return store
+
+    # ------------------------------------------------------------------------------------------------- what it holds
+
+    @property
+    def audio(self) -> AudioConfig:
+        """The audio settings of every clip."""
+        return AudioConfig.from_dict(self._card["audio"])
+
+    @property
+    def seed(self) -> int:
+        """Seed of the shuffle that dealt clips to shards."""
+        return int(self._card["seed"])
+
+    @property
+    def num_clips(self) -> int:
+        """Clips of the table."""
+        return int(self._card["num_clips"])
+
+    @property
+    def shard_size(self) -> int:
+        """Clips of every shard but the last."""
+        return int(self._card["shard_size"])
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of every complete series."""
+        return -(-self.num_clips // self.shard_size)
+
+    @property
+    def url(self) -> str:
+        """Where the store lies, as it can be given to `open`."""
+        return self.root if self._local else str(self.fs.unstrip_protocol(self.root))
+
+    def recipes(self) -> dict[str, dict[str, Any]]:
+        """How every series begun so far is made, read afresh."""
+        series: dict[str, dict[str, Any]] = self._read_card()["series"]
+        return series
+
+    def clips(self) -> pd.DataFrame:
+        """The clip table in shard order."""
+        return pq.read_table(io.BytesIO(self._read("clips.parquet"))).to_pandas()
+
+    def rejected(self) -> pd.DataFrame:
+        """What ingest left out."""
+        return pq.read_table(io.BytesIO(self._read("rejected.parquet"))).to_pandas()
+
+    def shard_rows(self, shard: int) -> list[dict[str, Any]]:
+        """The clips of one shard as dicts, in order."""
+        with self.fs.open(self.path("clips.parquet"), "rb") as stream:
+            rows: list[dict[str, Any]] = pq.ParquetFile(stream).read_row_group(shard).to_pylist()
+        return rows
+
+    def shard_count(self, shard: int) -> int:
+        """How many clips the table deals to a shard."""
+        return min(self.shard_size, self.num_clips - shard * self.shard_size)
+
+    # --------------------------------------------------------------------------------------------------------- series
+
+    def begin_series(self, series: str, recipe: Mapping[str, Any]) -> None:
+        """Announce how a series is made, before its first shard or before continuing it.
+
+        Everything in `recipe` identifies the data, except what stands under "provenance": that is kept from the
+        first run and not compared. Drafts left by a killed run are removed.
+
+        Raises:
+            UserError: the series has shards of another recipe; the message shows both values.
+        """
+        recipe = json.loads(json.dumps(recipe))
+        with self._locked():
+            card = self._read_card()
+            known = card["series"].get(series)
+            changes = _differences(_identity(known), _identity(recipe)) if known is not None else ""
+            if changes and any(name.endswith(".json") for name in self._listing(series)):
+                raise UserError(
+                    f"the series {series!r} of {self.url} was made otherwise ({changes}); "
+                    f"use another store, or delete {self.path(series)} to make the series anew"
+                )
+            if known is None or changes:
+                card["series"][series] = recipe
+                self._write_card(card)
+        for name in self._listing(series):
+            if ".tar.draft-" in name:
+                self.fs.rm_file(self.path(series, name))
+
+    def shard_writer(self, series: str, shard: int) -> ShardWriter:
+        """A context that writes one shard, for passes that fill several series at once."""
+        return ShardWriter(self, series, shard)
+
+    def write_shard(
+        self,
+        series: str,
+        shard: int,
+        samples: Iterable[tuple[str, Mapping[str, Member]]],
+        rejected: Iterable[Rejection] = (),
+    ) -> LedgerRow:
+        """Write one shard from (clip_id, members) pairs in the order of the clip table."""
+        with self.shard_writer(series, shard) as writer:
+            for clip_id, members in samples:
+                writer.add(clip_id, members)
+            for rejection in rejected:
+                writer.reject(rejection.clip_id, rejection.reason)
+        assert writer.row is not None
+        return writer.row
+
+    def ledger(self, series: str) -> dict[int, LedgerRow]:
+        """The shards that exist, by number. A shard whose size is not the ledger's counts as missing, with a warning."""
+        sizes, rows = self._listing(series), {}
+        for name in sorted(name for name in sizes if name.endswith(".json")):
+            try:
+                row = LedgerRow.from_json(self._read(series, name))
+            except ValueError as error:
+                _warn(f"{self.path(series, name)} is damaged ({error})", series)
+                continue
+            tar = f"{row.shard:06d}.tar"
+            if sizes.get(tar) != row.bytes:
+                there = "is missing" if tar not in sizes else f"has {sizes[tar]} bytes where its ledger says {row.bytes}"
+                _warn(f"{self.path(series, tar)} {there}", series)
+                continue
+            rows[row.shard] = row
+        return rows
+
+    def missing_shards(self, series: str) -> list[int]:
+        """Shards that a pass still has to make."""
+        there = self.ledger(series)
+        return [shard for shard in range(self.num_shards) if shard not in there]
+
+    def verify(self, series: str) -> list[int]:
+        """Read every shard and compare checksums; corrupt shards lose their ledger row, so that they are redone.
+
+        Returns the numbers of the corrupt shards, those of a wrong size included.
+        """
+        there, corrupt = self.ledger(series), []
+        for name in self._listing(series):
+            if not name.endswith(".json"):
+                continue
+            shard = int(name.removesuffix(".json"))
+            row = there.get(shard)
+            if row is not None and self._checksum(series, f"{shard:06d}.tar") == row.sha256:
+                continue
+            if row is not None:
+                _warn(f"{self.path(series, f'{shard:06d}.tar')} is corrupt: its sha256 is not the ledger's", series)
+            self.fs.rm_file(self.path(series, name))
+            corrupt.append(shard)
+        return sorted(corrupt)
+
+    def reader(self, series: Sequence[str], shards: Iterable[int] | None = None) -> StoreReader:
+        """Random access to the clips that all of `series` hold.
+
+        Args:
+            series: names of series; together they must not name a member twice.
+            shards: only these shards; by default all.
+
+        Raises:
+            UserError: a series is incomplete (the message says which command completes it).
+        """
+        wanted = range(self.num_shards) if shards is None else sorted(shards)
+        ledgers = {}
+        for name in series:
+            rows = self._rows(name, wanted) if shards is not None else self.ledger(name)
+            missing = [shard for shard in wanted if shard not in rows]
+            if missing:
+                raise UserError(
+                    f"the series {name!r} of {self.url} is incomplete: {len(wanted) - len(missing)} of {len(wanted)} shards exist; "
+                    f"complete it with `{completing_command(name)}`"
+                )
+            ledgers[name] = [rows[shard] for shard in wanted]
+        return StoreReader(self, ledgers)
+
+    def _rows(self, series: str, shards: Iterable[int]) -> dict[int, LedgerRow]:
+        rows = {}
+        for shard in shards:
+            try:
+                rows[shard] = LedgerRow.from_json(self._read(series, f"{shard:06d}.json"))
+            except FileNotFoundError:
+                pass
+            except ValueError as error:
+                _warn(f"{self.path(series, f'{shard:06d}.json')} is damaged ({error})", series)
+        return rows
+
+    # ---------------------------------------------------------------------------------------------------------- files
+
+    @property
+    def _local(self) -> bool:
+        return isinstance(self.fs, LocalFileSystem)
+
+    def path(self, *parts: str) -> str:
+        """Path of something in the store, as its filesystem wants it."""
+        return posixpath.join(self.root, *parts)
+
+    def write(self, data: bytes, *parts: str) -> None:
+        """Write a small file whole or not at all."""
+        final = self.path(*parts)
+        if not self._local:  # an object store shows an object when all of it has arrived
+            self.fs.pipe_file(final, data)
+            return
+        draft = f"{final}.draft-{uuid.uuid4().hex}"
+        self.fs.pipe_file(draft, data)
+        self.rename(draft, final)
+
+    def rename(self, draft: str, final: str) -> None:
+        """Put a finished draft in its place."""
+        if self._local:
+            os.replace(draft, final)
+        else:
+            self.fs.mv(draft, final)
+
+    def _read(self, *parts: str) -> bytes:
+        data: bytes = self.fs.cat_file(self.path(*parts))
+        return data
+
+    def _listing(self, series: str) -> dict[str, int]:
+        """Files of a series with their sizes, as they are now."""
+        folder = self.path(series)
+        self.fs.invalidate_cache(folder)
+        try:
+            entries = self.fs.ls(folder, detail=True)
+        except FileNotFoundError:
+            return {}
+        return {posixpath.basename(entry["name"]): entry["size"] for entry in entries if entry["type"] == "file"}
+
+    def _checksum(self, *parts: str) -> str:
+        digest = hashlib.sha256()
+        with self.fs.open(self.path(*parts), "rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def _read_card(self) -> dict[str, Any]:
+        card: dict[str, Any] = json.loads(self._read("store.json"))
+        return card
+
+    def _write_card(self, card: dict[str, Any]) -> None:
+        self.write((json.dumps(card, indent=2, ensure_ascii=False) + "\n").encode(), "store.json")
+        self._card = card
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keeps passes that start at the same moment from overwriting each other's line in a local store.json."""
+        if not self._local:
+            yield
+            return
+        import fcntl
+
+        with open(self.path(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+# -------------------------------------------------------------------------------------------------------- random access
+
+
+class StoreReader:
+    """The features of single clips, in any order and from any thread or process.
+
+    Shards are opened when first needed and read at the offsets the ledger knows: nothing is scanned. A reader
+    pickles without its open files.
+    """
+
+    def __init__(self, store: FeatureStore, ledgers: Mapping[str, Sequence[LedgerRow]]) -> None:
+        self.store = store
+        self.series = tuple(ledgers)
+        self._sizes = {name: {row.shard: row.bytes for row in rows} for name, rows in ledgers.items()}
+        self._members = {name: next((row.members for row in rows if row.count), ()) for name, rows in ledgers.items()}
+        self._check_names()
+        self.clip_ids: list[str] = []
+        shards: list[int] = []
+        spans: dict[str, list[tuple[int, ...]]] = {name: [] for name in self.series}
+        for rows in zip(*ledgers.values(), strict=True):
+            places = [dict(zip(row.clip_ids, row.spans, strict=True)) for row in rows]
+            for clip_id in rows[0].clip_ids:
+                if all(clip_id in place for place in places):
+                    self.clip_ids.append(clip_id)
+                    shards.append(rows[0].shard)
+                    for name, place in zip(self.series, places, strict=True):
+                        spans[name].append(place[clip_id])
+        self._shards = np.array(shards, np.int32)
+        self._spans = {name: np.array(spans[name], np.int64).reshape(len(shards), -1) for name in self.series}
+        self._forget()
+
+    def __len__(self) -> int:
+        return len(self.clip_ids)
+
+    def __contains__(self, clip_id: object) -> bool:
+        return clip_id in self._numbers
+
+    def read(self, clip_id: str) -> dict[str, np.ndarray]:
+        """The features of a clip by name: "mel", "waveform" (float32 samples), "loa", "t5", ...
+
+        Raises KeyError for a clip that not all series hold.
+        """
+        try:
+            number = self._numbers[clip_id]
+        except KeyError:
+            raise KeyError(f"{clip_id} is not in all of {', '.join(self.series)}") from None
+        shard = int(self._shards[number])
+        features = {}
+        for series, members in self._members.items():
+            spans = self._spans[series][number].tolist()
+            first, end = spans[0], spans[-2] + spans[-1]  # a clip's members lie next to each other
+            data = memoryview(self._fetch(series, shard, first, end))
+            for name, offset, size in zip(members, spans[::2], spans[1::2], strict=True):
+                features[feature_name(name)] = _decode(name, data[offset - first : offset - first + size])
+        return features
+
+    def _fetch(self, series: str, shard: int, first: int, end: int) -> bytearray:
+        """Bytes of a shard, in memory of their own so that arrays over it can be written to."""
+        with self._lock:
+            opened = self._opened.pop((series, shard), None)
+            if opened is None:
+                opened = self._open(series, shard)
+            self._opened[series, shard] = opened
+            if len(self._opened) > _MOST_OPEN_SHARDS:
+                self._opened.popitem(last=False)  # closed when the last thread using it lets go
+        if isinstance(opened, str):
+            return bytearray(self.store.fs.cat_file(opened, start=first, end=end))
+        data = bytearray(end - first)
+        if os.preadv(opened.fileno(), [data], first) != len(data):
+            raise OSError(f"{opened.name} ended early")
+        return data
+
+    def _open(self, series: str, shard: int) -> Any:
+        """An open file of a local store, the path in a remote one; either way of the size the ledger says."""
+        path = self.store.path(series, f"{shard:06d}.tar")
+        local = isinstance(self.store.fs, LocalFileSystem)
+        try:
+            opened = _Shard(path) if local else path
+            size = os.fstat(opened.fileno()).st_size if isinstance(opened, _Shard) else self.store.fs.size(path)
+        except FileNotFoundError:
+            opened, size = path, 0
+        if size != self._sizes[series][shard]:
+            raise UserError(
+                f"{path} has {size} bytes where its ledger says {self._sizes[series][shard]}; make it again with `{completing_command(series)}`"
+            )
+        return opened
+
+    def _check_names(self) -> None:
+        owner: dict[str, str] = {}
+        for series, members in self._members.items():
+            for name in map(feature_name, members):
+                if name in owner:
+                    raise UserError(f"the series {owner[name]!r} and {series!r} both hold {name!r}; read them one at a time")
+                owner[name] = series
+
+    def _forget(self) -> None:
+        self._numbers = {clip_id: number for number, clip_id in enumerate(self.clip_ids)}
+        self._opened: OrderedDict[tuple[str, int], Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_numbers", "_opened", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+
+class _Shard:
+    """A local file open for reading, closed with the last reference to it."""
+
+    def __init__(self, path: str) -> None:
+        self.name = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+
+# --------------------------------------------------------------------------------------------------------- small things
+
+
+def feature_name(member: str) -> str:
+    """What `StoreReader.read` calls a member: "mel.npy" is "mel"."""
+    return member.partition(".")[0]
+
+
+def completing_command(series: str) -> str:
+    """The command that makes the missing shards of a series."""
+    kind, _, pooling = series.partition("-")
+    if kind == "loa":
+        return f"loa preprocess loa --pooling {pooling}"
+    return f"loa preprocess {'mel' if series == 'waveform' else series}"
+
+
+@lru_cache(maxsize=1)
+def code_version() -> str:
+    """What made the data: the git revision of a checkout ("+" when it has local changes), else the package version."""
+    folder = Path(__file__).resolve().parent.parent
+    if (folder / ".git").exists():
+        try:
+            told = [
+                subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+                for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+            ]
+            return told[0] + ("+" if told[1] else "")
+        except (OSError, subprocess.SubprocessError):
+            pass  # no git here, or a checkout without commits
+    try:
+        return f"loa {metadata.version('loa')}"
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _warn(what: str, series: str) -> None:
+    warnings.warn(f"{what}; it counts as missing, `{completing_command(series)}` makes it again", StoreWarning, stacklevel=3)
+
+
+def _identity(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in recipe.items() if key != "provenance"}
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """The entries in which two nested mappings differ, as text; "" when they agree."""
+    old, new = dict(_flat(there)), dict(_flat(here))
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return ", ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in names)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    missing = [name for name in schema.names if name not in table.column_names]
+    if missing:
+        raise ValueError(f"the table lacks the columns {', '.join(missing)}")
+    return table.select(schema.names).cast(schema)
+
+
+def _deal(clips: pa.Table, seed: int, shard_size: int) -> pa.Table:
+    """The clip table in shard order, with the columns `shard` and `position`."""
+    ids = clips["clip_id"].to_pylist()
+    if not ids:
+        raise UserError("there are no clips to store: every recording was rejected, or none was found")
+    if shard_size < 1:
+        raise UserError(f"shard_size is {shard_size}; a shard holds at least one clip")
+    if len(set(ids)) != len(ids):
+        raise ValueError("clip ids are not unique")
+    for clip_id in ids:
+        if not clip_id or not _FORBIDDEN_IN_IDS.isdisjoint(clip_id):
+            raise ValueError(f"{clip_id!r} is no clip id: it names tar members, so no dots, slashes or blanks")
+    by_name = np.array(sorted(range(len(ids)), key=ids.__getitem__))
+    order = by_name[np.random.default_rng(seed).permutation(len(ids))]
+    place = np.arange(len(ids), dtype=np.int32)
+    return (
+        clips.take(pa.array(order))
+        .append_column("shard", pa.array(place // shard_size))
+        .append_column("position", pa.array(place % shard_size))
+        .combine_chunks()
+    )
+
+
+def _table_digest(table: pa.Table) -> str:
+    """sha256 over the values of a table."""
+    digest = hashlib.sha256()
+    for batch in table.to_batches(max_chunksize=4096):
+        digest.update(json.dumps(batch.to_pylist()).encode())
+    return digest.hexdigest()

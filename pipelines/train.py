@@ -1,0 +1,296 @@
+"""JOB: train one stage of one variant, on Ray Train or in this process; a second call continues or finds it done."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from tqdm import tqdm
+
+from pipelines import cluster
+from pipelines.dataset import ClipDataset
+from pipelines.store import FeatureStore
+from pipelines.tracking import Tracker
+from pipelines.train_loop import OneProcess, TrainJob, follow, train
+from pipelines.weights import released_folders
+from stages import STAGES, stage_class
+from stages.base import UserError, read_card, to_dict, weights_hash, whole_folder, write_json
+from stages.cli import friendly, set_option, tiny_option, tracking_option, variant_option, with_option, work_option
+from stages.variants import Variant, resolve
+
+
+class RayWorkers:
+    """Ray Train's world: checkpoints go to the run's storage and come back after failures, on any number of workers."""
+
+    def __init__(self) -> None:
+        import ray.train
+        import ray.train.torch
+
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+
+    def latest(self) -> Path | None:
+        import ray.train
+
+        found = ray.train.get_checkpoint()
+        return Path(found.to_directory()) if found else None
+
+    def keep(self, write: Callable[[Path], None], step: int) -> None:
+        import ray.train
+
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder))
+            ray.train.report(
+                {"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=f"step_{step:08d}"
+            )
+
+
+def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """What Ray Train runs on every worker."""
+    torch.set_num_threads(config["threads"])
+    try:
+        return {"measures": train(config["job"], RayWorkers())}
+    except UserError as error:  # the same everywhere and every time: restarting would only repeat it
+        return {"user_error": str(error)}
+
+
+def train_stage(
+    stage: str,
+    variant: Variant,
+    work: Path,
+    *,
+    store: str | None = None,
+    given: Mapping[str, str] | None = None,
+    workers: int | None = None,
+    tracker: Tracker | None = None,
+    seed: int = 0,
+    precision: str = "auto",
+    loader_workers: int = 0,
+    max_failures: int = 3,
+    fresh: bool = False,
+) -> Path:
+    """Train `stage` of `variant` in the project folder `work` and release it to `<work>/stages/<stage>`.
+
+    Args:
+        given: folders of weights that replace stages of `work`, by stage name.
+        workers: Ray Train workers; 0 trains in this process, None takes one per GPU or a single one.
+        fresh: throw an earlier run of this stage away.
+
+    Returns:
+        The folder of released weights. A run that is already finished is returned as it is.
+
+    Raises:
+        UserError: something the stage needs is missing, or an earlier run used another configuration.
+    """
+    work = Path(work).absolute()
+    cls = stage_class(stage)
+    opened = FeatureStore.open(store or str(work / "store"))
+    if opened.audio != variant.audio:
+        raise UserError(
+            f"the store {opened.root} holds clips of {to_dict(opened.audio)}, the variant {variant.name} expects {to_dict(variant.audio)}; "
+            "name the variant the store was made for (and --tiny, if it was), or ingest again into another folder"
+        )
+    output, run = work / "stages" / stage, work / "runs" / stage
+    folders = released_folders(work, given or {})
+    identity = {"stage": stage, "variant": _without_recipes(variant), "seed": seed, "store": opened.root}
+    if fresh:
+        _discard(run, output)
+    _check_same(run, identity)
+    recipe = getattr(variant.recipes, stage)
+    if output.is_dir() and _finished(output, stage, recipe.steps, recipe.max_seconds):
+        return output
+    dataset = ClipDataset(opened, cls, cls.reads(variant), "train")
+    if not dataset.rows:
+        raise UserError(f"{stage} has nothing to train on: no training clip of {opened.root} has what it needs (captions, labels or transcripts)")
+    job = TrainJob(
+        stage=stage, variant=variant, store=opened.root, run=str(run), released={k: str(v) for k, v in folders.items()}, output=str(output),
+        tracker=tracker.handle() if tracker else None, seed=seed, precision=precision, loader_workers=loader_workers,
+        card={"store": opened.root, "clips_in_split": len(dataset), "inputs": _input_hashes(cls.name, folders)},
+    )  # fmt: skip
+    if not (run / "prepared").is_dir():
+        with whole_folder(run / "prepared") as folder:
+            cls.prepare(variant, job.folder, dataset, folder)
+    with _progress_bar(job):
+        if workers == 0:
+            world = OneProcess(run)
+            try:
+                train(job, world)
+            finally:
+                world.close()
+        else:
+            _fit_on_ray(job, workers, max_failures)
+    read_card(output, stage)
+    return output
+
+
+def _fit_on_ray(job: TrainJob, workers: int | None, max_failures: int) -> None:
+    cluster.connect()
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.config import LoggingConfig
+
+    have = cluster.cluster_resources()
+    count = workers or max(1, have.gpus)
+    if have.gpus and count > have.gpus:
+        raise UserError(f"{count} workers were asked for and the cluster has {have.gpus} GPUs; choose at most {have.gpus}")
+    cores = cluster.local_resources().cpus
+    threads = max(1, cores // count) if not have.gpus else max(1, have.cpus // max(1, have.gpus))
+    trainer = TorchTrainer(
+        ray_worker,
+        train_loop_config={"job": job, "threads": threads},
+        scaling_config=ScalingConfig(num_workers=count, use_gpu=have.gpus > 0, resources_per_worker={"CPU": 1} | ({"GPU": 1} if have.gpus else {})),
+        run_config=RunConfig(
+            name=Path(job.run).name,
+            storage_path=str(Path(job.run).parent),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            failure_config=FailureConfig(max_failures=max_failures),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    result = trainer.fit()
+    told = result.return_value
+    if isinstance(told, dict) and "user_error" in told:
+        raise UserError(told["user_error"])
+
+
+class _progress_bar:
+    """A bar over the run's steps, fed by what its first worker leaves in the run folder."""
+
+    def __init__(self, job: TrainJob) -> None:
+        self.job, self.stop = job, threading.Event()
+
+    def __enter__(self) -> None:
+        self.thread = threading.Thread(target=self._show, daemon=True)
+        self.thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join()
+
+    def _show(self) -> None:
+        steps = self.job.recipe.steps
+        interval = 1.0 if sys.stderr.isatty() else 15.0
+        with tqdm(total=steps, desc=self.job.stage, unit="step", mininterval=interval, file=sys.stderr, dynamic_ncols=True) as bar:
+            for state in follow(self.job):
+                # A run that stops by the clock has its bar stretched to that end.
+                share, step = float(state["share"]), int(state["step"])
+                if step and share:
+                    bar.total = max(step, round(step / share))
+                bar.n = step
+                logs = {k.removeprefix("train/"): v for k, v in state["train"].items() if "grad_norm" not in k and "rate" not in k}
+                if logs:
+                    bar.set_postfix({k: f"{v:.3g}" for k, v in list(logs.items())[:4]}, refresh=False)
+                bar.update(0)
+                if self.stop.wait(0.5):
+                    bar.refresh()
+                    return
+
+
+def _without_recipes(variant: Variant) -> dict[str, Any]:
+    return {k: v for k, v in to_dict(variant).items() if k not in ("recipes", "summary")}
+
+
+def _check_same(run: Path, identity: dict[str, Any]) -> None:
+    """A run folder belongs to one configuration; its recipe (steps, rates) may change between calls."""
+    path = run / "job.json"
+    now = json.loads(json.dumps(identity))
+    if not path.is_file():
+        run.mkdir(parents=True, exist_ok=True)
+        write_json(path, now)
+        return
+    before = json.loads(path.read_text())
+    if before != now:
+        changed = [f"{k}: was {v!r}, now {_flat(now).get(k)!r}" for k, v in _flat(before).items() if _flat(now).get(k) != v]
+        raise UserError(
+            f"{run} holds a run of another configuration ({'; '.join(changed[:5]) or 'new settings'}); "
+            "repeat the old settings to continue it, use --fresh to start over, or choose another --work"
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): value}
+
+
+def _finished(output: Path, stage: str, steps: int, max_seconds: float | None) -> bool:
+    card = read_card(output, stage)
+    return bool(card["steps"] >= steps or (max_seconds is not None and card["seconds"] >= max_seconds))
+
+
+def _discard(run: Path, output: Path) -> None:
+    import shutil
+
+    for folder in (run, output):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _input_hashes(stage: str, folders: Mapping[str, Path]) -> dict[str, str]:
+    """Which weights were at hand when this stage was trained: provenance for its card."""
+    before = list(STAGES)[: list(STAGES).index(stage)]
+    hashes = {}
+    for name in before:
+        if name in folders and any(Path(folders[name]).rglob("*.safetensors")):
+            hashes[name] = weights_hash(folders[name])
+    return hashes
+
+
+def _stage_names(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    stage_class(value)  # raises with the nearest name
+    return value
+
+
+@click.command()
+@click.argument("stage", metavar="STAGE", shell_complete=lambda *a: [s for s in STAGES if s.startswith(a[2])])
+@work_option
+@variant_option
+@tiny_option
+@set_option
+@with_option
+@tracking_option
+@click.option("--store", metavar="DIR", help="Feature store to read.  [default: store in --work]")
+@click.option("--workers", type=click.IntRange(min=0), help="Ray Train workers; 0 trains in this process.  [default: one per GPU, else 1]")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--precision", type=click.Choice(["auto", "bf16", "fp32"]), default="auto", show_default=True)
+@click.option("--loader-workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes per worker that read clips.")
+@click.option("--max-failures", type=click.IntRange(min=0), default=3, show_default=True, help="Restarts after a worker dies.")
+@click.option("--fresh", is_flag=True, help="Throw an earlier run of this stage away and start over.")
+@click.option("--dry-run", is_flag=True, help="Print the resolved configuration, sizes and estimates, and stop.")
+@friendly
+def main(
+    stage: str, work: Path, variant: str, tiny: bool, settings: dict[str, str], released: dict[str, str], tracking_uri: str | None,
+    store: str | None, workers: int | None, seed: int, precision: str, loader_workers: int, max_failures: int, fresh: bool, dry_run: bool,
+) -> None:  # fmt: skip
+    """Train STAGE: clap, audiomae, vae, vocoder, translator, diffusion, joint or classifier.
+
+    A killed or finished run is found again by the same command.
+    """
+    stage_class(stage)
+    resolved = resolve(variant, tiny, settings)
+    if dry_run:
+        from pipelines.plan import describe
+
+        click.echo(describe(resolved, stage, workers))
+        return
+    tags = {"loa.stage": stage, "loa.variant": resolved.name}
+    with Tracker.open(tracking_uri, work=work, job=f"train-{stage}", variant=resolved.name, tags=tags) as tracker:
+        tracker.params({"seed": seed, **_flat(to_dict(dataclasses.replace(resolved)))})
+        folder = train_stage(
+            stage, resolved, work, store=store, given=released, workers=workers, tracker=tracker, seed=seed, precision=precision,
+            loader_workers=loader_workers, max_failures=max_failures, fresh=fresh,
+        )  # fmt: skip
+    click.echo(f"{stage}: released to {os.path.relpath(folder)}")
+
+
+if __name__ == "__main__":
+    main()

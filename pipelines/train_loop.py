@@ -1,0 +1,378 @@
+"""The loop every worker runs, for every stage: read, step, average, validate, checkpoint, resume, report."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from pipelines import checkpoint
+from pipelines.checkpoint import EMA, Progress
+from pipelines.dataset import ClipDataset, step_rng, training_batches, validation_batches
+from pipelines.store import FeatureStore
+from pipelines.tracking import Tracker
+from stages import stage_class
+from stages.base import Recipe, Stage, UserError, release, to_dict, write_json
+from stages.variants import Variant
+
+LOG_EVERY = 10  # steps
+SHARD_FROM = 1_000_000  # parameters; smaller blocks are gathered together with their part, one message instead of many
+PATIENCE = 20  # steps in a row without finite gradients before the run is given up
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """Everything a worker needs to know; travels to it as one value."""
+
+    stage: str
+    variant: Variant
+    store: str
+    run: str  # folder of this run: checkpoints, prepared/, progress.json
+    released: Mapping[str, str]  # folder of every stage whose weights are at hand
+    output: str  # where the released weights go
+    tracker: Any = None  # Tracker.handle() of the run this job logs to
+    seed: int = 0
+    precision: str = "auto"  # "auto", "bf16" or "fp32"
+    loader_workers: int = 0
+    validation_batches: int = 4
+    corpora: tuple[str, ...] = ()
+    card: Mapping[str, Any] = field(default_factory=dict)  # provenance for the release
+
+    @property
+    def recipe(self) -> Recipe:
+        recipe: Recipe = getattr(self.variant.recipes, self.stage)
+        return recipe
+
+    def folder(self, stage: str) -> Path:
+        """Released weights of `stage`. Raises UserError naming the command that makes them."""
+        if stage == "prepared":
+            return Path(self.run) / "prepared"
+        if stage not in self.released:
+            raise UserError(f"{self.stage} needs the weights of {stage}: run `loa train {stage}` first or give them with --with {stage}=FOLDER")
+        return Path(self.released[stage])
+
+
+class Workers(Protocol):
+    """The world a worker lives in: Ray Train's, or one plain process."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint, as a local folder."""
+        ...
+
+    def keep(self, write: Callable[[Path], None], step: int) -> None:
+        """Make a checkpoint of what `write` puts into the folder it is given."""
+        ...
+
+
+class OneProcess:
+    """No Ray: checkpoints lie in the run folder, the newest two are kept."""
+
+    def __init__(self, run: Path) -> None:
+        self.rank, self.world, self.run = 0, 1, Path(run)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._store: str | None = None
+        if not dist.is_initialized():
+            self._store = tempfile.mktemp(prefix="loa-rendezvous-")
+            dist.init_process_group("gloo", init_method=f"file://{self._store}", rank=0, world_size=1)
+
+    def latest(self) -> Path | None:
+        found = sorted(self.run.glob("step_*"))
+        return found[-1] if found else None
+
+    def keep(self, write: Callable[[Path], None], step: int) -> None:
+        draft = self.run / f".step_{step:08d}"
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        write(draft)
+        final = self.run / f"step_{step:08d}"
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(draft, final)
+        for old in sorted(self.run.glob("step_*"))[:-2]:
+            shutil.rmtree(old)
+
+    def close(self) -> None:
+        """End the process group this object began."""
+        if self._store is not None:
+            dist.destroy_process_group()
+
+
+def autocast_dtype(device: torch.device, precision: str) -> torch.dtype | None:
+    """bfloat16 where the device is fast at it, None for float32.
+
+    CPUs: only with AMX tiles. With AVX512-BF16 alone a T-UNet step took twice as long as in float32 (docs/log.md).
+    """
+    if precision not in ("auto", "bf16", "fp32"):
+        raise UserError(f"precision is {precision!r}; expected auto, bf16 or fp32")
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        fast = torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and fast) else None
+
+
+def shard(stage: Stage, mesh: DeviceMesh) -> dict[str, nn.Module]:
+    """FSDP2: large repeated blocks one by one, innermost first, then each part."""
+    parts = stage.parts()
+    for part in parts.values():
+        for module in reversed(list(part.modules())):
+            if module is not part and isinstance(module, stage.blocks) and sum(p.numel() for p in module.parameters()) >= SHARD_FROM:
+                fully_shard(module, mesh=mesh)
+        fully_shard(part, mesh=mesh)
+    return parts
+
+
+def train(job: TrainJob, workers: Workers) -> dict[str, float]:
+    """Train one stage to the end of its recipe and release its weights; returns the last validation measures.
+
+    Called by every worker. A run that finds a checkpoint continues from it.
+    """
+    recipe, device = job.recipe, workers.device
+    cls = stage_class(job.stage)
+    series = cls.reads(job.variant)
+    store = FeatureStore.open(job.store)
+    clips = ClipDataset(store, cls, series, "train", job.corpora)
+    held_out = ClipDataset(store, cls, series, "validation", job.corpora)
+    if not len(held_out):
+        held_out = clips
+
+    torch.manual_seed(job.seed)  # equal first weights on every worker
+    stage = cls.build(job.variant, job.folder).to(device)
+    parts = shard(stage, init_device_mesh(device.type, (workers.world,)))
+    optimizers = {name: _optimizer(part, recipe) for name, part in parts.items()}
+    ema = EMA(parts, recipe.ema_decay) if recipe.ema_decay else None
+    latest = workers.latest()
+    progress = checkpoint.load(latest, parts, optimizers, ema) if latest else Progress()
+
+    dtype = autocast_dtype(device, job.precision)
+    run = _Run(job, workers, stage, parts, optimizers, ema, progress, dtype)
+    with Tracker.resume(job.tracker) if workers.rank == 0 else Tracker.off() as tracker:
+        measures = run.fit(clips, held_out, tracker)
+        weights = run.gather()
+        if workers.rank == 0:
+            fresh = cls.build(job.variant, job.folder)
+            for name, part in fresh.parts().items():
+                part.load_state_dict(weights[name])
+            card = {
+                "variant": job.variant.name, "config": to_dict(job.variant), "steps": progress.step, "clips": progress.cursor,
+                "seconds": round(progress.seconds, 1), "skipped_steps": progress.skipped, "validation": measures, **job.card,
+            }  # fmt: skip
+            release(fresh.eval(), Path(job.output), card)
+    return measures
+
+
+def _optimizer(part: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    trained = [p for p in part.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay, foreach=True)
+
+
+class _Run:
+    """One worker's run: the state of the loop and its few steps."""
+
+    def __init__(
+        self, job: TrainJob, workers: Workers, stage: Stage, parts: dict[str, nn.Module],
+        optimizers: dict[str, torch.optim.Optimizer], ema: EMA | None, progress: Progress, dtype: torch.dtype | None,
+    ) -> None:  # fmt: skip
+        self.job, self.recipe, self.workers, self.stage = job, job.recipe, workers, stage
+        self.parts, self.optimizers, self.ema, self.progress, self.dtype = parts, optimizers, ema, progress, dtype
+        self.trained = {name: [p for p in part.parameters() if p.requires_grad] for name, part in parts.items()}
+        self.stuck = 0  # steps in a row without finite gradients
+
+    def fit(self, clips: ClipDataset, held_out: ClipDataset, tracker: Tracker) -> dict[str, float]:
+        """Step until the recipe is fulfilled, with everything that happens on the way."""
+        recipe, progress, workers = self.recipe, self.progress, self.workers
+        batches = training_batches(
+            clips, self.stage, self.job.seed, progress.cursor, max(0, recipe.steps - progress.step), recipe.global_batch,
+            recipe.micro_batch, workers.rank, workers.world, self.job.loader_workers,
+        )  # fmt: skip
+        measures: dict[str, float] = {}
+        sums: dict[str, Tensor] = {}
+        before, clock = progress.seconds, time.monotonic()
+        since, last = clock, progress.step
+        while (done := self._share_done()) < 1.0:
+            for optimizer in self.optimizers.values():
+                for group in optimizer.param_groups:
+                    group["lr"] = recipe.rate_at(progress.step, done)
+            logs = self._step(next(batches))
+            progress.step += 1
+            progress.cursor += recipe.global_batch
+            progress.seconds = before + time.monotonic() - clock
+            for name, value in logs.items():
+                sums[name] = sums.get(name, torch.zeros(())) + value.detach().float().cpu()
+            if progress.step % LOG_EVERY == 0:
+                now, steps = time.monotonic(), progress.step - last
+                means = {f"train/{k}": float(v) / steps for k, v in self._mean(sums).items()}
+                speed = steps * recipe.global_batch / max(now - since, 1e-9)
+                tracker.metrics(means | {"train/learning_rate": recipe.rate_at(progress.step - 1, done), "speed/clips_per_second": speed}, progress.step)
+                sums, since, last = {}, now, progress.step
+                self._tell(means, measures)
+            if progress.step % recipe.validate_every == 0:
+                measures = self._validate(held_out, tracker)
+            if progress.step % recipe.checkpoint_every == 0:
+                self._keep()
+        if progress.step % recipe.validate_every or not measures:
+            measures = self._validate(held_out, tracker)
+        if progress.step % recipe.checkpoint_every:
+            self._keep()
+        self._tell({}, measures, finished=True)
+        return measures
+
+    def _share_done(self) -> float:
+        """Share of the recipe that is behind us, by steps or by time, the same on all workers."""
+        done = self.progress.step / self.recipe.steps
+        if self.recipe.max_seconds is not None:
+            spent = torch.tensor(self.progress.seconds)
+            if self.workers.world > 1:
+                spent = spent.to(self.workers.device)
+                dist.all_reduce(spent, op=dist.ReduceOp.MAX)
+            done = max(done, float(spent) / self.recipe.max_seconds)
+        return min(done, 1.0)
+
+    def _step(self, micro_batches: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """One update of every part, gradients accumulated over the micro-batches; returns mean logs."""
+        self.stage.train()
+        torch.manual_seed(hash((self.job.seed, self.progress.step, self.workers.rank)))  # dropout repeats on resume
+        streams = []
+        for batch in micro_batches:
+            moved = {k: v.to(self.workers.device, non_blocking=True) for k, v in batch.items()}
+            moved["step_rng"] = step_rng(self.job.seed, self.progress.step)
+            streams.append(self.stage.losses(moved))
+        size = [len(next(iter(batch.values()))) for batch in micro_batches]
+        logs: dict[str, Tensor] = {}
+        for name in self.parts:
+            for other, parameters in self.trained.items():  # a loss moves its own part only
+                for p in parameters:
+                    p.requires_grad_(other == name)
+            for i, stream in enumerate(streams):
+                weight = size[i] / sum(size)
+                with torch.autocast(self.workers.device.type, self.dtype, enabled=self.dtype is not None):
+                    part, loss, terms = next(stream)
+                assert part == name, f"{self.stage.name} yields the loss of {part!r} where its parts say {name!r}"
+                if len(streams) > 1:
+                    self.parts[name].set_requires_gradient_sync(i == len(streams) - 1)  # type: ignore[operator]
+                (loss * weight).backward()
+                for key, value in terms.items():
+                    logs[key] = logs.get(key, torch.zeros((), device=value.device)) + weight * value.detach()
+            logs[f"grad_norm/{name}"] = self._update(name)
+        for parameters in self.trained.values():
+            for p in parameters:
+                p.requires_grad_(True)
+        if self.ema is not None:
+            self.ema.update()
+        return logs
+
+    def _update(self, name: str) -> Tensor:
+        """Clip and apply the gradients of one part; leaves the weights alone when they are not finite."""
+        parameters, optimizer = self.trained[name], self.optimizers[name]
+        norm = nn.utils.clip_grad_norm_(parameters, self.recipe.clip_norm if self.recipe.clip_norm else math.inf)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if torch.isfinite(norm):
+            optimizer.step()
+            self.stuck = 0
+        else:
+            self.progress.skipped += 1
+            self.stuck += 1
+            if self.stuck >= PATIENCE:
+                raise UserError(
+                    f"{self.stage.name}: the gradients of {name!r} were not finite for {PATIENCE} steps in a row (step {self.progress.step}); "
+                    f"lower --set recipes.{self.stage.name}.learning_rate (now {self.recipe.learning_rate}) or use --precision fp32"
+                )
+        optimizer.zero_grad(set_to_none=True)
+        return norm.detach()
+
+    def _mean(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Mean over the workers."""
+        if self.workers.world == 1:
+            return dict(values)
+        names = sorted(values)
+        packed = torch.stack([values[n] for n in names]).to(self.workers.device)
+        dist.all_reduce(packed)
+        return dict(zip(names, (packed / self.workers.world).cpu(), strict=True))
+
+    def _averaged(self) -> Any:
+        """The weights that count: averaged ones where the recipe keeps an average."""
+        from contextlib import nullcontext
+
+        return self.ema.swapped_in() if self.ema is not None else nullcontext()
+
+    def _validate(self, clips: ClipDataset, tracker: Tracker) -> dict[str, float]:
+        """Measures over held-out clips, and something to see and hear of the first batch."""
+        self.stage.eval()
+        share = max(1, min(self.recipe.global_batch, len(clips)) // self.workers.world)
+        sums: dict[str, Tensor] = {}
+        count = 0
+        with self._averaged(), torch.autocast(self.workers.device.type, self.dtype, enabled=self.dtype is not None):
+            batches = validation_batches(clips, self.stage, self.job.seed, share, self.job.validation_batches, self.workers.rank, self.workers.world)
+            for batch in batches:
+                moved = {k: v.to(self.workers.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+                if not count:
+                    first = {k: v[:4] if isinstance(v, Tensor) else v for k, v in moved.items()}
+                    self._listen(first, tracker)
+                for name, value in self.stage.validate(moved).items():
+                    sums[name] = sums.get(name, torch.zeros(())) + value.detach().float().cpu()
+                count += 1
+        measures = {name: float(value) / count for name, value in self._mean(sums).items()}
+        tracker.metrics({f"val/{k}": v for k, v in measures.items()}, self.progress.step)
+        return measures
+
+    def _listen(self, batch: dict[str, Any], tracker: Tracker) -> None:
+        rate = self.job.variant.audio.sample_rate
+        for name, value in self.stage.listen(batch).items():
+            kind, _, label = name.partition("/")
+            array = value.detach().float().cpu().numpy()
+            if kind == "audio":
+                tracker.audio(label, array, rate, self.progress.step)
+            else:
+                tracker.spectrogram(label, array, self.progress.step)
+
+    def _keep(self) -> None:
+        """Checkpoint; running statistics are averaged first, so that all workers hold the same."""
+        if self.workers.world > 1:
+            for buffer in self.stage.buffers():
+                if buffer.is_floating_point() and not isinstance(buffer, DTensor):
+                    dist.all_reduce(buffer)
+                    buffer /= self.workers.world
+        self.workers.keep(lambda folder: checkpoint.save(folder, self.parts, self.optimizers, self.ema, self.progress), self.progress.step)
+
+    def gather(self) -> dict[str, dict[str, Tensor]]:
+        """The weights to release, whole, on worker 0."""
+        with self._averaged():
+            return {name: checkpoint.full_weights(part) for name, part in self.parts.items()}
+
+    def _tell(self, means: Mapping[str, float], measures: Mapping[str, float], finished: bool = False) -> None:
+        """Leave word for the driver's progress bar."""
+        if self.workers.rank == 0:
+            state = {"step": self.progress.step, "share": 1.0 if finished else self._local_share(), "train": dict(means), "val": dict(measures)}
+            write_json(Path(self.job.run) / "progress.json", state)
+
+    def _local_share(self) -> float:
+        by_time = self.progress.seconds / self.recipe.max_seconds if self.recipe.max_seconds else 0.0
+        return min(1.0, max(self.progress.step / self.recipe.steps, by_time))
+
+
+def follow(job: TrainJob) -> Iterator[dict[str, Any]]:
+    """Progress of a job as its first worker last told it; ends when the caller stops asking."""
+    import json
+
+    path = Path(job.run) / "progress.json"
+    while True:
+        try:
+            yield json.loads(path.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            yield {"step": 0, "share": 0.0, "train": {}, "val": {}}

@@ -1,0 +1,54 @@
+"""Where the weights of each stage are: trained here, a folder the user named, or a hub id the user named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from stages import STAGES, stage_class
+from stages.base import UserError
+
+# What makes a folder usable for a stage (the layout of a released stage, or of a diffusers AudioLDM 2 folder).
+NEEDS: dict[str, tuple[str, ...]] = {
+    "clap": ("text_encoder", "tokenizer", "feature_extractor"),
+    "audiomae": ("model.safetensors",),
+    "vae": ("vae",),
+    "vocoder": ("vocoder",),
+    "translator": ("language_model", "projection_model"),
+    "diffusion": ("unet", "scheduler"),
+    "joint": ("language_model", "projection_model", "unet", "scheduler"),
+    "classifier": ("model.safetensors",),
+}
+
+
+def released_folders(work: Path, given: Mapping[str, str]) -> dict[str, Path]:
+    """Folder of every stage whose weights are at hand: `given` ones first, then those released in `work`.
+
+    Raises UserError for an unknown stage, a folder that is not one, or a hub id that cannot be had.
+    """
+    found = {s: Path(work) / "stages" / s for s in STAGES if (Path(work) / "stages" / s / "stage.json").is_file()}
+    for stage, place in given.items():
+        stage_class(stage)
+        folder = Path(place).expanduser()
+        if not folder.exists():
+            folder = _from_hub(stage, place)
+        missing = [name for name in NEEDS[stage] if not (folder / name).exists()]
+        if missing:
+            raise UserError(f"--with {stage}={place}: the folder lacks {', '.join(missing)}; expected a released stage or a diffusers AudioLDM 2 folder")
+        found[stage] = folder.absolute()
+    return found
+
+
+def _from_hub(stage: str, name: str) -> Path:
+    """Fetch what the stage needs from the hub; only ever called with an id the user typed."""
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"--with {stage}={name}: there is no such folder, and a hub id looks like owner/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    also = ("text_encoder_2", "tokenizer_2") if stage in ("clap", "translator", "joint") else ()
+    patterns = [f"{part}*/*" if "." not in part else part for part in (*NEEDS[stage], *also)]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*.bin", "*.pt", "*.ckpt", "*.pkl"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"--with {stage}={name}: no such folder, and the hub did not give it ({type(error).__name__}); download it and name the folder") from error

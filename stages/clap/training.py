@@ -1,0 +1,147 @@
+"""CLAP training: captions and sounds of the same clip are pulled together, all others pushed apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from stages.base import ClipSource, Stage, UserError
+from stages.clap.model import ClapConfig, SecondTextTower, T5Config, clap_mel, train_tokenizers
+from stages.frozen import resample
+from stages.text import clip_texts
+
+if TYPE_CHECKING:
+    from stages.variants import Variant
+
+
+def gather(x: Tensor) -> Tensor:
+    """Rows of all workers, [W·B, D], with gradients for everyone's rows."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return x
+    return torch.cat(dist.nn.functional.all_gather(x))
+
+
+def contrast(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """Symmetric InfoNCE over the global batch of unit embeddings [B, D]; matching rows are the positives."""
+    logits = scale * a @ b.T
+    target = torch.arange(len(a), device=a.device)
+    return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+
+
+class Towers(nn.Module):
+    """The two CLAP towers and, where T5 has to be trained too, a second text tower."""
+
+    def __init__(self, clap: ClapConfig, t5: T5Config | None) -> None:
+        super().__init__()
+        self.clap = clap.build()
+        self.second = SecondTextTower(t5, clap.projection_dim) if t5 else None
+        # LAION-CLAP starts at a temperature of 1/0.07 (facts 5.1)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def forward(self, batch: Mapping[str, Tensor], mel: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Unit embeddings [B, D] of the sounds, of the captions, and of the captions by the second tower."""
+        sound = self.clap.get_audio_features(input_features=mel).pooler_output
+        text = self.clap.get_text_features(input_ids=batch["clap_ids"], attention_mask=batch["clap_mask"]).pooler_output
+        second = self.second(batch["t5_ids"], batch["t5_mask"]) if self.second is not None else None
+        return F.normalize(sound, dim=-1), F.normalize(text, dim=-1), second
+
+
+class ClapStage(Stage):
+    """Contrastive training of CLAP (Wu et al. 2023), and of the T5 encoder by the same contrast.
+
+    AudioLDM 2 takes both as public weights; this stage is for places where they cannot be had.
+    """
+
+    name = "clap"
+    series = ("waveform",)
+
+    def __init__(self, clap: ClapConfig, t5: T5Config, sample_rate: int, tokenizers: Path) -> None:
+        super().__init__()
+        self.config, self.sample_rate = clap, sample_rate
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizers / "tokenizer")
+        self.t5_tokenizer = AutoTokenizer.from_pretrained(tokenizers / "tokenizer_2")
+        self.extractor = clap.feature_extractor()
+        self.max_lengths = (clap.text_length, t5.max_length)
+        self.towers = Towers(clap, t5)
+
+    @classmethod
+    def prepare(cls, variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path) -> None:
+        """Learn both tokenizers from the training captions."""
+        captions = [text for row in dataset.rows for text in clip_texts(row)]
+        if not any(captions):
+            raise UserError("clap needs captions or labels and this store has none; give public weights with --with clap=FOLDER")
+        roberta, unigram = train_tokenizers(captions, variant.clap, variant.t5)
+        roberta.save_pretrained(folder / "tokenizer")
+        unigram.save_pretrained(folder / "tokenizer_2")
+
+    @classmethod
+    def build(cls, variant: Variant, released: Callable[[str], Path]) -> ClapStage:
+        return cls(variant.clap, variant.t5, variant.audio.sample_rate, released("prepared"))
+
+    @classmethod
+    def wants(cls, row: Mapping[str, Any]) -> bool:
+        return bool(clip_texts(row)[0])
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {"towers": self.towers}
+
+    def example(self, clip: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Tensor]:
+        texts = clip_texts(clip)
+        text = texts[int(rng.integers(len(texts)))]
+        example = {"waveform": torch.from_numpy(np.asarray(clip["waveform"], np.float32))}
+        # A circular shift and a gain cost nothing and keep the towers from hearing onset and level as content.
+        shift, gain = int(rng.integers(len(example["waveform"]))), float(rng.uniform(0.5, 1.5))
+        example["waveform"] = gain * torch.roll(example["waveform"], shift)
+        for name, tokenizer, length in zip(("clap", "t5"), (self.tokenizer, self.t5_tokenizer), self.max_lengths, strict=True):
+            tokens = tokenizer(text, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+            example[f"{name}_ids"], example[f"{name}_mask"] = tokens.input_ids[0], tokens.attention_mask[0]
+        return example
+
+    def _embed(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+        with torch.autocast(batch["waveform"].device.type, enabled=False):  # STFT in full precision
+            mel = clap_mel(resample(batch["waveform"].float(), self.sample_rate, self.extractor.sampling_rate), self.extractor)
+        cut = {}
+        for name in ("clap", "t5"):  # no tower needs to see columns that are padding for the whole batch
+            length = int(batch[f"{name}_mask"].sum(1).max())
+            cut |= {f"{name}_{k}": batch[f"{name}_{k}"][:, :length] for k in ("ids", "mask")}
+        return self.towers(cut, mel)
+
+    def losses(self, batch: dict[str, Any]) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        sound, text, second = (x if x is None else gather(x.float()) for x in self._embed(batch))
+        scale = self.towers.log_scale.exp().clamp(max=100.0)
+        loss = contrast(sound, text, scale)
+        logs = {"contrast": loss, "accuracy": _retrieval(sound, text), "scale": scale}
+        if second is not None:
+            t5_loss = contrast(sound, second, scale)
+            logs["t5_contrast"] = t5_loss
+            loss = loss + t5_loss
+        yield "towers", loss, logs
+
+    @torch.no_grad()
+    def validate(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        sound, text, second = self._embed(batch)
+        scale = self.towers.log_scale.exp().clamp(max=100.0)
+        measures = {"contrast": contrast(sound, text, scale), "accuracy": _retrieval(sound, text)}
+        return measures if second is None else measures | {"t5_accuracy": _retrieval(sound, second)}
+
+    def save(self, folder: Path) -> None:
+        self.towers.clap.save_pretrained(folder / "text_encoder")
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+        self.extractor.save_pretrained(folder / "feature_extractor")
+        if self.towers.second is not None:
+            self.towers.second.encoder.save_pretrained(folder / "text_encoder_2")
+            self.t5_tokenizer.save_pretrained(folder / "tokenizer_2")
+
+
+def _retrieval(a: Tensor, b: Tensor) -> Tensor:
+    """Share of rows of `a` whose nearest row of `b` is their own; captions repeated in a batch count as misses."""
+    return ((a @ b.T).argmax(1) == torch.arange(len(a), device=a.device)).float().mean()

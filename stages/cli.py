@@ -1,0 +1,212 @@
+"""What the commands share: options with one meaning everywhere, checks of the machine, and errors as plain sentences.
+
+A job's command is built as
+
+    @click.command()
+    @work_option
+    @variant_option
+    @friendly
+    def main(work: Path, variant: str) -> None: ...
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import psutil
+from click.shell_completion import CompletionItem
+
+from stages.audio import AudioError
+from stages.base import UserError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+DEFAULT_WORK = "outputs"
+DEFAULT_VARIANT = "audioldm2-full"
+INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
+
+
+# ------------------------------------------------------------------------------------------------ errors for people
+
+
+def friendly(function: Function) -> Function:
+    """Turn the errors a user can mend into one sentence on stderr and exit status 1; Ctrl-C gives 130.
+
+    Anything else is a fault of loa and keeps its traceback. With LOA_DEBUG=1 every error does.
+    """
+
+    @functools.wraps(function)
+    def command(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except KeyboardInterrupt:
+            if _debugging():
+                raise
+            click.echo("\nStopped. What was finished is kept; the same command continues from there.", err=True)
+            sys.exit(INTERRUPTED)
+        except Exception as error:
+            sentence = plain_sentence(error)
+            if sentence is None or _debugging():
+                raise
+            click.echo(f"Error: {sentence}", err=True)
+            sys.exit(1)
+
+    return command  # type: ignore[return-value]
+
+
+def plain_sentence(error: BaseException) -> str | None:
+    """The sentence for a user behind `error`, or None when it is not one a user can mend.
+
+    A UserError raised on a Ray worker arrives wrapped, so the causes are searched too.
+    """
+    found = None
+    for cause in _causes(error):
+        # Ray's wrapper is a UserError itself, with the worker's traceback as its text: the innermost one speaks plainly.
+        if isinstance(cause, (UserError, AudioError)):
+            found = str(cause)
+        elif isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
+            return f"no space left on the disk{_of(cause)}; free some or choose another folder with --work"
+        elif isinstance(cause, PermissionError) and cause.filename is not None:
+            return f"no permission to use {cause.filename}; check its owner or choose another folder"
+        elif isinstance(cause, FileNotFoundError) and cause.filename is not None and cause is error:
+            return f"{cause.filename} does not exist"
+    return found
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """`error` and the errors it wraps, outermost first: Python's `__cause__`, Ray's `cause` and `worker_failures`."""
+    waiting, seen = [error], set()
+    while waiting:
+        current = waiting.pop(0)
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        failures = getattr(current, "worker_failures", None) or {}
+        wrapped = [getattr(current, "cause", None), current.__cause__, *failures.values()]
+        waiting += [e for e in wrapped if isinstance(e, BaseException)]
+
+
+def _of(error: OSError) -> str:
+    return f" of {error.filename}" if error.filename else ""
+
+
+def _debugging() -> bool:
+    return os.environ.get("LOA_DEBUG", "") not in ("", "0")
+
+
+# --------------------------------------------------------------------------------------------------- shared options
+
+
+def _pairs(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    """KEY=VALUE given several times, as a dict."""
+    pairs: dict[str, str] = {}
+    for text in values:
+        key, equals, value = text.partition("=")
+        key, value = key.strip(), value.strip()
+        if not (key and equals and value):
+            raise click.BadParameter(f"{text!r} is not of the form {parameter.make_metavar(context)}")
+        if key in pairs:
+            raise click.BadParameter(f"{key} is given twice: {pairs[key]!r} and {value!r}")
+        pairs[key] = value
+    return pairs
+
+
+def _variant_names(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from stages.variants import VARIANTS
+
+    return [CompletionItem(name) for name in VARIANTS if name.startswith(incomplete)]
+
+
+work_option = click.option(
+    "--work",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=DEFAULT_WORK,
+    show_default=True,
+    envvar="LOA_WORK",
+    metavar="DIR",
+    help="Folder of this project: its feature store, stages, runs and bundle. On a cluster, one that all nodes share.",
+)
+variant_option = click.option(
+    "--variant",
+    default=DEFAULT_VARIANT,
+    show_default=True,
+    metavar="NAME",
+    shell_complete=_variant_names,
+    help="Which system to build; `loa variants` lists them.",
+)
+tiny_option = click.option("--tiny", is_flag=True, help="The variant's small twin, for laptops and tests.")
+set_option = click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    callback=_pairs,
+    metavar="NAME=VALUE",
+    help="Change one setting of the variant, such as diffusion.recipe.learning_rate=5e-5. May be repeated.",
+)
+with_option = click.option(
+    "--with",
+    "released",
+    multiple=True,
+    callback=_pairs,
+    metavar="STAGE=FOLDER",
+    help="Use these weights for a stage instead of the ones trained in --work. A folder or a hub id; may be repeated.",
+)
+tracking_option = click.option(
+    "--tracking-uri",
+    envvar="MLFLOW_TRACKING_URI",
+    metavar="URI",
+    help="MLflow server or database to write to.  [default: mlflow.db in --work]",
+)
+
+
+# ------------------------------------------------------------------------------------------ is there room for this?
+
+
+def require_disk(path: Path | str, gigabytes: float) -> None:
+    """Refuse when the disk that will hold `path` has less than `gigabytes` (10^9 bytes) free.
+
+    Folders on an object store (`scheme://…`) are taken to have room.
+    """
+    if "://" in str(path):
+        return
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free / 1e9
+    if free < gigabytes:
+        raise UserError(
+            f"{path} needs about {gigabytes:.1f} GB of disk and {free:.1f} GB are free; free some or choose another folder with --work"
+        )
+
+
+def require_memory(gigabytes: float) -> None:
+    """Refuse when less than `gigabytes` (10^9 bytes) of memory are available to this process."""
+    free = available_memory() / 1e9
+    if free < gigabytes:
+        raise UserError(
+            f"this needs about {gigabytes:.1f} GB of memory and {free:.1f} GB are available; "
+            "close other programs, or use a machine (or container limit) with more"
+        )
+
+
+def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of memory this process may still take: the machine's, or its container's where that is less."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = (cgroup / "memory.max").read_text().strip()
+        if limit == "max":
+            return free
+        used = int((cgroup / "memory.current").read_text())
+        cache = next(int(line.split()[1]) for line in (cgroup / "memory.stat").open() if line.startswith("inactive_file "))
+    except (OSError, StopIteration):  # no cgroup v2 here: the machine's figure is the one there is
+        return free
+    return min(free, max(0, int(limit) - used + cache))

@@ -1,0 +1,201 @@
+"""Self-supervised latent diffusion: the clip's own LOA, at a random λ, tells the T-UNet what to denoise."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2UNet2DConditionModel
+from torch import Tensor, nn
+
+from stages.audiomae.model import pool_loa
+from stages.base import ClipSource, Stage, UserError, write_json
+from stages.diffusion.model import noise_schedule
+from stages.frozen import SoundDecoder, TextEncoders
+from stages.translator.training import condition_example, cut_padding
+
+if TYPE_CHECKING:
+    from stages.variants import Variant
+
+SCALE_CLIPS = 256  # clips whose latents set the scale factor; the reference takes its first batch (facts 2.2)
+
+
+class TUNet(nn.Module):
+    """The T-UNet behind the signature that training uses."""
+
+    def __init__(self, unet: AudioLDM2UNet2DConditionModel) -> None:
+        super().__init__()
+        self.unet = unet
+        self.reads_text = len(unet.config.cross_attention_dim[0]) > 2
+
+    def forward(self, noisy: Tensor, timestep: Tensor, loa: Tensor, text: Tensor | None, text_mask: Tensor | None) -> Tensor:
+        """Prediction [B, C, T', F'] for noisy latents, timesteps [B], LOA [B, N, D], text states [B, L, D'], mask [B, L]."""
+        extra = {"encoder_hidden_states_1": text, "encoder_attention_mask_1": text_mask} if self.reads_text else {}
+        predicted: Tensor = self.unet(noisy, timestep, encoder_hidden_states=loa, **extra).sample
+        return predicted
+
+
+class LatentDiffusion:
+    """What self-supervised and joint training share: latents, noise, the null conditions, the loss."""
+
+    def __init__(self, schedule: DDIMScheduler, scale: float, null_text: Tensor | None, dropout: float) -> None:
+        self.schedule, self.scale, self.null_text, self.dropout = schedule, scale, null_text, dropout
+
+    def example(self, clip: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Tensor]:
+        """A posterior sample (not the mode, facts 2.2) [C, T', F'], its noise and its timestep."""
+        mean, deviation = np.split(np.asarray(clip["latent"], np.float32), 2)
+        latent = (mean + deviation * rng.standard_normal(mean.shape, np.float32)) * self.scale
+        return {
+            "latent": torch.from_numpy(latent),
+            "noise": torch.from_numpy(rng.standard_normal(mean.shape, np.float32)),
+            "timestep": torch.tensor(int(rng.integers(self.schedule.config.num_train_timesteps))),
+        }
+
+    def drop(self, rng: np.random.Generator, loa: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """With probability `dropout` the whole batch loses all conditions: LOA → zeros, text → T5("") (facts 7.4)."""
+        if rng.random() >= self.dropout:
+            return loa, text, mask
+        if self.null_text is None:  # speech: the T-UNet reads no text
+            return torch.zeros_like(loa), text, mask
+        null = self.null_text.to(text).expand(len(text), -1, -1)
+        return torch.zeros_like(loa), null, mask.new_ones(null.shape[:2])
+
+    def noisy(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """z_t and what the network should say about it."""
+        z, noise, t = batch["latent"], batch["noise"], batch["timestep"]
+        noisy = self.schedule.add_noise(z, noise, t)
+        target = noise if self.schedule.config.prediction_type == "epsilon" else self.schedule.get_velocity(z, noise, t)
+        return noisy, target
+
+    @torch.no_grad()
+    def sample(self, network: TUNet, loa: Tensor, text: Tensor, mask: Tensor, like: Tensor, steps: int = 20, guidance: float = 3.5) -> Tensor:
+        """Latents [B, C, T', F'] sampled for listening, from a fixed seed; scaled back for the decoder."""
+        solver = DPMSolverMultistepScheduler.from_config(self.schedule.config)
+        solver.set_timesteps(steps, device=like.device)
+        z = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
+        # The empty prompt is padded to the prompts' length, so that both branches fit in one batch.
+        null, null_mask = torch.zeros_like(text), torch.zeros_like(mask)
+        if self.null_text is not None:
+            length = self.null_text.shape[0]
+            null[:, :length], null_mask[:, :length] = self.null_text.to(text), 1
+        both = torch.cat([torch.zeros_like(loa), loa]), torch.cat([null, text]), torch.cat([null_mask, mask])
+        for t in solver.timesteps:
+            out = network(torch.cat([z, z]), t.expand(2 * len(z)).to(z.device), *both).to(z.dtype)
+            without, with_ = out.chunk(2)
+            z = solver.step(without + guidance * (with_ - without), t, z).prev_sample
+        return z / self.scale
+
+
+def prepare_latents(variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path) -> None:
+    """Fix what a diffusion run needs from the data: the latents' scale 1/std, and T5's states of the empty text."""
+    take = np.linspace(0, len(dataset.rows) - 1, min(SCALE_CLIPS, len(dataset.rows))).astype(int)
+    rng = np.random.default_rng(0)
+    samples = []
+    for i in take:
+        mean, deviation = np.split(np.asarray(dataset.clip(int(i))["latent"], np.float32), 2)
+        samples.append((mean + deviation * rng.standard_normal(mean.shape, np.float32)).ravel())
+    std = float(np.concatenate(samples).std(dtype=np.float64))
+    if not (np.isfinite(std) and std > 1e-6):
+        raise UserError(f"the latents of this store have the deviation {std}; the VAE that made them is not trained or has diverged")
+    write_json(folder / "scale.json", {"scale_factor": 1.0 / std, "clips": len(take)})
+    if variant.phonemes is None:
+        states, _ = TextEncoders.load(released("clap")).t5([""])
+        np.save(folder / "null_text.npy", states[0].numpy().astype(np.float32), allow_pickle=False)
+
+
+def load_latents(variant: Variant, prepared: Path) -> LatentDiffusion:
+    """The diffusion process with what `prepare_latents` fixed."""
+    scale = json.loads((prepared / "scale.json").read_text())["scale_factor"]
+    null = prepared / "null_text.npy"
+    null_text = torch.from_numpy(np.load(null, allow_pickle=False)) if null.is_file() else None
+    return LatentDiffusion(noise_schedule(variant.diffusion.prediction), scale, null_text, variant.diffusion.condition_dropout)
+
+
+def build_unet(variant: Variant) -> TUNet:
+    """The variant's T-UNet with fresh weights."""
+    channels, frames, _ = variant.latent_shape
+    text = None if variant.phonemes else variant.t5.width
+    return TUNet(variant.diffusion.build(channels, frames, variant.audiomae.width, text))
+
+
+def save_diffusion(folder: Path, network: TUNet, process: LatentDiffusion) -> None:
+    """Write unet/, scheduler/ and the scale factor that the VAE's bundle configuration takes over."""
+    network.unet.save_pretrained(folder / "unet")
+    process.schedule.save_pretrained(folder / "scheduler")
+    write_json(folder / "scale.json", {"scale_factor": process.scale})
+
+
+class DiffusionStage(Stage):
+    """Stage 1a of the paper: LOA and latent come from the same sound, so no caption is needed.
+
+    Clips that have words show them to the T5 branch, the others the empty text (as the authors' loader does).
+    """
+
+    name = "diffusion"
+    blocks = (ResnetBlock2D, BasicTransformerBlock)
+
+    def __init__(self, variant: Variant, process: LatentDiffusion, decoder: SoundDecoder) -> None:
+        super().__init__()
+        self.network = build_unet(variant)
+        self.process, self.poolings, self.grid = process, variant.diffusion.poolings, variant.loa_grid
+        self.speech, self.text_length = variant.phonemes is not None, variant.text_length
+        self.listening_pooling = variant.translator.pooling
+        self.__dict__["decoder"] = decoder  # frozen, and no part of this stage's weights
+
+    @classmethod
+    def reads(cls, variant: Variant) -> tuple[str, ...]:
+        return ("latent", "loa-1") if variant.phonemes else ("latent", "loa-1", "text")
+
+    @classmethod
+    def prepare(cls, variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path) -> None:
+        prepare_latents(variant, released, dataset, folder)
+
+    @classmethod
+    def build(cls, variant: Variant, released: Callable[[str], Path]) -> DiffusionStage:
+        return cls(variant, load_latents(variant, released("prepared")), SoundDecoder(released))
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {"unet": self.network}
+
+    def example(self, clip: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Tensor]:
+        example = self.process.example(clip, rng) | {"loa": torch.from_numpy(np.asarray(clip["loa"], np.float32))}
+        if self.speech:
+            return example
+        caption = int(rng.integers(len(clip["t5"])))
+        return example | condition_example(clip, caption, self.text_length)
+
+    def _conditions(self, batch: Mapping[str, Any], pooling: int) -> tuple[Tensor, Tensor, Tensor]:
+        loa = pool_loa(F.pad(batch["loa"], (0, 0, 1, 0)), self.grid, pooling)  # pool_loa expects the cls token first
+        text, mask = (batch["loa"][:, :0], batch["timestep"][:, None][:, :0]) if self.speech else cut_padding(batch)
+        return loa, text, mask
+
+    def losses(self, batch: dict[str, Any]) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        rng = batch["step_rng"]
+        conditions = self._conditions(batch, int(rng.choice(self.poolings)))
+        noisy, target = self.process.noisy(batch)
+        predicted = self.network(noisy, batch["timestep"], *self.process.drop(rng, *conditions))
+        loss = F.mse_loss(predicted.float(), target)
+        yield "unet", loss, {"noise": loss}
+
+    @torch.no_grad()
+    def validate(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        noisy, target = self.process.noisy(batch)
+        predicted = self.network(noisy, batch["timestep"], *self._conditions(batch, self.listening_pooling))
+        return {"noise": F.mse_loss(predicted.float(), target)}
+
+    @torch.no_grad()
+    def listen(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The same sounds from their true LOA: the ceiling of every translator."""
+        latents = self.process.sample(self.network, *self._conditions(batch, self.listening_pooling), like=batch["latent"])
+        return self.decoder.listen("from_true_loa", latents) | self.decoder.listen("real_latent", batch["latent"] / self.process.scale)
+
+    def save(self, folder: Path) -> None:
+        save_diffusion(folder, self.network, self.process)

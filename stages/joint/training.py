@@ -1,0 +1,140 @@
+"""Joint finetuning: the T-UNet learns to live with the translator's LOA, and its loss reaches the translator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2UNet2DConditionModel
+from torch import Tensor, nn
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+
+from stages.base import ClipSource, Stage
+from stages.diffusion.training import LatentDiffusion, TUNet, load_latents, prepare_latents, save_diffusion
+from stages.frozen import SoundDecoder
+from stages.text import clip_texts
+from stages.translator.model import PhonemeEncoderConfig, Translator
+from stages.translator.training import build_translator, condition_example, cut_padding, translation_loss
+
+if TYPE_CHECKING:
+    from stages.variants import Variant
+
+
+@dataclass(frozen=True)
+class JointConfig:
+    """How the two are finetuned together (facts 8)."""
+
+    ground_truth: float = 0.25  # P_gt, per batch; the rest of the batches see the translator's own LOA
+    translation_weight: float = 2.0  # the authors' step adds the translation loss twice (register 2)
+
+
+class System(nn.Module):
+    """Translator and T-UNet as one part: one backward pass goes through both."""
+
+    def __init__(self, translator: Translator, network: TUNet) -> None:
+        super().__init__()
+        self.translator, self.network = translator, network
+
+    def forward(
+        self, clap: Tensor, text: Tensor, mask: Tensor, loa: Tensor, noisy: Tensor, timestep: Tensor,
+        drop: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]], use_truth: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """(noise prediction, teacher-forced LOA); gradients of the first reach the translator when it made the LOA."""
+        forced = self.translator(clap, text, mask, loa=loa)
+        heard = loa if use_truth else self.translator(clap, text, mask)
+        return self.network(noisy, timestep, *drop(heard, text, mask)), forced
+
+
+class JointStage(Stage):
+    """Stage 2 of the paper: diffusion loss plus translation loss, LOA true with P_gt and generated otherwise."""
+
+    name = "joint"
+    blocks = (GPT2Block, ResnetBlock2D, BasicTransformerBlock, Translator, TUNet)  # the last two are also called alone
+
+    def __init__(
+        self, system: System, process: LatentDiffusion, decoder: SoundDecoder, config: JointConfig, loss: str,
+        text_length: int, phonemes: PhonemeEncoderConfig | None,
+    ) -> None:
+        super().__init__()
+        self.system, self.process, self.config = system, process, config
+        self.loss, self.text_length, self.phonemes = loss, text_length, phonemes
+        self.__dict__["decoder"] = decoder  # frozen, and no part of this stage's weights
+
+    @classmethod
+    def reads(cls, variant: Variant) -> tuple[str, ...]:
+        return "latent", f"loa-{variant.translator.pooling}", "speech" if variant.phonemes else "text"
+
+    @classmethod
+    def prepare(cls, variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path) -> None:
+        """Take over the scale factor of the diffusion stage; a fresh one would shift what it learned."""
+        prepare_latents(variant, released, dataset, folder)
+        (folder / "scale.json").write_bytes((released("diffusion") / "scale.json").read_bytes())
+
+    @classmethod
+    def build(cls, variant: Variant, released: Callable[[str], Path]) -> JointStage:
+        translator = build_translator(variant)
+        translator.load(released("translator"))
+        network = TUNet(AudioLDM2UNet2DConditionModel.from_pretrained(released("diffusion") / "unet", low_cpu_mem_usage=False))
+        return cls(
+            System(translator, network),
+            load_latents(variant, released("prepared")),
+            SoundDecoder(released),
+            variant.joint,
+            variant.translator.loss,
+            variant.text_length,
+            variant.phonemes,
+        )
+
+    @classmethod
+    def wants(cls, row: Mapping[str, Any]) -> bool:
+        return bool(clip_texts(row)[0]) or bool(row.get("transcript"))
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {"system": self.system}
+
+    def example(self, clip: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Tensor]:
+        caption = 0 if self.phonemes else int(rng.integers(len(clip["t5"])))
+        loa = torch.from_numpy(np.asarray(clip["loa"], np.float32))
+        return self.process.example(clip, rng) | condition_example(clip, caption, self.text_length) | {"loa": loa}
+
+    def losses(self, batch: dict[str, Any]) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        rng = batch["step_rng"]
+        use_truth = bool(rng.random() < self.config.ground_truth)
+        noisy, target = self.process.noisy(batch)
+        predicted, forced = self.system(
+            batch["clap"], *cut_padding(batch), batch["loa"], noisy, batch["timestep"],
+            drop=lambda *conditions: self.process.drop(rng, *conditions), use_truth=use_truth,
+        )  # fmt: skip
+        noise = F.mse_loss(predicted.float(), target)
+        translation = translation_loss(forced, batch["loa"], self.loss)
+        yield "system", noise + self.config.translation_weight * translation, {"noise": noise, "loa": translation}
+
+    @torch.no_grad()
+    def validate(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """With the translator's own LOA, as in use."""
+        noisy, target = self.process.noisy(batch)
+        predicted, forced = self.system(
+            batch["clap"], *cut_padding(batch), batch["loa"], noisy, batch["timestep"], drop=lambda *c: c, use_truth=False
+        )
+        return {"noise": F.mse_loss(predicted.float(), target), "loa": translation_loss(forced, batch["loa"], self.loss)}
+
+    @torch.no_grad()
+    def listen(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The clips' own captions, turned into sound."""
+        text, mask = cut_padding(batch)
+        loa = self.system.translator(batch["clap"], text, mask)
+        latents = self.process.sample(self.system.network, loa, text, mask, like=batch["latent"])
+        return self.decoder.listen("from_caption", latents)
+
+    def save(self, folder: Path) -> None:
+        self.system.translator.save(folder)
+        save_diffusion(folder, self.system.network, self.process)
+        if self.phonemes:
+            self.phonemes.save_tokenizer(folder / "tokenizer_2")

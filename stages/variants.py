@@ -1,0 +1,215 @@
+"""Every system by name. A variant is a value, built by a function, derived from its nearest relative.
+
+Table I of the paper (facts 9.3) has seven; `tiny` shrinks any of them for laptops and tests.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from stages.audio import AudioConfig
+from stages.audiomae.model import AudioMAEConfig
+from stages.base import Recipe, UserError, override
+from stages.clap.model import ClapConfig, T5Config
+from stages.classifier.model import ClassifierConfig
+from stages.diffusion.model import DiffusionConfig
+from stages.joint.training import JointConfig
+from stages.translator.model import PhonemeEncoderConfig, TranslatorConfig
+from stages.vae.model import VAEConfig
+from stages.vae.training import VAELossConfig
+from stages.vocoder.model import VocoderConfig
+from stages.vocoder.training import VocoderLossConfig
+
+PATCH = 16  # AudioMAE's patches are 16 frames by 16 bins
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """How each stage is optimised. Where paper and code differ the code's value stands (facts 2.3, 3, 4.4, 6, 7.4)."""
+
+    clap: Recipe = Recipe(100_000, 2048, 1e-4, (0.9, 0.99), 0.0, warmup_steps=3200, decay="cosine")
+    audiomae: Recipe = Recipe(130_000, 512, 4e-4, (0.9, 0.95), 1e-4, warmup_steps=12_000, decay="cosine", clip_norm=None)
+    vae: Recipe = Recipe(800_000, 32, 8e-6, (0.5, 0.9), 0.0, clip_norm=None)
+    vocoder: Recipe = Recipe(1_000_000, 96, 2e-4, (0.8, 0.99), 0.01, clip_norm=None)
+    translator: Recipe = Recipe(300_000, 128, 1e-4, warmup_steps=10_000)
+    diffusion: Recipe = Recipe(800_000, 128, 1e-4, warmup_steps=10_000, ema_decay=0.9999)
+    joint: Recipe = Recipe(200_000, 128, 1e-4, warmup_steps=10_000, ema_decay=0.9999)
+    classifier: Recipe = Recipe(20_000, 64, 1e-3, warmup_steps=500, decay="cosine")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A whole system: what it hears, its networks, how they are trained, and on which corpora."""
+
+    name: str
+    summary: str
+    corpora: tuple[str, ...]
+    audio: AudioConfig = AudioConfig()
+    clap: ClapConfig = ClapConfig()
+    t5: T5Config = T5Config()
+    phonemes: PhonemeEncoderConfig | None = None  # speech: phonemes take T5's place, and the T-UNet reads no text
+    audiomae: AudioMAEConfig = AudioMAEConfig()
+    vae: VAEConfig = VAEConfig()
+    vae_loss: VAELossConfig = VAELossConfig()
+    vocoder: VocoderConfig = VocoderConfig()
+    vocoder_loss: VocoderLossConfig = VocoderLossConfig()
+    translator: TranslatorConfig = TranslatorConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    joint: JointConfig = JointConfig()
+    classifier: ClassifierConfig = ClassifierConfig()
+    recipes: Recipes = field(default_factory=Recipes)
+
+    @property
+    def loa_grid(self) -> tuple[int, int]:
+        """AudioMAE's token grid (time, frequency) of one clip."""
+        return self.audio.mel_frames // PATCH, self.audio.fbank_bins // PATCH
+
+    def loa_tokens(self, pooling: int) -> int:
+        """Vectors of the LOA at pooling λ: at most all frequencies are merged (facts 4.3)."""
+        frames, bins = self.loa_grid
+        return (frames // pooling) * (bins // min(pooling, bins))
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, frames and bins of one clip's latent."""
+        return self.vae.latent_shape(self.audio.mel_frames, self.audio.mel_bins)
+
+    @property
+    def text_length(self) -> int:
+        """Places of the text condition: T5 tokens, or phonemes for speech."""
+        return self.phonemes.max_length if self.phonemes else self.t5.max_length
+
+
+def audioldm2_full() -> Variant:
+    """The reference: all corpora, sound effects and music."""
+    corpora = ("audiocaps", "audioset", "wavcaps", "msd")
+    return Variant("audioldm2-full", "text to sound and music, all corpora", corpora)
+
+
+def audioldm2_ac() -> Variant:
+    """Full, trained on AudioCaps alone."""
+    return replace(audioldm2_full(), name="audioldm2-ac", summary="text to sound, AudioCaps alone", corpora=("audiocaps",))
+
+
+def audioldm2_msd() -> Variant:
+    """Full, trained on the Million Song Dataset alone."""
+    return replace(audioldm2_full(), name="audioldm2-msd", summary="text to music, Million Song Dataset", corpora=("msd",))
+
+
+def audioldm2_full_large() -> Variant:
+    """Full, with the deeper T-UNet."""
+    full = audioldm2_full()
+    deeper = replace(full.diffusion, transformer_depth=2, trailing_self_attention=True)
+    return replace(full, name="audioldm2-full-large", summary="full, with the deeper T-UNet", diffusion=deeper)
+
+
+def audioldm2_ac_large() -> Variant:
+    """Full-large, trained on AudioCaps alone."""
+    large = audioldm2_full_large()
+    return replace(large, name="audioldm2-ac-large", summary="AudioCaps alone, with the deeper T-UNet", corpora=("audiocaps",))
+
+
+def audioldm2_ljs() -> Variant:
+    """Speech: phonemes and the speaker's CLAP embedding → 512 LOA vectors; no text in the T-UNet."""
+    full = audioldm2_full()
+    return replace(
+        full,
+        name="audioldm2-ljs",
+        summary="text to speech, one speaker",
+        corpora=("ljspeech",),
+        phonemes=PhonemeEncoderConfig(),
+        translator=replace(full.translator, pooling=1),
+        diffusion=replace(full.diffusion, poolings=(1,)),
+    )
+
+
+def audioldm2_ljs_pretrained() -> Variant:
+    """Speech, with GigaSpeech to learn from before LJSpeech."""
+    ljs = audioldm2_ljs()
+    return replace(
+        ljs, name="audioldm2-ljs-pretrained", summary="text to speech, GigaSpeech then LJSpeech", corpora=("gigaspeech", "ljspeech")
+    )
+
+
+VARIANTS: dict[str, Callable[[], Variant]] = {
+    make().name: make
+    for make in (
+        audioldm2_full,
+        audioldm2_ac,
+        audioldm2_msd,
+        audioldm2_full_large,
+        audioldm2_ac_large,
+        audioldm2_ljs,
+        audioldm2_ljs_pretrained,
+    )
+}
+
+
+def tiny(variant: Variant) -> Variant:
+    """The same system with every width, depth and length shrunk: two cores train it in minutes.
+
+    Clips of 2.56 s at 16 kHz; AudioMAE's grid is 16 x 8, so λ = 4 leaves the 8 LOA vectors of the full system.
+    Lengths and budgets were chosen by measurement (docs/log.md).
+    """
+    speech = variant.phonemes is not None
+    return replace(
+        variant,
+        audio=replace(variant.audio, clip_seconds=2.56),
+        clap=ClapConfig(
+            projection_dim=128, text_vocab=1000, text_width=128, text_layers=2, text_heads=4, audio_width=24, audio_depths=(1, 1, 2),
+            audio_heads=(2, 4, 8), spec_size=128, sample_rate=16_000, max_seconds=3, hop_length=200, fmax=8000.0, text_length=40,
+        ),
+        t5=T5Config(vocab=1000, width=128, head_width=32, heads=4, layers=2, feed_forward=256, max_length=40),
+        phonemes=PhonemeEncoderConfig(width=96, layers=3, feed_forward=192, max_length=96) if speech else None,
+        audiomae=AudioMAEConfig.tiny(),
+        vae=VAEConfig.tiny(),
+        vae_loss=VAELossConfig.tiny(),
+        vocoder=VocoderConfig.tiny(),
+        vocoder_loss=VocoderLossConfig.tiny(),
+        translator=replace(
+            variant.translator, width=AudioMAEConfig.tiny().width, layers=4, heads=4, positions=256, vocab=8, dropout=0.0,
+            pooling=1 if speech else 4,
+        ),
+        # v-prediction: ε at the noisiest steps says almost nothing about z, which a short training does not forgive.
+        diffusion=replace(
+            variant.diffusion, channels=(64, 128), layers_per_block=1, heads=(2, 4), norm_groups=16, prediction="v_prediction"
+        ),
+        classifier=ClassifierConfig.tiny() if hasattr(ClassifierConfig, "tiny") else ClassifierConfig(),
+        recipes=tiny_recipes(),
+    )  # fmt: skip
+
+
+def tiny_recipes() -> Recipes:
+    """Budgets for two CPU cores: about a quarter of an hour for all stages together (docs/log.md has the trials)."""
+    return Recipes(
+        clap=Recipe(300, 32, 1e-3, (0.9, 0.98), 0.01, warmup_steps=30, decay="cosine", validate_every=150, checkpoint_every=150),
+        audiomae=Recipe(300, 32, 1e-3, (0.9, 0.95), 0.01, warmup_steps=30, decay="cosine", validate_every=150, checkpoint_every=150),
+        vae=Recipe(600, 8, 1e-3, (0.5, 0.9), 0.0, warmup_steps=30, decay="cosine", validate_every=200, checkpoint_every=200),
+        vocoder=Recipe(600, 8, 1e-3, (0.8, 0.99), 0.0, warmup_steps=30, decay="cosine", validate_every=200, checkpoint_every=200),
+        translator=Recipe(600, 32, 1e-3, warmup_steps=30, decay="cosine", validate_every=200, checkpoint_every=200),
+        diffusion=Recipe(
+            1000, 16, 1e-3, warmup_steps=50, decay="cosine", ema_decay=0.999, validate_every=250, checkpoint_every=250
+        ),
+        joint=Recipe(300, 16, 4e-4, warmup_steps=20, decay="cosine", ema_decay=0.99, validate_every=100, checkpoint_every=100),
+        classifier=Recipe(400, 32, 1e-3, warmup_steps=30, decay="cosine", validate_every=200, checkpoint_every=200),
+    )
+
+
+def resolve(name: str, tiny: bool = False, settings: Mapping[str, str] | None = None) -> Variant:
+    """The variant called `name`, shrunk if `tiny`, with dotted `settings` put in (strict).
+
+    Raises UserError for an unknown name or setting, with the nearest real ones.
+    """
+    if name not in VARIANTS:
+        near = difflib.get_close_matches(name, VARIANTS, 3, 0.4) or list(VARIANTS)
+        raise UserError(f"unknown variant {name!r}; nearest: {', '.join(near)} (`loa variants` lists all)")
+    variant = VARIANTS[name]()
+    if tiny:
+        variant = _shrink(variant)
+    resolved: Variant = override(variant, settings or {})
+    return resolved
+
+
+_shrink = tiny  # `resolve` has a flag of the same name

@@ -1,0 +1,58 @@
+"""What the tests share: real recordings where they are at hand, one local Ray cluster, quiet libraries."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before ray is imported anywhere: no tokens, no telemetry, short polls (ray-stack notes, section 8).
+for key, value in {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "60",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}.items():
+    os.environ.setdefault(key, value)
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with `data/` (real recordings) and `golden/` (the references' numbers)."""
+    folder = Path(os.environ.get("LOA_SHARED", REPO.parent / "shared"))
+    if not (folder / "golden").is_dir():
+        pytest.skip(f"no reference recordings and golden values at {folder} (set LOA_SHARED to their folder)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """One local cluster for the whole session; more logical CPUs than cores keeps pools from starving each other."""
+    import logging
+
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        object_store_memory=200 * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}},
+    )
+    import ray.data
+
+    ray.data.DataContext.get_current().print_on_execution_start = False
+    yield ray
+    from ray import serve
+
+    serve.shutdown()
+    ray.shutdown()
