@@ -59,12 +59,11 @@ types: setup
 check: lint types test
 
 serve: setup
-	@$(BIN)/loa serve $(if $(WORK),--work "$(WORK)") $(if $(PORT),--port $(PORT))
+	@$(BIN)/loa serve $(if $(WORK),--bundle "$(WORK)/bundle") $(if $(PORT),--port $(PORT))
 
 mlflow: setup
-	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server \
-	  --backend-store-uri "sqlite:///$(abspath $(or $(WORK),outputs))/mlflow.db" \
-	  --artifacts-destination "file://$(abspath $(or $(WORK),outputs))/mlartifacts" --host 127.0.0.1 --port $(or $(PORT),5000) --workers 1
+	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui \
+	  --backend-store-uri "sqlite:///$(abspath $(or $(WORK),outputs/demo))/mlflow.db" --host 127.0.0.1 --port $(or $(PORT),5000) --workers 1
 
 clean:
 	rm -rf .venv .setup.log .pytest_cache .mypy_cache .ruff_cache build dist loa.egg-info

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ OBJECT_STORE_BYTES = 400 * 2**20  # units of work are shard numbers: features tr
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # tasks without a GPU leave CUDA_VISIBLE_DEVICES alone
 }
 _QUIET_LOCAL = {
     "RAY_AUTH_MODE": "disabled",  # nothing of a local cluster listens beyond loopback
@@ -67,6 +67,7 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
 
     if ray.is_initialized():
         return
+    _check_answers(address)
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
         _make_importable()
@@ -77,8 +78,8 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
         }
     try:
         ray.init(address=address, **settings)
-    except (ConnectionError, ValueError) as error:
-        raise UserError(f"no Ray cluster answers at {address!r} ({error}); start one with `ray start --head` or leave the address away") from error
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(f"Ray does not start or join a cluster at {address!r}: {error}") from error
 
 
 def local_resources() -> Resources:
@@ -121,6 +122,20 @@ def encoder_pool(resources: Resources, units: int, workers: int | None = None) -
         return Pool(size, min(4.0, max(0.5, free // size)) if free >= size else free / size, share)
     size = max(1, min(workers or -(-free // 4), free, units))
     return Pool(size, max(1, min(free // size, resources.largest_node_cpus, 8)))
+
+
+def _check_answers(address: str) -> None:
+    """Refuse at once where nothing listens; Ray itself would wait for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return  # "local", "auto"
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise UserError(
+            f"no Ray cluster answers at {address!r} ({error.strerror or error}); "
+            "start one with `ray start --head`, or unset RAY_ADDRESS to use this machine"
+        ) from error
 
 
 def _make_importable() -> None:

@@ -24,7 +24,7 @@ import uuid
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib import metadata
@@ -89,7 +89,7 @@ class LedgerRow:
 
     shard: int
     count: int
-    bytes: int
+    num_bytes: int
     sha256: str
     clip_ids: tuple[str, ...]
     rejected: tuple[Rejection, ...]
@@ -108,7 +108,7 @@ class LedgerRow:
             row = cls(
                 shard=int(values["shard"]),
                 count=int(values["count"]),
-                bytes=int(values["bytes"]),
+                num_bytes=int(values["num_bytes"]),
                 sha256=str(values["sha256"]),
                 clip_ids=tuple(values["clip_ids"]),
                 rejected=tuple(Rejection(**entry) for entry in values["rejected"]),
@@ -140,9 +140,7 @@ class ShardWriter:
         self._file = self.store.fs.open(self._draft, "wb")
         self._stream = _HashedStream(self._file)
         # A tar of fixed bytes: no times, no users, nothing compressed.
-        self._tar = webdataset.TarWriter(
-            self._stream, user="", group="", mode=0o444, mtime=0, compress=False, encoder=False
-        )
+        self._tar = webdataset.TarWriter(self._stream, user="", group="", mode=0o444, mtime=0, compress=False, encoder=False)
         return self
 
     def add(self, clip_id: str, members: Mapping[str, Member]) -> None:
@@ -165,7 +163,9 @@ class ShardWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is not None:
-            self._file.close()
+            with suppress(OSError):  # a full disk, say, which is already on its way to the user
+                self._tar.close()
+                self._file.close()
             self.store.fs.rm_file(self._draft)
             return
         self._tar.close()
@@ -174,7 +174,7 @@ class ShardWriter:
         self.row = LedgerRow(
             shard=self.shard,
             count=len(self._clip_ids),
-            bytes=self._stream.size,
+            num_bytes=self._stream.size,
             sha256=self._stream.digest.hexdigest(),
             clip_ids=tuple(self._clip_ids),
             rejected=tuple(self._rejected),
@@ -243,8 +243,8 @@ def _npy_header(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...], Any]:
 class FeatureStore:
     """A feature store on a local folder or any fsspec URL. Pickles into workers; holds no open files."""
 
-    def __init__(self, fs: fsspec.AbstractFileSystem, root: str, card: dict[str, Any]) -> None:
-        self.fs, self.root, self._card = fs, root, card
+    def __init__(self, fs: fsspec.AbstractFileSystem, folder: str, card: dict[str, Any]) -> None:
+        self.fs, self._folder, self._card = fs, folder, card
 
     @classmethod
     def open(cls, root: str | Path) -> FeatureStore:
@@ -295,7 +295,7 @@ class FeatureStore:
             there = cls.open(root)
             changes = _differences({**there._card, "series": {}}, card)
             if changes:
-                raise UserError(f"{root} is already a feature store of other clips or settings ({changes}); name another folder or delete it")
+                raise UserError(f"{root} is already a feature store of other clips or settings ({changes}); name another or delete it")
             store = there
         fs.makedirs(path, exist_ok=True)
         for name, content in (("rejected.parquet", _conform(rejected, REJECTED_SCHEMA)), ("clips.parquet", table)):
@@ -334,9 +334,9 @@ class FeatureStore:
         return -(-self.num_clips // self.shard_size)
 
     @property
-    def url(self) -> str:
-        """Where the store lies, as it can be given to `open`."""
-        return self.root if self._local else str(self.fs.unstrip_protocol(self.root))
+    def root(self) -> str:
+        """Where the store lies, a path or URL as `open` takes it."""
+        return self._folder if self._local else str(self.fs.unstrip_protocol(self._folder))
 
     def recipes(self) -> dict[str, dict[str, Any]]:
         """How every series begun so far is made, read afresh."""
@@ -379,7 +379,7 @@ class FeatureStore:
             changes = _differences(_identity(known), _identity(recipe)) if known is not None else ""
             if changes and any(name.endswith(".json") for name in self._listing(series)):
                 raise UserError(
-                    f"the series {series!r} of {self.url} was made otherwise ({changes}); "
+                    f"the series {series!r} of {self.root} was made otherwise ({changes}); "
                     f"use another store, or delete {self.path(series)} to make the series anew"
                 )
             if known is None or changes:
@@ -419,8 +419,8 @@ class FeatureStore:
                 _warn(f"{self.path(series, name)} is damaged ({error})", series)
                 continue
             tar = f"{row.shard:06d}.tar"
-            if sizes.get(tar) != row.bytes:
-                there = "is missing" if tar not in sizes else f"has {sizes[tar]} bytes where its ledger says {row.bytes}"
+            if sizes.get(tar) != row.num_bytes:
+                there = "is missing" if tar not in sizes else f"has {sizes[tar]} bytes where its ledger says {row.num_bytes}"
                 _warn(f"{self.path(series, tar)} {there}", series)
                 continue
             rows[row.shard] = row
@@ -467,7 +467,7 @@ class FeatureStore:
             missing = [shard for shard in wanted if shard not in rows]
             if missing:
                 raise UserError(
-                    f"the series {name!r} of {self.url} is incomplete: {len(wanted) - len(missing)} of {len(wanted)} shards exist; "
+                    f"the series {name!r} of {self.root} is incomplete: {len(wanted) - len(missing)} of {len(wanted)} shards exist; "
                     f"complete it with `{completing_command(name)}`"
                 )
             ledgers[name] = [rows[shard] for shard in wanted]
@@ -492,7 +492,7 @@ class FeatureStore:
 
     def path(self, *parts: str) -> str:
         """Path of something in the store, as its filesystem wants it."""
-        return posixpath.join(self.root, *parts)
+        return posixpath.join(self._folder, *parts)
 
     def write(self, data: bytes, *parts: str) -> None:
         """Write a small file whole or not at all."""
@@ -566,7 +566,7 @@ class StoreReader:
     def __init__(self, store: FeatureStore, ledgers: Mapping[str, Sequence[LedgerRow]]) -> None:
         self.store = store
         self.series = tuple(ledgers)
-        self._sizes = {name: {row.shard: row.bytes for row in rows} for name, rows in ledgers.items()}
+        self._sizes = {name: {row.shard: row.num_bytes for row in rows} for name, rows in ledgers.items()}
         self._members = {name: next((row.members for row in rows if row.count), ()) for name, rows in ledgers.items()}
         self._check_names()
         self.clip_ids: list[str] = []
@@ -634,10 +634,9 @@ class StoreReader:
             size = os.fstat(opened.fileno()).st_size if isinstance(opened, _Shard) else self.store.fs.size(path)
         except FileNotFoundError:
             opened, size = path, 0
-        if size != self._sizes[series][shard]:
-            raise UserError(
-                f"{path} has {size} bytes where its ledger says {self._sizes[series][shard]}; make it again with `{completing_command(series)}`"
-            )
+        expected = self._sizes[series][shard]
+        if size != expected:
+            raise UserError(f"{path} has {size} bytes where its ledger says {expected}; make it again with `{completing_command(series)}`")
         return opened
 
     def _check_names(self) -> None:

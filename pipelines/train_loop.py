@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -88,6 +89,7 @@ class OneProcess:
         self.rank, self.world, self.run = 0, 1, Path(run)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._store: str | None = None
+        self._excepthook = sys.excepthook  # torch.distributed puts one of its own before it
         if not dist.is_initialized():
             self._store = tempfile.mktemp(prefix="loa-rendezvous-")
             dist.init_process_group("gloo", init_method=f"file://{self._store}", rank=0, world_size=1)
@@ -111,6 +113,7 @@ class OneProcess:
         """End the process group this object began."""
         if self._store is not None:
             dist.destroy_process_group()
+            sys.excepthook = self._excepthook
 
 
 def autocast_dtype(device: torch.device, precision: str) -> torch.dtype | None:
@@ -132,9 +135,13 @@ def shard(stage: Stage, mesh: DeviceMesh) -> dict[str, nn.Module]:
     parts = stage.parts()
     for part in parts.values():
         for module in reversed(list(part.modules())):
-            if module is not part and isinstance(module, stage.blocks) and sum(p.numel() for p in module.parameters()) >= SHARD_FROM:
+            large = isinstance(module, stage.blocks) and sum(p.numel() for p in module.parameters()) >= SHARD_FROM
+            if module is not part and (large or isinstance(module, stage.entries)):
                 fully_shard(module, mesh=mesh)
-        fully_shard(part, mesh=mesh)
+        # FSDP2 takes no scalars; they stay whole everywhere, which only frozen ones may.
+        scalars = {p for p in part.parameters() if p.ndim == 0}
+        assert not any(p.requires_grad for p in scalars), f"{stage.name} trains a scalar parameter; give it one dimension"
+        fully_shard(part, mesh=mesh, ignored_params=scalars)
     return parts
 
 
@@ -251,34 +258,35 @@ class _Run:
         streams = []
         for batch in micro_batches:
             moved = {k: v.to(self.workers.device, non_blocking=True) for k, v in batch.items()}
-            moved["step_rng"] = step_rng(self.job.seed, self.progress.step)
+            moved |= {"step_rng": step_rng(self.job.seed, self.progress.step), "step": self.progress.step}
             streams.append(self.stage.losses(moved))
         size = [len(next(iter(batch.values()))) for batch in micro_batches]
         logs: dict[str, Tensor] = {}
-        for name in self.parts:
-            for other, parameters in self.trained.items():  # a loss moves its own part only
-                for p in parameters:
-                    p.requires_grad_(other == name)
+        part: str | None = ""
+        while True:
             for i, stream in enumerate(streams):
-                weight = size[i] / sum(size)
                 with torch.autocast(self.workers.device.type, self.dtype, enabled=self.dtype is not None):
-                    part, loss, terms = next(stream)
-                assert part == name, f"{self.stage.name} yields the loss of {part!r} where its parts say {name!r}"
+                    part, loss, terms = next(stream, (None, torch.zeros(()), {}))
+                if part is None:
+                    break
+                weight = size[i] / sum(size)
                 if len(streams) > 1:
-                    self.parts[name].set_requires_gradient_sync(i == len(streams) - 1)  # type: ignore[operator]
+                    self.parts[part].set_requires_gradient_sync(i == len(streams) - 1)  # type: ignore[operator]
                 (loss * weight).backward()
                 for key, value in terms.items():
                     logs[key] = logs.get(key, torch.zeros((), device=value.device)) + weight * value.detach()
-            logs[f"grad_norm/{name}"] = self._update(name)
-        for parameters in self.trained.values():
-            for p in parameters:
-                p.requires_grad_(True)
+            if part is None:
+                break
+            logs[f"grad_norm/{part}"] = self._update(part)
         if self.ema is not None:
             self.ema.update()
         return logs
 
     def _update(self, name: str) -> Tensor:
-        """Clip and apply the gradients of one part; leaves the weights alone when they are not finite."""
+        """Clip and apply the gradients of one part; leaves the weights alone when they are not finite.
+
+        What the loss left in other parts (a critic that judged) is thrown away: a loss moves its own part only.
+        """
         parameters, optimizer = self.trained[name], self.optimizers[name]
         norm = nn.utils.clip_grad_norm_(parameters, self.recipe.clip_norm if self.recipe.clip_norm else math.inf)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -293,7 +301,8 @@ class _Run:
                     f"{self.stage.name}: the gradients of {name!r} were not finite for {PATIENCE} steps in a row (step {self.progress.step}); "
                     f"lower --set recipes.{self.stage.name}.learning_rate (now {self.recipe.learning_rate}) or use --precision fp32"
                 )
-        optimizer.zero_grad(set_to_none=True)
+        for other in self.optimizers.values():
+            other.zero_grad(set_to_none=True)
         return norm.detach()
 
     def _mean(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

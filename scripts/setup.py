@@ -20,6 +20,7 @@ VENV = REPO / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 LOG = REPO / ".setup.log"
 STAMP = VENV / "loa-setup.sha256"
+PIP_INSTALL = (PYTHON, "-m", "pip", "install", "--progress-bar", "off", "--no-compile")
 EXTRAS = "speech,dev"
 NEEDED_GB = {"cpu": 3.0, "cuda": 9.0}
 
@@ -61,8 +62,7 @@ def install() -> None:
     LOG.write_text("")
     say(f"making an environment in {VENV.name} (Python {sys.version_info.major}.{sys.version_info.minor}); details in {LOG.name}")
     make_venv()
-    # The pip that Python brings may be years old: too old to look at a wheel's requirements without fetching the wheel.
-    run(PYTHON, "-m", "pip", "install", "--upgrade", "pip", "uv", why="pip could not be updated")
+    run(*PIP_INSTALL, "--upgrade", "pip", "uv", why="pip and uv could not be installed")
     install_torch(gpu)
     say("installing the other packages")
     rest = ["--constraint", REPO / "constraints.txt", "--editable", f"{REPO}[{EXTRAS}]"]
@@ -70,7 +70,7 @@ def install() -> None:
     # from an index of its own, pip is the one that finds them.
     if not tried(PYTHON, "-m", "uv", "pip", "install", "--python", PYTHON, *rest):
         say("uv found no way to install them here; trying pip, which takes a few minutes")
-        run(PYTHON, "-m", "pip", "install", *rest, why="the packages could not be installed")
+        run(*PIP_INSTALL, *rest, why="the packages could not be installed")
 
 
 def make_venv() -> None:
@@ -86,39 +86,43 @@ def make_venv() -> None:
 
 
 def install_torch(gpu: bool) -> None:
-    torch = f"torch=={pinned('torch')}"
-    constraint = ("--constraint", REPO / "constraints.txt")
-    if tried(PYTHON, "-c", f"import torch, sys; sys.exit(torch.__version__.partition('+')[0] != {pinned('torch')!r})"):
+    version = pinned("torch")
+    if tried(PYTHON, "-c", f"import torch, sys; sys.exit(torch.__version__.partition('+')[0] != {version!r})"):
         return
-    uv = (PYTHON, "-m", "uv", "pip", "install", "--python", PYTHON, torch, *constraint)
-    pip = (PYTHON, "-m", "pip", "install", "--progress-bar", "off", torch, *constraint)
-    if gpu:
-        say(f"installing {torch} for this machine's GPU (several gigabytes)")
+    torch = f"torch=={version}"
+    uv = (PYTHON, "-m", "uv", "pip", "install", "--python", PYTHON, "--constraint", REPO / "constraints.txt", torch)
+    if gpu or sys.platform != "linux":  # elsewhere the default build is the CPU's
+        say(f"installing {torch}" + (" for this machine's GPU (several gigabytes)" if gpu else ""))
         if not tried(*uv, "--torch-backend=auto"):
-            run(*pip, why=f"{torch} could not be installed")
+            run(*PIP_INSTALL, torch, why=f"{torch} could not be installed")
         return
     say(f"installing {torch} for the CPU (no NVIDIA GPU is visible)")
-    packages = would_install(torch)
-    if packages is not None and not any(name.startswith(("nvidia-", "triton", "cuda-")) for name in packages):
-        run(*pip, why=f"{torch} could not be installed")
+    if (local := wheel_at_hand(torch)) is not None:
+        run(*PIP_INSTALL, f"torch=={local}", why=f"torch=={local} could not be installed")
     elif not tried(*uv, "--torch-backend=cpu"):
         raise SetupError(
-            f"no CPU build of {torch} was found. pip's index offers only the CUDA build (several gigabytes), and uv did not "
-            f"reach PyTorch's own index; {LOG.name} has its words.\n"
-            "  Either put a CPU wheel in a folder and call again with PIP_FIND_LINKS=FOLDER,\n"
-            f"  or accept the CUDA build:  .venv/bin/python -m pip install {torch}  and call again."
+            f"no CPU build of {torch} was found: PyTorch's own index could not be reached ({LOG.name} has the words), and the build "
+            "on the general index brings several gigabytes of CUDA libraries. Do one of these and call again:\n"
+            f"  put a CPU wheel in a folder and set PIP_FIND_LINKS=FOLDER\n"
+            f"  install it from an index of yours:   .venv/bin/python -m pip install {torch} --index-url URL\n"
+            f"  accept the CUDA build:               .venv/bin/python -m pip install {torch}"
         )
 
 
-def would_install(requirement: str) -> set[str] | None:
-    """Names of the packages that pip would install for it, or None when it finds no way."""
+def wheel_at_hand(requirement: str) -> str | None:
+    """The version, such as 2.13.0+cpu, of a wheel without CUDA in the folders that pip is told to look in.
+
+    Only folders: asking pip about an index may already download the gigabytes that are to be avoided.
+    """
     report = VENV / "torch-report.json"
     try:
-        if not tried(PYTHON, "-m", "pip", "install", "--dry-run", "--report", report, requirement):
+        if not tried(*PIP_INSTALL, "--no-index", "--no-deps", "--dry-run", "--report", report, requirement):
             return None
-        return {item["metadata"]["name"].lower() for item in json.loads(report.read_text())["install"]}
+        found = json.loads(report.read_text())["install"][0]["metadata"]
     finally:
         report.unlink(missing_ok=True)
+    brings_cuda = any(need.lower().startswith(("nvidia", "cuda", "triton")) for need in found.get("requires_dist", []))
+    return None if brings_cuda else str(found["version"])
 
 
 def pinned(package: str) -> str:

@@ -322,7 +322,8 @@ def _fbank_constants(n_fft: int, frame: int, bins: int, device: torch.device) ->
         return mel
 
     # Kaldi's triangles are straight in mel, not in Hz, and carry no area weight; the Nyquist bin has no share
-    edges = np.linspace(*to_mel(np.array([20.0, FBANK_RATE / 2])), bins + 2)
+    first, last = to_mel(np.array([20.0, FBANK_RATE / 2]))
+    edges = np.linspace(first, last, bins + 2)
     low, centre, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
     mel = to_mel(np.arange(n_fft // 2 + 1) * FBANK_RATE / n_fft)
     filters = np.maximum(0.0, np.minimum((mel - low) / (centre - low), (high - mel) / (high - centre)))

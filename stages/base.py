@@ -89,6 +89,7 @@ class Stage(nn.Module):
     name: ClassVar[str]
     series: ClassVar[tuple[str, ...]] = ()  # feature-store series it reads
     blocks: tuple[type[nn.Module], ...] = ()  # repeated blocks, sharded one by one before their part
+    entries: tuple[type[nn.Module], ...] = ()  # modules inside a part that are also called alone: sharded on their own
 
     @classmethod
     def reads(cls, variant: Variant) -> tuple[str, ...]:
@@ -108,7 +109,7 @@ class Stage(nn.Module):
         raise TypeError(f"{cls.__name__} does not say how it is built")
 
     def parts(self) -> dict[str, nn.Module]:
-        """Separately optimised modules, in the order in which `losses` yields them."""
+        """Separately optimised modules by the names under which `losses` yields."""
         raise TypeError(f"{type(self).__name__} does not name its parts")
 
     @classmethod
@@ -121,7 +122,10 @@ class Stage(nn.Module):
         raise TypeError(f"{type(self).__name__} does not make examples")
 
     def losses(self, batch: dict[str, Any]) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        """Yield (part, loss, logs) once per part; resumed after that part has been stepped."""
+        """Yield (part, loss, logs) for every part that moves in this step; resumed after that part has been stepped.
+
+        `batch` holds stacked examples, `step` (finished updates) and `step_rng`.
+        """
         raise TypeError(f"{type(self).__name__} has no losses")
 
     def validate(self, batch: dict[str, Any]) -> dict[str, Tensor]:

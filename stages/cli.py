@@ -150,7 +150,7 @@ set_option = click.option(
     multiple=True,
     callback=_pairs,
     metavar="NAME=VALUE",
-    help="Change one setting of the variant, such as diffusion.recipe.learning_rate=5e-5. May be repeated.",
+    help="Change one setting of the variant, such as recipes.diffusion.learning_rate=5e-5. May be repeated.",
 )
 with_option = click.option(
     "--with",

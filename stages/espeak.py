@@ -110,7 +110,8 @@ def synthesise(text: str, voice: str = LANGUAGE, speed: int = 165, pitch: int = 
     """Speak `text`: (waveform [T] float32 in [-1, 1], sample rate in Hz).
 
     `voice` is an espeak name with an optional variant ("en-us+f3"), `speed` words per minute (80-450),
-    `pitch` 0-99.
+    `pitch` 0-99. espeak carries phase and noise from one text to the next, so the samples, and their number by
+    a few, depend on what the process has spoken before.
     """
     with _lock:
         engine = _engine()

@@ -5,23 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import soxr
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import AutoTokenizer, ClapFeatureExtractor, ClapModel, SpeechT5HifiGan, T5EncoderModel
 
+from stages.audio import resample
 from stages.base import UserError
 from stages.clap.model import clap_mel
-
-
-def resample(waveform: Tensor, rate: int, target: int) -> Tensor:
-    """Band-limited resampling of [B, T] from `rate` to `target` Hz."""
-    if rate == target:
-        return waveform
-    moved = soxr.resample(waveform.float().cpu().numpy().T, rate, target)
-    return torch.from_numpy(moved.T.copy()).to(waveform.device)
 
 
 class TextEncoders(nn.Module):

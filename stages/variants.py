@@ -163,20 +163,21 @@ def tiny(variant: Variant) -> Variant:
         ),
         t5=T5Config(vocab=1000, width=128, head_width=32, heads=4, layers=2, feed_forward=256, max_length=40),
         phonemes=PhonemeEncoderConfig(width=96, layers=3, feed_forward=192, max_length=96) if speech else None,
-        audiomae=AudioMAEConfig.tiny(),
+        audiomae=AudioMAEConfig(
+            width=128, depth=6, heads=4, frames=256, decoder="global", decoder_width=96, decoder_depth=2, decoder_heads=4,
+        ),
         vae=VAEConfig.tiny(),
         vae_loss=VAELossConfig.tiny(),
         vocoder=VocoderConfig.tiny(),
         vocoder_loss=VocoderLossConfig.tiny(),
         translator=replace(
-            variant.translator, width=AudioMAEConfig.tiny().width, layers=4, heads=4, positions=256, vocab=8, dropout=0.0,
+            variant.translator, width=128, layers=4, heads=4, positions=256, vocab=8, dropout=0.0,
             pooling=1 if speech else 4,
         ),
         # v-prediction: ε at the noisiest steps says almost nothing about z, which a short training does not forgive.
         diffusion=replace(
             variant.diffusion, channels=(64, 128), layers_per_block=1, heads=(2, 4), norm_groups=16, prediction="v_prediction"
         ),
-        classifier=ClassifierConfig.tiny() if hasattr(ClassifierConfig, "tiny") else ClassifierConfig(),
         recipes=tiny_recipes(),
     )  # fmt: skip
 

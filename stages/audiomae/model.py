@@ -281,9 +281,13 @@ class AudioMAE(nn.Module):
             x = block(x)
         prediction = self._decode(self.norm(x), rank)
         mask = (rank >= num_seen).float()
+        return Reconstruction(self.loss(fbank, prediction, mask), prediction, mask)
+
+    def loss(self, fbank: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:
+        """Mean squared error of `prediction` `[B, N, patch²]` to the normalised patches of `fbank` where `mask` `[B, N]` is 1."""
         target, _, _ = self.normalised_patches(fbank)
         error = (prediction.float() - target).square().mean(-1)
-        return Reconstruction((error * mask).sum() / mask.sum(), prediction, mask)
+        return (error * mask).sum() / mask.sum()
 
     def _tokens(self, fbank: Tensor) -> Tensor:
         expected = (self.config.frames, self.config.bins)
@@ -310,7 +314,7 @@ class AudioMAE(nn.Module):
         return prediction[:, -self.config.tokens :]
 
     def normalised_patches(self, fbank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Patches `[B, N, patch²]` with mean 0 and deviation 1 each, and the means and deviations `[B, N, 1]`."""
+        """Patches `[B, N, patch²]` with mean 0 and deviation 1 each, and the means and deviations `[B, N, 1]` they had."""
         (times, frequencies), p = self.config.grid, self.config.patch
         patches = fbank.float().view(-1, times, p, frequencies, p).transpose(2, 3).reshape(-1, times * frequencies, p * p)
         mean = patches.mean(-1, keepdim=True)
@@ -375,20 +379,21 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], source: Path) -
     misshaped = [key for key in expected if key in state and expected[key].shape != state[key].shape]
     problems = []
     if missing:
-        problems.append(f"{len(missing)} missing ({_some(missing)})")
+        problems.append(_listed("missing", missing))
     if unknown:
-        nearest = [(key, difflib.get_close_matches(key, expected, 1)) for key in unknown[:3]]
-        problems.append(f"{len(unknown)} unknown ({_some([f'{key}, nearest {near[0]}' if near else key for key, near in nearest], len(unknown))})")
+        nearest = {key: difflib.get_close_matches(key, expected, 1) for key in unknown[:3]}
+        problems.append(_listed("unknown", unknown, {key: f"nearest {near[0]}" for key, near in nearest.items() if near}))
     if misshaped:
-        shapes = [f"{key} {list(state[key].shape)}, expected {list(expected[key].shape)}" for key in misshaped[:3]]
-        problems.append(f"{len(misshaped)} of another shape ({_some(shapes, len(misshaped))})")
+        shapes = {key: f"{list(state[key].shape)} instead of {list(expected[key].shape)}" for key in misshaped}
+        problems.append(_listed("of another shape", misshaped, shapes))
     if problems:
         raise UserError(f"the weights in {source} do not fit {type(module).__name__}: {'; '.join(problems)}")
     module.load_state_dict(dict(state))
 
 
-def _some(names: list[str], total: int | None = None) -> str:
-    return "; ".join(names[:3]) + (" …" if (total or len(names)) > 3 else "")
+def _listed(what: str, keys: list[str], notes: Mapping[str, str] | None = None) -> str:
+    shown = [f"{key}, {notes[key]}" if notes and key in notes else key for key in keys[:3]]
+    return f"{len(keys)} {what} ({'; '.join(shown)}{' …' if len(keys) > 3 else ''})"
 
 
 def pool_loa(feature: Tensor, grid: tuple[int, int], pooling: int) -> Tensor:

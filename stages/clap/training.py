@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from stages.audio import resample
 from stages.base import ClipSource, Stage, UserError
 from stages.clap.model import ClapConfig, SecondTextTower, T5Config, clap_mel, train_tokenizers
-from stages.frozen import resample
 from stages.text import clip_texts
 
 if TYPE_CHECKING:
@@ -44,8 +44,10 @@ class Towers(nn.Module):
         super().__init__()
         self.clap = clap.build()
         self.second = SecondTextTower(t5, clap.projection_dim) if t5 else None
-        # LAION-CLAP starts at a temperature of 1/0.07 (facts 5.1)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        # One temperature for all contrasts, starting at CLAP's 1/0.07; the model's own two scalars take its value on release.
+        self.log_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
+        self.clap.logit_scale_a.requires_grad_(False)
+        self.clap.logit_scale_t.requires_grad_(False)
 
     def forward(self, batch: Mapping[str, Tensor], mel: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Unit embeddings [B, D] of the sounds, of the captions, and of the captions by the second tower."""
@@ -119,7 +121,7 @@ class ClapStage(Stage):
         sound, text, second = (x if x is None else gather(x.float()) for x in self._embed(batch))
         scale = self.towers.log_scale.exp().clamp(max=100.0)
         loss = contrast(sound, text, scale)
-        logs = {"contrast": loss, "accuracy": _retrieval(sound, text), "scale": scale}
+        logs = {"contrast": loss, "accuracy": _retrieval(sound, text), "scale": scale[0]}
         if second is not None:
             t5_loss = contrast(sound, second, scale)
             logs["t5_contrast"] = t5_loss
@@ -134,6 +136,9 @@ class ClapStage(Stage):
         return measures if second is None else measures | {"t5_accuracy": _retrieval(sound, second)}
 
     def save(self, folder: Path) -> None:
+        with torch.no_grad():
+            self.towers.clap.logit_scale_a.copy_(self.towers.log_scale[0])
+            self.towers.clap.logit_scale_t.copy_(self.towers.log_scale[0])
         self.towers.clap.save_pretrained(folder / "text_encoder")
         self.tokenizer.save_pretrained(folder / "tokenizer")
         self.extractor.save_pretrained(folder / "feature_extractor")

@@ -56,7 +56,8 @@ class JointStage(Stage):
     """Stage 2 of the paper: diffusion loss plus translation loss, LOA true with P_gt and generated otherwise."""
 
     name = "joint"
-    blocks = (GPT2Block, ResnetBlock2D, BasicTransformerBlock, Translator, TUNet)  # the last two are also called alone
+    blocks = (GPT2Block, ResnetBlock2D, BasicTransformerBlock)
+    entries = (Translator, TUNet)
 
     def __init__(
         self, system: System, process: LatentDiffusion, decoder: SoundDecoder, config: JointConfig, loss: str,

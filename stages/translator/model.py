@@ -12,7 +12,7 @@ from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2Projection
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, VitsConfig, VitsModel, VitsTokenizer
 
-from stages.phonemes import MAX_PHONEMES, phoneme_vocab
+from stages.phonemes import MAX_LENGTH, phoneme_vocab
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ class PhonemeEncoderConfig:
     kernel: int = 3
     window: int = 4
     dropout: float = 0.1
-    max_length: int = MAX_PHONEMES
+    max_length: int = MAX_LENGTH
 
     def build(self) -> VitsModel:
         """A VitsModel of which only `text_encoder` is used; the unused rest is as small as the class allows."""
         return VitsModel(
             VitsConfig(
-                vocab_size=len(phoneme_vocab()) + 1,  # 183 ids, 182 symbols: the apostrophe occurs twice
+                vocab_size=len(phoneme_vocab()),
                 hidden_size=self.width,
                 num_hidden_layers=self.layers,
                 num_attention_heads=self.heads,

@@ -1,0 +1,308 @@
+"""JOB: the whole line on a small corpus: recordings → shards → trained stages → bundle → sound, scores and a report.
+
+Every step finds out by itself whether it is done, so a second call continues where the first one stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import psutil
+
+from pipelines import cluster
+from pipelines.tracking import Tracker
+from stages.base import UserError, to_dict, write_json
+from stages.cli import friendly, require_disk, require_memory, set_option, tracking_option
+from stages.variants import Variant, resolve
+
+MEMORY_GB, DISK_GB = 6.0, 4.0  # measured peak and footprint of the default preset, rounded up (docs/log.md)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How much of everything: sizes of corpus and evaluation, and settings of the tiny variant."""
+
+    summary: str
+    clips_per_kind: int
+    evaluated_clips: int
+    sampling_steps: int
+    minutes: dict[str, float]  # what each step took on two cores; for the time left
+    settings: dict[str, str]
+
+
+@dataclass
+class Step:
+    """One step of the line."""
+
+    name: str
+    title: str
+    run: Callable[[Tracker], str]  # returns one line on what came out
+
+
+class Demo:
+    """The line from recordings to report in one project folder."""
+
+    def __init__(
+        self, work: Path, data: Path | None, variant: Variant, preset: Preset, workers: int, tracking_uri: str | None, seed: int
+    ) -> None:
+        self.work, self.data, self.variant, self.preset = work, data, variant, preset
+        self.workers, self.tracking_uri, self.seed = workers, tracking_uri, seed
+
+    # ------------------------------------------------------------------------------------------------- the steps
+
+    def steps(self) -> list[Step]:
+        """All steps in order."""
+        speech = self.variant.phonemes is not None
+        text = ("speech", "voices and phonemes") if speech else ("text", "CLAP and T5 states of every caption")
+        train = [Step(f"train-{s}", t, lambda tracker, s=s: self._train(s, tracker)) for s, t in _TRAINED_FIRST]
+        later = [Step(f"train-{s}", t, lambda tracker, s=s: self._train(s, tracker)) for s, t in _TRAINED_LATER]
+        first = [] if self.data else [Step("corpus", "make the demo's recordings", self._corpus)]
+        return [
+            *first,
+            Step("ingest", "recordings → clip table", self._ingest),
+            Step("mel", "decode, log-mel and waveform shards", lambda tracker: self._pass("mel", tracker)),
+            *train,
+            Step("loa", "language of audio of every clip", lambda tracker: self._pass("loa", tracker)),
+            Step("latent", "VAE latents of every clip", lambda tracker: self._pass("latent", tracker)),
+            Step(*text, lambda tracker: self._pass(text[0], tracker)),
+            *later,
+            Step("export", "bundle for diffusers and serving", self._export),
+            Step("evaluate", "generate for held-out captions and score", self._evaluate),
+            Step("report", "report.html", self._report),
+        ]
+
+    def _corpus(self, tracker: Tracker) -> str:
+        from pipelines.demo_corpus import make_demo_corpus
+
+        folder = self.work / "recordings"
+        made = make_demo_corpus(folder, seed=self.seed, clips_per_kind=self.preset.clips_per_kind, seconds=self.variant.audio.clip_seconds)
+        return f"{made} in {os.path.relpath(folder)}"
+
+    def _ingest(self, tracker: Tracker) -> str:
+        from pipelines.ingest import ingest
+
+        report = ingest([self.data or self.work / "recordings"], str(self.work / "store"), self.variant.audio, seed=self.seed)
+        tracker.metrics({f"ingest/{k}": float(v) for k, v in report.counts().items()}, 0)
+        return report.summary()
+
+    def _pass(self, name: str, tracker: Tracker) -> str:
+        from pipelines.preprocess import run_pass
+
+        report = run_pass(name, str(self.work / "store"), variant=self.variant, work=self.work)
+        tracker.metrics({f"{name}/clips": report.clips, f"{name}/rejected": report.rejected, f"{name}/seconds": report.seconds}, 0)
+        return f"{report.clips} clips, {report.rejected} rejected"
+
+    def _train(self, stage: str, tracker: Tracker) -> str:
+        from pipelines.train import train_stage
+        from stages.base import read_card
+
+        folder = train_stage(stage, self.variant, self.work, workers=self.workers, tracker=tracker, seed=self.seed)
+        card = read_card(folder, stage)
+        measures = ", ".join(f"{k} {v:.3g}" for k, v in card["validation"].items())
+        return f"{card['steps']} steps, held out: {measures}"
+
+    def _export(self, tracker: Tracker) -> str:
+        from pipelines.export import export
+
+        bundle = export(self.work, self.variant)
+        tracker.register(bundle, name=f"loa-{self.variant.name}")
+        return os.path.relpath(bundle)
+
+    def _evaluate(self, tracker: Tracker) -> str:
+        from pipelines.evaluate import evaluate
+
+        found = evaluate(
+            self.work, self.variant, num_clips=self.preset.evaluated_clips, num_inference_steps=self.preset.sampling_steps, seed=self.seed, tracker=tracker
+        )
+        return found.summary()
+
+    def _report(self, tracker: Tracker) -> str:
+        from pipelines.report import write_report
+
+        path = write_report(self.work, tracking_uri=self.tracking_uri)
+        tracker.artifact(path)
+        return os.path.relpath(path)
+
+    # ---------------------------------------------------------------------------------------------- running them
+
+    def run(self) -> None:
+        """Run what is not done yet, telling what happens and how long it still takes."""
+        self._check_same()
+        steps = self.steps()
+        with Tracker.open(self.tracking_uri, work=self.work, job="demo", variant=self.variant.name) as parent:
+            for number, step in enumerate(steps, 1):
+                left = sum(self.preset.minutes.get(s.name, 0.2) for s in steps[number - 1 :])
+                click.secho(f"[{number}/{len(steps)}] {step.title}", bold=True, nl=False)
+                click.echo(f"  ({step.name}; about {_minutes(left)} left)")
+                with self._measured(step.name) as note:
+                    with Tracker.open(
+                        self.tracking_uri, work=self.work, job=step.name, variant=self.variant.name, parent=parent
+                    ) as tracker:
+                        tracker.params(self._parameters(step.name))
+                        note["note"] = step.run(tracker)
+                click.echo(f"      {note['note']}  [{note['seconds']:.0f} s]")
+
+    def _parameters(self, step: str) -> dict[str, Any]:
+        config = to_dict(self.variant)
+        stage = step.removeprefix("train-")
+        if stage in config["recipes"] and step.startswith("train-"):
+            return {"model": config.get(stage), "recipe": config["recipes"][stage]}
+        return {"audio": config["audio"]}
+
+    @contextlib.contextmanager
+    def _measured(self, name: str) -> Iterator[dict[str, Any]]:
+        """Wall time and peak memory of a step, summed and maximised over restarts, into steps.json."""
+        note: dict[str, Any] = {"note": "", "seconds": 0.0}
+        began = time.monotonic()
+        with PeakMemory() as memory:
+            yield note
+        note["seconds"] = time.monotonic() - began
+        path = self.work / "steps.json"
+        rows = json.loads(path.read_text()) if path.is_file() else []
+        row = next((r for r in rows if r["step"] == name), None)
+        if row is None:
+            rows.append({"step": name, "seconds": note["seconds"], "peak_memory_mb": memory.peak_mb, "note": note["note"]})
+        else:
+            row |= {
+                "seconds": row["seconds"] + note["seconds"],
+                "peak_memory_mb": max(row["peak_memory_mb"], memory.peak_mb),
+                "note": note["note"],
+            }
+        write_json(path, rows)
+
+    def _check_same(self) -> None:
+        """One folder, one demo: other data, variant or preset would mix two runs."""
+        path = self.work / "demo.json"
+        now = {"data": str(self.data) if self.data else None, "variant": json.loads(json.dumps(to_dict(self.variant))), "seed": self.seed}
+        if path.is_file():
+            before = json.loads(path.read_text())
+            if before != now:
+                raise UserError(
+                    f"{self.work} holds a demo with other data, variant, preset or settings; continue it with the options it was "
+                    "started with, or choose another folder with --work"
+                )
+            return
+        self.work.mkdir(parents=True, exist_ok=True)
+        write_json(path, now)
+
+
+_TRAINED_FIRST = (
+    ("classifier", "the judge: which sound is this? (real clips only)"),
+    ("clap", "CLAP and T5: words ↔ sounds"),
+    ("audiomae", "AudioMAE: masked spectrograms"),
+    ("vae", "VAE: mel ↔ latent"),
+    ("vocoder", "HiFi-GAN: mel → waveform"),
+)
+_TRAINED_LATER = (
+    ("translator", "GPT-2: words → language of audio"),
+    ("diffusion", "T-UNet: language of audio → latent"),
+    ("joint", "both together"),
+)
+
+
+class PeakMemory:
+    """Peak proportional memory (PSS) of this process and its children, sampled once a second."""
+
+    def __enter__(self) -> PeakMemory:
+        self.peak_mb = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        me = psutil.Process()
+        while True:
+            total = 0
+            for process in [me, *me.children(recursive=True)]:
+                with contextlib.suppress(psutil.Error):
+                    memory = process.memory_full_info()
+                    total += getattr(memory, "pss", memory.rss)
+            self.peak_mb = max(self.peak_mb, total / 1e6)
+            if self._stop.wait(1.0):
+                return
+
+
+def _minutes(minutes: float) -> str:
+    return f"{minutes:.0f} min" if minutes >= 1.5 else f"{max(5, 60 * minutes):.0f} s"
+
+
+PRESETS = {
+    "quick": Preset(
+        summary="about a quarter of an hour on two cores",
+        clips_per_kind=90,
+        evaluated_clips=60,
+        sampling_steps=25,
+        minutes={},
+        settings={},
+    ),
+    "full": Preset(
+        summary="up to two hours on two cores, for sound worth hearing",
+        clips_per_kind=200,
+        evaluated_clips=120,
+        sampling_steps=50,
+        minutes={},
+        settings={},
+    ),
+}
+
+
+@click.command()
+@click.option(
+    "--work", type=click.Path(file_okay=False, path_type=Path), envvar="LOA_WORK", metavar="DIR",
+    help="Folder of the demo.  [default: outputs/demo, or outputs/demo-<variant or data or preset>]",
+)  # fmt: skip
+@click.option("--data", type=click.Path(path_type=Path), metavar="DIR", help="Your recordings, in any of the known layouts, instead of made ones.")
+@click.option("--variant", default="audioldm2-full", show_default=True, metavar="NAME", help="Which system; always its tiny twin here.")
+@click.option("--preset", type=click.Choice(list(PRESETS)), default="quick", show_default=True, help="; ".join(f"{k}: {p.summary}" for k, p in PRESETS.items()))
+@click.option("--workers", type=click.IntRange(min=0), default=1, show_default=True, help="Ray Train workers; 0 trains in this process.")
+@click.option("--seed", default=0, show_default=True)
+@set_option
+@tracking_option
+@friendly
+def main(
+    work: Path | None, data: Path | None, variant: str, preset: str, workers: int, seed: int, settings: dict[str, str], tracking_uri: str | None
+) -> None:
+    """Run the whole line on a small corpus, from recordings to sound."""
+    chosen = PRESETS[preset]
+    resolved = resolve(variant, tiny=True, settings=chosen.settings | settings)
+    if data is not None and not data.is_dir():
+        raise UserError(f"--data {data} is not a folder; name the folder that holds your recordings")
+    work = (work or _default_work(variant, preset, data)).absolute()
+    require_disk(work, DISK_GB)
+    require_memory(MEMORY_GB)
+    cluster.connect()
+    began = time.monotonic()
+    demo = Demo(work, data.absolute() if data else None, resolved, chosen, workers, tracking_uri, seed)
+    demo.run()
+    shown = os.path.relpath(work)
+    click.echo()
+    click.echo((work / "evaluation" / "table.txt").read_text() if (work / "evaluation" / "table.txt").is_file() else "")
+    click.secho(f"done in {_minutes((time.monotonic() - began) / 60)}", bold=True)
+    click.echo(f"  hear and see it   {shown}/report.html")
+    click.echo(f"  every step        mlflow ui --backend-store-uri {tracking_uri or f'sqlite:///{shown}/mlflow.db'}")
+    click.echo(f"  make a sound      loa generate \"a dog barks\" --bundle {shown}/bundle -o dog.wav")
+    click.echo(f"  serve it          loa serve --bundle {shown}/bundle")
+
+
+def _default_work(variant: str, preset: str, data: Path | None) -> Path:
+    name = "demo" + (f"-{variant.removeprefix('audioldm2-')}" if variant != "audioldm2-full" else "")
+    name += f"-{preset}" if preset != "quick" else ""
+    return Path("outputs") / (name + (f"-{data.resolve().name}" if data else ""))
+
+
+if __name__ == "__main__":
+    main()

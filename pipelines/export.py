@@ -1,0 +1,126 @@
+"""JOB: gather the released stages of a project into one bundle, which `loa generate`, `loa serve` and diffusers load."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipelines.store import code_version
+from pipelines.tracking import Tracker
+from pipelines.weights import released_folders
+from stages.base import UserError, to_dict, weights_hash
+from stages.bundle import assemble, read_info
+from stages.cli import friendly, tracking_option, with_option, work_option
+from stages.variants import VARIANTS, Variant, resolve
+
+SEPARATE = ("translator", "diffusion")
+ALWAYS = ("clap", "audiomae", "vae", "vocoder")
+
+
+def export(
+    work: Path,
+    variant: Variant | None = None,
+    *,
+    out: Path | None = None,
+    given: Mapping[str, str] | None = None,
+    joint: bool = True,
+    force: bool = False,
+    critics: bool = False,
+) -> Path:
+    """Build the bundle of the project folder `work` and return its folder.
+
+    Args:
+        variant: which system the stages make up; by default what the newest of them says of itself.
+        out: where to put it; `<work>/bundle` by default.
+        given: folders of weights that replace stages of `work`, by stage name.
+        joint: take translator and T-UNet from the joint stage where it has been trained.
+        force: replace another bundle at `out`.
+        critics: add the discriminators, for further training.
+
+    Raises:
+        UserError: a stage is missing, the stages do not belong together, or another bundle is in the way.
+    """
+    folders = released_folders(work, given or {})
+    if not joint or "joint" not in folders or any(stage in (given or {}) for stage in SEPARATE):
+        folders.pop("joint", None)
+    used = {s: f for s, f in folders.items() if s in ALWAYS or s == "joint" or ("joint" not in folders and s in SEPARATE)}
+    cards = {stage: _card(folder) for stage, folder in used.items()}
+    variant = variant or _variant_of(cards)
+    _same_audio(cards, variant)
+    hashes = {folder: weights_hash(folder) for folder in set(used.values())}  # imported stages may share one folder
+    small = variant.audiomae == resolve(variant.name, tiny=True).audiomae
+    meta = {
+        "variant": variant.name,
+        "tiny": small,
+        "audio": variant.audio,
+        "provenance": {
+            "code": code_version(),
+            "stages": {
+                stage: {k: v for k, v in cards[stage].items() if k != "config"} | {"folder": str(folder), "weights": hashes[folder]}
+                for stage, folder in sorted(used.items())
+            },
+            "config": to_dict(variant),
+        },
+    }
+    return assemble(used, out or Path(work) / "bundle", meta, force, critics)
+
+
+def _card(folder: Path) -> dict[str, Any]:
+    """What a released stage says of itself; imported weights say nothing."""
+    path = folder / "stage.json"
+    card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return card
+
+
+def _variant_of(cards: Mapping[str, Mapping[str, Any]]) -> Variant:
+    for stage in ("joint", "diffusion", "translator", "vae"):
+        card = cards.get(stage, {})
+        if card.get("variant") in VARIANTS:
+            full, tiny = resolve(card["variant"]), resolve(card["variant"], tiny=True)
+            return tiny if card["config"]["audiomae"] == to_dict(tiny.audiomae) else full
+    raise UserError("no stage says which variant it belongs to (all are imported weights); name it with --variant")
+
+
+def _same_audio(cards: Mapping[str, Mapping[str, Any]], variant: Variant) -> None:
+    expected = to_dict(variant.audio)
+    for stage, card in cards.items():
+        heard = card.get("config", {}).get("audio", expected)
+        differing = [f"{k} {heard.get(k)} instead of {v}" for k, v in expected.items() if heard.get(k) != v]
+        if differing:
+            raise UserError(f"the stage {stage} was trained for other sound than {variant.name}: {', '.join(differing)}; train it again or replace it with --with {stage}=FOLDER")
+
+
+@click.command()
+@work_option
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Where the bundle goes.  [default: bundle in --work]")
+@with_option
+@click.option("--variant", metavar="NAME", help="Which system this is; needed only when all weights are imported.")
+@click.option("--tiny", is_flag=True, help="With --variant: its small twin.")
+@click.option("--no-joint", is_flag=True, help="Take translator and diffusion as they were before joint finetuning.")
+@click.option("--critics", is_flag=True, help="Add the discriminators of VAE and vocoder, for further training.")
+@click.option("--force", is_flag=True, help="Replace another bundle.")
+@tracking_option
+@friendly
+def main(
+    work: Path, out: Path | None, released: dict[str, str], variant: str | None, tiny: bool, no_joint: bool, critics: bool, force: bool,
+    tracking_uri: str | None,
+) -> None:  # fmt: skip
+    """Gather the trained stages into a bundle that diffusers loads, too."""
+    chosen = resolve(variant, tiny) if variant else None
+    bundle = export(work, chosen, out=out, given=released, joint=not no_joint, force=force, critics=critics)
+    info = read_info(bundle)
+    with Tracker.open(tracking_uri, work=work, job="export", variant=info.variant) as tracker:
+        version = tracker.register_bundle(bundle, f"loa-{info.variant}")
+    size = sum(p.stat().st_size for p in bundle.rglob("*") if p.is_file()) / 1e6
+    shown = os.path.relpath(bundle)
+    click.echo(f"{shown}: {info.variant}{' (tiny)' if info.tiny else ''}, {size:.0f} MB, version {version} of the model loa-{info.variant} in MLflow")
+    click.echo(f'Try it: loa generate "rain on a tin roof" --bundle {shown}')
+
+
+if __name__ == "__main__":
+    main()

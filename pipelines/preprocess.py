@@ -1,0 +1,155 @@
+"""JOB: the passes that fill the feature store, `loa preprocess mel | loa | latent | text | speech`.
+
+Each pass makes the shards that the store lacks, so it can be stopped and started again, on another number of workers
+too. The encoders are the stages trained in the work folder, or whatever `--with` names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipelines import cluster
+from pipelines.passes import LatentPass, LoaPass, MelPass, Pass, PassReport, SpeechPass, TextPass, execute
+from pipelines.store import FeatureStore
+from pipelines.weights import released_folders
+from stages.base import UserError
+from stages.cli import friendly, set_option, tiny_option, variant_option, with_option, work_option
+from stages.translator.model import PhonemeEncoderConfig
+from stages.variants import Variant, resolve
+
+PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in (MelPass, LoaPass, LatentPass, TextPass, SpeechPass)}
+
+
+def run_pass(
+    name: str,
+    store: FeatureStore | str,
+    variant: Variant,
+    released: Mapping[str, Path] | None = None,
+    *,
+    work: Path | None = None,
+    poolings: Sequence[int] | None = None,
+    workers: int | None = None,
+    limit_shards: int | None = None,
+    progress: bool = True,
+) -> PassReport:
+    """Make the missing shards of one pass on the joined Ray cluster, or on one started here.
+
+    Args:
+        name: mel, loa, latent, text or speech.
+        store: the feature store, or where it lies.
+        released: folders of weights by stage; every pass but mel needs one.
+        work: the project folder whose trained stages serve where `released` names none.
+        poolings: λ of the loa pass; by default what the variant's stages read.
+        workers: shards at once; by default what the cluster has room for.
+        limit_shards: stop after this many shards.
+        progress: show a bar on stderr.
+    """
+    opened = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
+    folders = (released_folders(work, {}) if work else {}) | dict(released or {})
+    chosen = build_pass(name, variant, folders, poolings)
+    cluster.connect()
+    return execute(chosen, opened, workers=workers, limit_shards=limit_shards, progress=progress)
+
+
+def build_pass(name: str, variant: Variant, released: Mapping[str, Path] | None = None, poolings: Sequence[int] | None = None) -> Pass:
+    """The pass called `name` with the variant's settings and the encoder among `released`.
+
+    Raises UserError when its encoder is not there.
+    """
+    kind = PASSES[name]
+    if not kind.encoder:
+        return kind(variant.audio)
+    if not released or kind.encoder not in released:
+        raise UserError(
+            f"the {name} pass needs the weights of {kind.encoder}; train them with `loa train {kind.encoder}`, "
+            f"or name some with `--with {kind.encoder}=FOLDER_OR_HUB_ID`"
+        )
+    folder = released[kind.encoder].absolute()  # workers run in folders of their own
+    if kind is LoaPass:
+        wanted = poolings or default_poolings(variant)
+        for pooling in wanted:
+            _check_pooling(variant, pooling)
+        return LoaPass(variant.audio, folder, wanted)
+    if kind is SpeechPass:
+        return SpeechPass(variant.audio, folder, (variant.phonemes or PhonemeEncoderConfig()).max_length)
+    return kind(variant.audio, folder)
+
+
+def default_poolings(variant: Variant) -> tuple[int, ...]:
+    """λ = 1, from which the diffusion stage pools further itself, and what the translator predicts."""
+    return tuple(sorted({1, variant.translator.pooling}))
+
+
+def _check_pooling(variant: Variant, pooling: int) -> None:
+    frames, bins = variant.loa_grid
+    if pooling < 1 or frames % pooling or bins % min(pooling, bins):
+        raise UserError(f"--pooling {pooling} does not divide AudioMAE's {frames} x {bins} grid of a clip; choose 1, 2, 4 or 8")
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+def _numbers(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no list of numbers such as 1,8") from None
+
+
+def _pass_command(name: str) -> click.Command:
+    """The command of one pass; they share all options but --pooling."""
+    kind = PASSES[name]
+
+    @friendly
+    def command(
+        work: Path, variant: str, tiny: bool, settings: dict[str, str], store_url: str | None, workers: int | None,
+        limit_shards: int | None, verify: bool, released: dict[str, str] | None = None, poolings: tuple[int, ...] | None = None,
+    ) -> None:  # fmt: skip
+        system = resolve(variant, tiny, settings)
+        store = FeatureStore.open(store_url or work / "store")
+        chosen = build_pass(name, system, released_folders(work, released) if released is not None else None, poolings)
+        if verify:
+            for series in chosen.series:
+                store.verify(series)
+        cluster.connect()
+        report = execute(chosen, store, workers=workers, limit_shards=limit_shards)
+        if report.rejected and not report.clips:
+            raise UserError(f"no clip was usable. {report.sentence()}")
+        click.echo(report.sentence())
+
+    options: list[Callable[[Any], Any]] = [work_option, variant_option, tiny_option, set_option]
+    if kind is LoaPass:
+        options.append(
+            click.option(
+                "--pooling", "poolings", callback=_numbers, metavar="λ,…", help="Poolings to store.  [default: what the variant reads]"
+            )
+        )
+    if kind.encoder:
+        options.append(with_option)
+    options += [
+        click.option("--store", "store_url", metavar="DIR", help="The feature store, a folder or URL.  [default: store in --work]"),
+        click.option("--workers", type=click.IntRange(1), help="Shards made at once.  [default: what the cluster has room for]"),
+        click.option("--limit-shards", type=click.IntRange(1), help="Stop after this many shards, for a first look."),
+        click.option("--verify", is_flag=True, help="Read the existing shards first; corrupt ones are made again."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return click.command(name, help=kind.__doc__)(command)
+
+
+@click.group()
+def main() -> None:
+    """Turn recordings into features: mel first; loa, latent, text and speech once their encoders are trained."""
+
+
+for _name in PASSES:
+    main.add_command(_pass_command(_name))
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""`loa serve`: answer prompts over HTTP, with a page to try it, until interrupted.
+
+On a running cluster the application can also be deployed as `serve run serving.service:build bundle=DIR`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+
+from stages.base import UserError
+from stages.bundle import find_bundle, read_info
+from stages.cli import friendly
+
+ANSWER_WITHIN = 900  # seconds; a CPU takes its time
+
+
+def require_free_port(host: str, port: int) -> None:
+    """Raise UserError when nothing can listen at host:port."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise UserError(f"{host} is no address of this machine; 127.0.0.1 serves this machine alone, 0.0.0.0 everybody") from error
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except PermissionError as error:
+            raise UserError(f"port {port} needs administrator rights; choose one above 1023 with --port") from error
+        except OSError as error:
+            raise UserError(f"nothing can listen on {host}, port {port}: {(error.strerror or str(error)).lower()}; choose another with --port") from error
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def connect(num_replicas: int) -> tuple[int, int]:
+    """Join the cluster of RAY_ADDRESS or start one on this machine; returns its CPUs and GPUs."""
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address == "local":
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nothing of it listens beyond loopback
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        # replicas import this package whatever folder the command was started in
+        here = str(Path(__file__).resolve().parent.parent)
+        os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
+        settings |= {"num_cpus": max(os.cpu_count() or 1, num_replicas) + 1, "object_store_memory": 200 * 2**20, "include_dashboard": False}
+    import ray
+
+    try:
+        ray.init(address=address, **settings)
+    except (ConnectionError, ValueError) as error:
+        raise UserError(f"no Ray cluster answers at {address!r} ({error}); start one with `ray start --head` or unset RAY_ADDRESS") from error
+    have = ray.cluster_resources()
+    return int(have.get("CPU", 1)), int(have.get("GPU", 0))
+
+
+def run(bundle: Path, host: str, port: int, num_replicas: int, max_batch: int, max_queue: int, max_seconds: float) -> None:
+    """Serve `bundle` until interrupted or terminated.
+
+    Raises UserError when the bundle is not whole, the port is taken or the cluster has no room for the replicas.
+    """
+    info = read_info(bundle)
+    require_free_port(host, port)
+    cpus, gpus = connect(num_replicas)
+    import ray
+    from ray import serve
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    from serving.service import ServeArgs, build
+
+    try:
+        if gpus and num_replicas > gpus:
+            raise UserError(f"{num_replicas} replicas were asked for and there are {gpus} GPUs; choose at most {gpus}")
+        args = ServeArgs(
+            bundle=str(bundle), num_replicas=num_replicas, max_batch=max_batch, max_queue=max_queue, max_seconds=max_seconds,
+            num_gpus=1 if gpus else 0, threads=None if gpus else max(1, (cpus - 1) // num_replicas),
+        )  # fmt: skip
+        quiet = {"log_level": "ERROR", "enable_access_log": False}
+        serve.start(http_options={"host": host, "port": port, "request_timeout_s": ANSWER_WITHIN}, logging_config=quiet)
+        click.echo(f"Loading {info.variant} from {os.path.relpath(bundle)} …")
+        serve.run(build(args), name="loa", route_prefix="/")
+        shown = "localhost" if is_loopback(host) else host
+        click.echo(f"Ready at http://{shown}:{port} - a page to try it; POST /v1/audio/generations to use it. Ctrl-C stops.")
+        if not is_loopback(host):
+            click.echo("Everyone who can reach this address can use it: there is no password. Put a proxy with one in front.", err=True)
+        _wait_for_end()
+        click.echo("Stopping …")
+    finally:
+        if os.environ.get("RAY_ADDRESS"):  # other applications of the cluster stay; one of our own ends as a whole
+            serve.delete("loa")
+        ray.shutdown()
+
+
+def _wait_for_end() -> None:
+    """Return at Ctrl-C or a request to terminate. Called last, because Ray puts handlers of its own in place."""
+    end = threading.Event()
+
+    def leave(_: int, __: FrameType | None) -> None:
+        end.set()
+
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, leave)
+    end.wait()
+
+
+@click.command()
+@click.option("--bundle", type=click.Path(path_type=Path), metavar="DIR", help="What to serve.  [default: $LOA_BUNDLE, or the newest under ./outputs]")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 lets other machines in.")
+@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
+@click.option("--num-replicas", type=click.IntRange(1), default=1, show_default=True, help="Generators side by side, each with a GPU if there are any.")
+@click.option("--max-batch", type=click.IntRange(1), default=4, show_default=True, help="Requests that one replica generates together.")
+@click.option("--max-queue", type=click.IntRange(0), default=32, show_default=True, help="Requests that may wait; further ones are turned away (503).")
+@click.option("--max-seconds", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True, help="The longest sound of a request.")
+@friendly
+def main(bundle: Path | None, host: str, port: int, num_replicas: int, max_batch: int, max_queue: int, max_seconds: float) -> None:
+    """Answer prompts over HTTP, with a page to try it."""
+    run(find_bundle(bundle), host, port, num_replicas, max_batch, max_queue, max_seconds)
+
+
+if __name__ == "__main__":
+    main()

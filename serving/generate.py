@@ -1,0 +1,112 @@
+"""`loa generate`: the sound of a prompt as a file, without a server."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+from tqdm import tqdm
+
+from stages.base import UserError
+from stages.cli import friendly
+
+FORMATS = {".wav": "WAV", ".flac": "FLAC"}
+
+
+def output_files(out: Path | None, prompt: str, count: int, force: bool) -> list[Path]:
+    """Where the sounds of a prompt go: `out` itself, or numbered beside it when there are several.
+
+    Raises UserError for a format that is not written, a missing folder, or a file that would be overwritten.
+    """
+    if out is None:
+        words = re.findall(r"\w+", prompt.lower())
+        out = Path(f"{'-'.join(words)[:60].rstrip('-') or 'sound'}.wav")
+    if out.suffix.lower() not in FORMATS:
+        raise UserError(f"{out} would be a {out.suffix or 'nameless'} file; choose a name that ends in {' or '.join(FORMATS)}")
+    if not out.parent.is_dir():
+        raise UserError(f"the folder {out.parent} does not exist; make it or choose another with -o")
+    files = [out] if count == 1 else [out.with_stem(f"{out.stem}-{i + 1}") for i in range(count)]
+    taken = [str(file) for file in files if file.exists()]
+    if taken and not force:
+        raise UserError(f"{', '.join(taken)} exists; overwrite with --force or choose another name with -o")
+    return files
+
+
+def write_sound(path: Path, waveform: np.ndarray, sample_rate: int) -> None:
+    """Write a waveform [T] as 16 bits, so that a reader sees the whole file or none."""
+    import soundfile
+
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        soundfile.write(draft, np.clip(waveform, -1.0, 1.0), sample_rate, format=FORMATS[path.suffix.lower()], subtype="PCM_16")
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@click.command()
+@click.argument("prompt")
+@click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="WAV or FLAC file to write.  [default: the prompt's words]")
+@click.option("--bundle", type=click.Path(path_type=Path), metavar="DIR", help="The model.  [default: $LOA_BUNDLE, or the newest under ./outputs]")
+@click.option("--seconds", type=float, help="Length.  [default: the model's clips]")
+@click.option("--steps", type=int, default=50, show_default=True, help="Denoising steps: more take longer and sound better.")
+@click.option("--guidance-scale", type=float, default=3.5, show_default=True, help="How closely to follow the prompt; 1 means freely.")
+@click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same sound.")
+@click.option("--negative-prompt", metavar="TEXT", help="What to steer away from.")
+@click.option("--transcription", metavar="TEXT", help="Words to say, with a speech model; the prompt then describes the voice.")
+@click.option("--num", type=click.IntRange(1), default=1, show_default=True, help="How many sounds to write.")
+@click.option("--candidates", type=click.IntRange(1), help="Generate this many and keep the --num that CLAP finds most fitting.")
+@click.option("--scheduler", default="dpm-solver++", show_default=True, help="dpm-solver++, ddim, unipc, euler or plms.")
+@click.option("--eta", type=float, default=0.0, show_default=True, help="Fresh noise per step, 0 to 1; ddim only.")
+@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, …  [default: a GPU if there is one]")
+@click.option("--force", is_flag=True, help="Overwrite files.")
+@friendly
+def main(
+    prompt: str, out: Path | None, bundle: Path | None, seconds: float | None, steps: int, guidance_scale: float, seed: int,
+    negative_prompt: str | None, transcription: str | None, num: int, candidates: int | None, scheduler: str, eta: float,
+    device: str | None, force: bool,
+) -> None:  # fmt: skip
+    """Write the sound of PROMPT to a file.
+
+    \b
+      loa generate "a dog barks in the rain" -o dog.wav
+      loa generate "calm piano" --seconds 20 --num 2 --candidates 6
+    """
+    from stages.bundle import find_bundle
+
+    count = candidates or num
+    if count < num:
+        raise UserError(f"{num} sounds cannot be chosen from {count} candidates; raise --candidates")
+    files = output_files(out, prompt, num, force)
+    folder = find_bundle(bundle)
+
+    from stages.generator import AudioGenerator
+
+    generator = AudioGenerator.load(folder, device)
+    with tqdm(total=steps, unit="step", desc=generator.info.variant, leave=False) as bar:
+
+        def progress(step: int, total: int) -> None:
+            bar.total = total
+            bar.update(step - bar.n)
+
+        began = time.monotonic()
+        waveforms = generator.generate(
+            prompt, negative_prompts=negative_prompt, transcriptions=transcription, seconds=seconds, num_inference_steps=steps,
+            guidance_scale=guidance_scale, eta=eta, seed=seed, num_waveforms_per_prompt=count, scheduler=scheduler, progress=progress,
+        )  # fmt: skip
+    if count > num:
+        fitting = generator.similarity([prompt] * count, waveforms)
+        waveforms = waveforms[np.argsort(-fitting, kind="stable")[:num]]
+    took = time.monotonic() - began
+    for file, waveform in zip(files, waveforms, strict=True):
+        write_sound(file, waveform, generator.sample_rate)
+        click.echo(f"{file}: {len(waveform) / generator.sample_rate:.2f} s at {generator.sample_rate} Hz, seed {seed}")
+    click.echo(f"{count} generated in {took:.1f} s")
+
+
+if __name__ == "__main__":
+    main()

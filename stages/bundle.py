@@ -1,0 +1,407 @@
+"""What leaves training: a folder in the layout of `diffusers.AudioLDM2Pipeline`, with `loa.json` to say what it is.
+
+A bundle reads from safetensors and JSON alone. Public AudioLDM 2 folders (no `loa.json`) are read as bundles, too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKL, DDIMScheduler
+from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2ProjectionModel, AudioLDM2UNet2DConditionModel
+from safetensors import SafetensorError
+from transformers import (
+    AutoTokenizer,
+    ClapFeatureExtractor,
+    ClapModel,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerBase,
+    SpeechT5HifiGan,
+    T5EncoderModel,
+    VitsModel,
+)
+
+from stages.audio import AudioConfig
+from stages.base import UserError, weights_hash, whole_folder, write_json
+
+BUNDLE_FORMAT = 1
+PIPELINE = "AudioLDM2Pipeline"
+UNCONDITIONAL = ("zeros", "diffusers")
+
+# Which released stage a component comes from; for speech the translator brings text_encoder_2 and tokenizer_2.
+SOURCE = {
+    "text_encoder": "clap",
+    "tokenizer": "clap",
+    "feature_extractor": "clap",
+    "text_encoder_2": "clap",
+    "tokenizer_2": "clap",
+    "projection_model": "translator",
+    "language_model": "translator",
+    "unet": "diffusion",
+    "scheduler": "diffusion",
+    "vae": "vae",
+    "vocoder": "vocoder",
+}
+# The files that make a component whole; weights may also be split, with an index beside them.
+FILES = {
+    "text_encoder": ("config.json", "model.safetensors"),
+    "tokenizer": ("tokenizer_config.json",),
+    "feature_extractor": ("preprocessor_config.json",),
+    "text_encoder_2": ("config.json", "model.safetensors"),
+    "tokenizer_2": ("tokenizer_config.json",),
+    "projection_model": ("config.json", "diffusion_pytorch_model.safetensors"),
+    "language_model": ("config.json", "model.safetensors"),
+    "unet": ("config.json", "diffusion_pytorch_model.safetensors"),
+    "scheduler": ("scheduler_config.json",),
+    "vae": ("config.json", "diffusion_pytorch_model.safetensors"),
+    "vocoder": ("config.json", "model.safetensors"),
+}
+CRITIC = "discriminator.safetensors"
+
+
+@dataclass(frozen=True)
+class BundleInfo:
+    """What a bundle says of itself."""
+
+    variant: str
+    audio: AudioConfig
+    loa_tokens: int  # vectors the language model appends
+    unconditional: str  # what guidance steers away from: "zeros" as in our training, or "diffusers"
+    speech: bool  # conditioned by a transcription instead of T5 states
+    tiny: bool = False
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Components:
+    """The loaded parts of a bundle, in evaluation mode."""
+
+    info: BundleInfo
+    text_encoder: ClapModel
+    tokenizer: PreTrainedTokenizerBase
+    feature_extractor: ClapFeatureExtractor
+    text_encoder_2: T5EncoderModel | VitsModel
+    tokenizer_2: PreTrainedTokenizerBase
+    projection_model: AudioLDM2ProjectionModel
+    language_model: GPT2LMHeadModel
+    unet: AudioLDM2UNet2DConditionModel
+    scheduler: DDIMScheduler
+    vae: AutoencoderKL
+    vocoder: SpeechT5HifiGan
+
+
+# ------------------------------------------------------------------------------------------------------- writing
+
+
+def assemble(stages: Mapping[str, Path], out: Path, meta: Mapping[str, Any], force: bool = False, critics: bool = False) -> Path:
+    """Build the bundle `out` from released stages: whole or not at all.
+
+    Args:
+        stages: folders of `clap`, `vae`, `vocoder`, `audiomae` (optional) and `joint`, or `translator` and `diffusion`.
+            Folders of a diffusers AudioLDM 2 pipeline serve as well.
+        meta: `variant`, `tiny`, `audio` (an AudioConfig or its dict), `provenance`, and optionally `unconditional`.
+        force: replace another bundle at `out`.
+        critics: add the discriminators of VAE and vocoder, for further training.
+
+    Returns:
+        `out`. Assembling the same bundle again is no conflict.
+
+    Raises:
+        UserError: a stage or a file of it is missing, or `out` holds something else.
+    """
+    out = Path(out)
+    folders = {"translator": stages.get("joint"), "diffusion": stages.get("joint")}
+    folders = {name: folder or stages.get(name) for name, folder in folders.items()}
+    folders |= {name: stages.get(name) for name in ("clap", "vae", "vocoder")}
+    _require_stages(folders)
+    where = {name: Path(folders[stage] or "") for name, stage in SOURCE.items()}
+    speech = _model_type(where["language_model"] / "text_encoder_2") == "vits"
+    if speech:
+        where["text_encoder_2"] = where["tokenizer_2"] = where["language_model"]
+    _require_files(where)
+    if out.exists() and not (out / "model_index.json").is_file():
+        raise UserError(f"{out} exists and is no bundle; choose another place with --out")
+
+    with whole_folder(out) as draft:
+        for name, folder in where.items():
+            _copy(folder / name, draft / name)
+        if "audiomae" in stages:
+            for file in ("config.json", "model.safetensors"):
+                _copy(Path(stages["audiomae"]) / file, draft / "audiomae" / file)
+        for stage in ("vae", "vocoder") if critics else ():
+            _copy(Path(stages[stage]) / CRITIC, draft / "discriminators" / f"{stage}.safetensors")
+        tokens = _loa_tokens(draft, speech)
+        _set_config(draft / "language_model" / "config.json", max_new_tokens=tokens, architectures=["GPT2LMHeadModel"])
+        scale = where["unet"] / "scale.json"
+        if scale.is_file():
+            _set_config(draft / "vae" / "config.json", scaling_factor=json.loads(scale.read_text())["scale_factor"])
+        _require_fit(draft)
+        write_json(draft / "model_index.json", _model_index(draft))
+        audio = meta["audio"]
+        card = {
+            "format": BUNDLE_FORMAT,
+            "variant": meta["variant"],
+            "tiny": bool(meta.get("tiny", False)),
+            "audio": audio.to_dict() if isinstance(audio, AudioConfig) else dict(audio),
+            "loa_tokens": tokens,
+            "unconditional": meta.get("unconditional", "zeros"),
+            "weights": weights_hash(draft),
+            "provenance": dict(meta.get("provenance", {})),
+        }
+        write_json(draft / "loa.json", card)
+        if out.exists() and not force and not _same_content(draft, out):
+            raise UserError(f"{out} holds another bundle ({_title(out)}); replace it with --force or choose another place with --out")
+    return out
+
+
+def _require_stages(folders: Mapping[str, Path | None]) -> None:
+    missing = [name for name, folder in folders.items() if folder is None]
+    if missing:
+        commands = ", ".join(f"`loa train {name}`" for name in missing)
+        raise UserError(f"a bundle needs the stages {', '.join(missing)}: train them ({commands}) or name folders with --with STAGE=FOLDER")
+
+
+def _require_files(where: Mapping[str, Path]) -> None:
+    missing = [str(folder / name / file) for name, folder in where.items() for file in _missing(folder / name, FILES[name])]
+    if missing:
+        raise UserError(f"the stages are not whole; missing: {', '.join(missing)}")
+
+
+def _require_fit(bundle: Path) -> None:
+    """Refuse networks whose shapes do not meet: they come from different variants."""
+    told = {name: _read(bundle / name / "config.json") for name in FILES if (bundle / name / "config.json").is_file()}
+    place = told["unet"]["cross_attention_dim"][0]
+    text = told["text_encoder_2"].get("d_model", told["text_encoder_2"].get("hidden_size"))
+    pairs = [
+        ("the LOA width of the T-UNet", place[1], "the language model's width", told["language_model"]["n_embd"]),
+        ("the T-UNet's latent channels", told["unet"]["in_channels"], "the VAE's", told["vae"]["latent_channels"]),
+        ("the projection's CLAP width", told["projection_model"]["text_encoder_dim"], "CLAP's", told["text_encoder"]["projection_dim"]),
+        ("the projection's text width", told["projection_model"]["text_encoder_1_dim"], "the text encoder's", text),
+    ]
+    if len(place) > 2 and place[2] is not None:
+        pairs.append(("the text width of the T-UNet", place[2], "the text encoder's", text))
+    for one, a, other, b in pairs:
+        if a != b:
+            raise UserError(f"these stages do not fit together: {one} is {a}, {other} is {b}; take all of them from one variant")
+
+
+def _missing(folder: Path, files: tuple[str, ...]) -> list[str]:
+    return [file for file in files if not ((folder / file).is_file() or (folder / f"{file}.index.json").is_file())]
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file or folder; weights in formats that could run code are left behind."""
+    if not source.exists():
+        raise UserError(f"{source} does not exist; release its stage again or leave it out")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        unsafe = shutil.ignore_patterns("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5", "*.onnx")
+        shutil.copytree(source, target, ignore=unsafe, copy_function=_link_weights)
+    else:
+        _link_weights(str(source), str(target))
+
+
+def _link_weights(source: str, target: str) -> None:
+    """Copy a file. Weights, which are only ever replaced as a whole, share their blocks on disk where that is possible."""
+    if source.endswith(".safetensors"):
+        try:
+            os.link(os.path.realpath(source), target)
+            return
+        except OSError:  # another file system, or one without hard links
+            pass
+    shutil.copy2(source, target)
+
+
+def _set_config(path: Path, **values: Any) -> None:
+    write_json(path, json.loads(path.read_text(encoding="utf-8")) | values)
+
+
+def _model_type(folder: Path) -> str | None:
+    path = folder / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("model_type") if path.is_file() else None
+
+
+def _loa_tokens(bundle: Path, speech: bool) -> int:
+    """Length of the LOA: as the language model's configuration says; the published lengths where it is silent."""
+    for file in ("config.json", "generation_config.json"):
+        path = bundle / "language_model" / file
+        said = json.loads(path.read_text(encoding="utf-8")).get("max_new_tokens") if path.is_file() else None
+        if said and not (speech and said == 8):  # the public speech folders carry the sound models' 8 (facts 11.3)
+            return int(said)
+    return 512 if speech else 8
+
+
+def _model_index(bundle: Path) -> dict[str, Any]:
+    """What `AudioLDM2Pipeline.from_pretrained` asks for: library and class of every component."""
+
+    def said(name: str, file: str, key: str) -> str:
+        return str(json.loads((bundle / name / file).read_text(encoding="utf-8"))[key])
+
+    index: dict[str, Any] = {"_class_name": PIPELINE, "_diffusers_version": diffusers.__version__}
+    return index | {
+        "feature_extractor": ["transformers", "ClapFeatureExtractor"],
+        "language_model": ["transformers", "GPT2LMHeadModel"],  # GPT2Model can no longer generate (facts 11.6)
+        "projection_model": ["audioldm2", "AudioLDM2ProjectionModel"],
+        "scheduler": ["diffusers", said("scheduler", "scheduler_config.json", "_class_name")],
+        "text_encoder": ["transformers", "ClapModel"],
+        "text_encoder_2": ["transformers", "VitsModel" if _model_type(bundle / "text_encoder_2") == "vits" else "T5EncoderModel"],
+        "tokenizer": ["transformers", said("tokenizer", "tokenizer_config.json", "tokenizer_class")],
+        "tokenizer_2": ["transformers", said("tokenizer_2", "tokenizer_config.json", "tokenizer_class")],
+        "unet": ["audioldm2", "AudioLDM2UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "vocoder": ["transformers", "SpeechT5HifiGan"],
+    }
+
+
+def _same_content(a: Path, b: Path) -> bool:
+    """Whether two bundles hold the same files; weights are compared by their hash in `loa.json`, provenance is not."""
+
+    def content(path: Path) -> Any:
+        if path.suffix == ".safetensors":
+            return None
+        if path.name == "loa.json":
+            return {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if k != "provenance"}
+        return path.read_bytes()
+
+    files = [{p.relative_to(root).as_posix(): content(p) for p in root.rglob("*") if p.is_file()} for root in (a, b)]
+    return files[0] == files[1]
+
+
+def _title(bundle: Path) -> str:
+    path = bundle / "loa.json"
+    return str(json.loads(path.read_text(encoding="utf-8")).get("variant")) if path.is_file() else "a diffusers pipeline"
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
+def read_info(bundle: Path) -> BundleInfo:
+    """What the bundle is, without loading it.
+
+    Raises UserError when the folder is no bundle, lacks parts, or has a format this version does not read.
+    """
+    bundle = Path(bundle)
+    if not bundle.is_dir():
+        raise UserError(f"there is no bundle at {bundle}; make one with `loa export` or name another folder with --bundle")
+    if not (bundle / "model_index.json").is_file():
+        raise UserError(f"{bundle} is no bundle: it has no model_index.json; `loa export` makes one")
+    index = _read(bundle / "model_index.json")
+    if index.get("_class_name") != PIPELINE:
+        raise UserError(f"{bundle} holds a {index.get('_class_name')}, expected an {PIPELINE}")
+    card = _read(bundle / "loa.json") if (bundle / "loa.json").is_file() else None
+    if card is not None and card.get("format") != BUNDLE_FORMAT:
+        raise UserError(f"{bundle} has bundle format {card.get('format')}, this version of loa reads {BUNDLE_FORMAT}; export it again")
+    missing = [f"{name}/{file}" for name, files in FILES.items() for file in _missing(bundle / name, files)]
+    if missing:
+        raise UserError(f"{bundle} is not a whole bundle: it lacks {', '.join(missing)}; export it again with `loa export`")
+    speech = _model_type(bundle / "text_encoder_2") == "vits"
+    if card is None:
+        return BundleInfo(bundle.resolve().name, _audio_of(bundle), _loa_tokens(bundle, speech), "diffusers", speech)
+    return BundleInfo(
+        variant=card["variant"],
+        audio=AudioConfig.from_dict(card["audio"]),
+        loa_tokens=card["loa_tokens"],
+        unconditional=card["unconditional"],
+        speech=speech,
+        tiny=card["tiny"],
+        provenance=card["provenance"],
+    )
+
+
+def _audio_of(bundle: Path) -> AudioConfig:
+    """The audio settings of a folder without `loa.json`, from the networks' own configurations."""
+    vocoder, vae, unet = (_read(bundle / name / "config.json") for name in ("vocoder", "vae", "unet"))
+    rate, hop = int(vocoder["sampling_rate"]), math.prod(vocoder["upsample_rates"])
+    frames = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+    return AudioConfig(sample_rate=rate, clip_seconds=frames * hop / rate, hop_length=hop, mel_bins=vocoder["model_in_dim"])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    return content
+
+
+def load(bundle: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Components:
+    """Load a bundle onto `device`, from safetensors and JSON only.
+
+    `dtype` is that of the text encoders, the language model and the T-UNet. VAE and vocoder are a small part of the
+    work and stay in float32.
+
+    Raises UserError when the bundle is not whole, damaged, or of another format.
+    """
+    bundle = Path(bundle)
+    info = read_info(bundle)
+
+    def network(cls: Any, name: str, precision: torch.dtype) -> Any:
+        argument = "torch_dtype" if issubclass(cls, diffusers.ModelMixin) else "dtype"
+        options = {argument: precision, "use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+        try:
+            model, told = cls.from_pretrained(bundle / name, **options)
+        except (SafetensorError, OSError) as error:  # diffusers turns the first into the second
+            raise UserError(f"the weights of {bundle / name} are damaged or cannot be read; export the bundle again") from error
+        if told["missing_keys"]:
+            some = ", ".join(sorted(told["missing_keys"])[:3])
+            raise UserError(f"the weights of {bundle / name} are not whole: {len(told['missing_keys'])} are missing ({some}, …)")
+        return model.to(device).eval().requires_grad_(False)
+
+    with _quiet():
+        return Components(
+            info=info,
+            text_encoder=network(ClapModel, "text_encoder", dtype),
+            tokenizer=AutoTokenizer.from_pretrained(bundle / "tokenizer", local_files_only=True),
+            feature_extractor=ClapFeatureExtractor.from_pretrained(bundle / "feature_extractor", local_files_only=True),
+            text_encoder_2=network(VitsModel if info.speech else T5EncoderModel, "text_encoder_2", dtype),
+            tokenizer_2=AutoTokenizer.from_pretrained(bundle / "tokenizer_2", local_files_only=True),
+            projection_model=network(AudioLDM2ProjectionModel, "projection_model", dtype),
+            language_model=network(GPT2LMHeadModel, "language_model", dtype),
+            unet=network(AudioLDM2UNet2DConditionModel, "unet", dtype),
+            scheduler=DDIMScheduler.from_pretrained(bundle / "scheduler", local_files_only=True),
+            vae=network(AutoencoderKL, "vae", torch.float32),
+            vocoder=network(SpeechT5HifiGan, "vocoder", torch.float32),
+        )
+
+
+def find_bundle(given: Path | None) -> Path:
+    """The bundle a command means: the one named, $LOA_BUNDLE, or the newest under ./outputs.
+
+    Raises UserError when there is none.
+    """
+    named = given or os.environ.get("LOA_BUNDLE")
+    if named:
+        return Path(named)
+    found = [p.parent for pattern in ("bundle", "*/bundle") for p in Path("outputs").glob(f"{pattern}/model_index.json")]
+    if not found:
+        raise UserError("no bundle found under ./outputs; make one with `loa demo` or `loa export`, or name one with --bundle (or $LOA_BUNDLE)")
+    return max(found, key=lambda folder: folder.stat().st_mtime)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no chatter of the libraries while weights load."""
+    loggers = transformers.utils.logging, diffusers.utils.logging
+    levels = [logger.get_verbosity() for logger in loggers]
+    shown = [logger.is_progress_bar_enabled() for logger in loggers]
+    for logger in loggers:
+        logger.set_verbosity_error()
+        logger.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, level, bar in zip(loggers, levels, shown, strict=True):
+            logger.set_verbosity(level)
+            if bar:
+                logger.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""A small listener that names the class of a clip; evaluation measures generated sound with it."""

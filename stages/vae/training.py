@@ -1,0 +1,138 @@
+"""VAE training: reconstruct the mel, keep the posterior near N(0, 1), and later fool a patch critic (facts 2.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from stages.adversarial import balance, hinge_adversarial_loss, hinge_discriminator_loss
+from stages.audio import AudioConfig
+from stages.base import Stage
+from stages.vae.model import Autoencoder, PatchCriticConfig, VAEConfig
+
+if TYPE_CHECKING:
+    from stages.variants import Variant
+
+
+@dataclass(frozen=True)
+class VAELossConfig:
+    """Weights of the objective, against an absolute error that is summed over a mel's pixels.
+
+    The reference adds an LPIPS term in its training code, though the papers name none. It needs VGG weights made for
+    photographs, which an offline installation has not, so it is left out. Its variance parameter s is never
+    optimised and stays 0, which makes the reconstruction term the plain sum below.
+    """
+
+    kl_weight: float = 1000.0  # on the mean over C, F', M', not on the sum
+    adversarial_weight: float = 0.5  # times the adaptive weight
+    adaptive_limit: float = 1e4
+    critic_start: int = 25_000  # steps; the reference writes 50,001 and counts both optimisers
+    critic: PatchCriticConfig = PatchCriticConfig()
+
+    @classmethod
+    def tiny(cls) -> VAELossConfig:
+        """A small critic that joins late (trials in docs/log.md)."""
+        return cls(kl_weight=30.0, critic_start=500, critic=PatchCriticConfig(channels=16, layers=2, norm="group"))
+
+
+class VAEStage(Stage):
+    """Mel → latent → mel.
+
+    Until `critic_start` the critic is neither run nor yielded: the reference multiplies its loss by zero there.
+    """
+
+    name = "vae"
+    series = ("mel",)
+    blocks = (ResnetBlock2D,)
+
+    def __init__(self, config: VAEConfig, loss: VAELossConfig, audio: AudioConfig) -> None:
+        super().__init__()
+        self.latent_shape = config.latent_shape(audio.mel_frames, audio.mel_bins)
+        self.loss = loss
+        self.autoencoder = Autoencoder(config.build())
+        self.discriminator = loss.critic.build()
+
+    @classmethod
+    def build(cls, variant: Variant, released: Callable[[str], Path]) -> VAEStage:
+        return cls(variant.vae, variant.vae_loss, variant.audio)
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {"discriminator": self.discriminator, "autoencoder": self.autoencoder}
+
+    def example(self, clip: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Tensor]:
+        """`mel` [F, M] and the posterior's `noise` [C, F', M']."""
+        return {
+            "mel": torch.from_numpy(np.asarray(clip["mel"], np.float32)),
+            "noise": torch.from_numpy(rng.standard_normal(self.latent_shape, np.float32)),
+        }
+
+    def losses(self, batch: dict[str, Any]) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        """The critic's loss once it has started, then the autoencoder's; `batch["step"]` counts finished updates."""
+        mel = batch["mel"]
+        reconstruction = self.autoencoder(mel, batch["noise"])
+        decoded = reconstruction.mel.float()
+        adversarial = batch["step"] >= self.loss.critic_start
+        if adversarial:
+            real, fake = self.discriminator(mel), self.discriminator(decoded.detach())
+            loss = hinge_discriminator_loss(real, fake)
+            yield "discriminator", loss, {"discriminator": loss, "real": real.float().mean(), "fake": fake.float().mean()}
+
+        absolute = (decoded - mel).abs()
+        fidelity = absolute.sum() / len(mel)
+        kl = kl_divergence(reconstruction.mean, reconstruction.log_variance)
+        loss = fidelity + self.loss.kl_weight * kl
+        logs = {"mel_l1": absolute.mean(), "kl": kl}
+        if adversarial:
+            deception = hinge_adversarial_loss(self.discriminator(decoded))
+            gradients = [
+                self.autoencoder.last_layer_gradient(reconstruction, torch.autograd.grad(term, decoded, retain_graph=True)[0])
+                for term in (fidelity, deception)
+            ]
+            weight = balance(*gradients, self.loss.adaptive_limit)
+            loss = loss + self.loss.adversarial_weight * weight * deception
+            logs |= {"adversarial": deception, "adaptive_weight": weight}
+        yield "autoencoder", loss, logs
+
+    @torch.no_grad()
+    def validate(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """`mel_l1` and `mel_l2` of the reconstruction from the posterior mean, `kl`, and the latents' `latent_std`."""
+        mel = batch["mel"]
+        reconstruction = self.autoencoder(mel)
+        decoded, mean = reconstruction.mel.float(), reconstruction.mean.float()
+        return {
+            "mel_l1": F.l1_loss(decoded, mel),
+            "mel_l2": F.mse_loss(decoded, mel),
+            "kl": kl_divergence(mean, reconstruction.log_variance),
+            "latent_std": mean.std(),
+        }
+
+    @torch.no_grad()
+    def listen(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The first clip's mel and its reconstruction [F, M]; there may be no vocoder yet."""
+        mel = batch["mel"][:1]
+        return {"mel/original": mel[0], "mel/reconstruction": self.autoencoder(mel).mel[0].float()}
+
+    def save(self, folder: Path) -> None:
+        self.autoencoder.vae.save_pretrained(folder / "vae")
+        save_file(self.discriminator.state_dict(), folder / "discriminator.safetensors")
+
+    def load(self, folder: Path) -> None:
+        """Take over released weights, the critic's too, to train on from them."""
+        self.autoencoder.vae.load_state_dict(AutoencoderKL.from_pretrained(folder / "vae").state_dict())
+        self.discriminator.load_state_dict(load_file(folder / "discriminator.safetensors"))
+
+
+def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """KL(N(mean, variance) ‖ N(0, 1)) per latent value, averaged over all of them."""
+    mean, log_variance = mean.float(), log_variance.float()
+    return 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).mean()

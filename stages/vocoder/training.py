@@ -1,0 +1,158 @@
+"""Vocoder training: sound like the mel it came from, and fool the critics (facts 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import SpeechT5HifiGan
+from transformers.models.speecht5.modeling_speecht5 import HifiGanResidualBlock
+
+from stages.adversarial import feature_matching_loss, least_squares_adversarial_loss, least_squares_discriminator_loss
+from stages.audio import AudioConfig, log_mel, pad_or_cut
+from stages.base import Stage, UserError
+from stages.vocoder.model import CriticConfig, VocoderConfig
+
+if TYPE_CHECKING:
+    from stages.variants import Variant
+
+
+@dataclass(frozen=True)
+class VocoderLossConfig:
+    """Weights of the objective and the length it is computed on; the defaults are HiFi-GAN's."""
+
+    segment_samples: int = 8192
+    mel_weight: float = 45.0
+    feature_weight: float = 2.0
+    spectral_weight: float = 0.0  # of the multi-resolution STFT loss, which HiFi-GAN has not
+    spectral_windows: tuple[int, ...] = (256, 512, 1024, 2048)  # samples
+    critic_start: int = 0  # steps without critics at the beginning
+    critics: CriticConfig = CriticConfig()
+
+    @classmethod
+    def tiny(cls) -> VocoderLossConfig:
+        """Spectral losses lead, and small critics join late (trials in docs/log.md)."""
+        return cls(
+            segment_samples=8000,
+            spectral_weight=15.0,
+            critic_start=500,
+            critics=CriticConfig(
+                periods=(2, 3, 5), period_channels=(8, 16, 32, 64), scales=1, scale_channels=(8, 16, 16, 32, 32, 64, 64)
+            ),
+        )
+
+
+class VocoderStage(Stage):
+    """Random segments of the store's waveforms; their mels are computed where the model is.
+
+    Until `critic_start` the critics are neither run nor yielded.
+    """
+
+    name = "vocoder"
+    series = ("waveform",)
+    blocks = (HifiGanResidualBlock,)
+
+    def __init__(self, config: VocoderConfig, loss: VocoderLossConfig, audio: AudioConfig) -> None:
+        super().__init__()
+        if not audio.n_fft <= loss.segment_samples <= audio.clip_samples:
+            raise UserError(f"segment_samples is {loss.segment_samples}; expected {audio.n_fft} to {audio.clip_samples}")
+        self.loss, self.audio = loss, audio
+        self.vocoder = config.build(audio)
+        self.discriminator = loss.critics.build()
+
+    @classmethod
+    def build(cls, variant: Variant, released: Callable[[str], Path]) -> VocoderStage:
+        return cls(variant.vocoder, variant.vocoder_loss, variant.audio)
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {"discriminator": self.discriminator, "vocoder": self.vocoder}
+
+    def example(self, clip: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Tensor]:
+        """`waveform` [T], the whole clip, and a random `segment` [segment_samples] of it."""
+        waveform = pad_or_cut(np.asarray(clip["waveform"], np.float32), self.audio.clip_samples)
+        start = int(rng.integers(len(waveform) - self.loss.segment_samples + 1))
+        segment = waveform[start : start + self.loss.segment_samples]
+        return {"waveform": torch.from_numpy(waveform), "segment": torch.from_numpy(segment.copy())}
+
+    def losses(self, batch: dict[str, Any]) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        """The critics' loss once they have started, then the vocoder's; `batch["step"]` counts finished updates."""
+        real = batch["segment"]
+        mel = log_mel(real, self.audio)
+        fake = self.vocoder(mel).float()[:, : real.shape[-1]]
+        real = real[:, : fake.shape[-1]]
+        adversarial = batch["step"] >= self.loss.critic_start
+        if adversarial:
+            scores = self.discriminator(real).scores, self.discriminator(fake.detach()).scores
+            loss = least_squares_discriminator_loss(*scores)
+            yield "discriminator", loss, {"discriminator": loss}
+
+        mel_l1 = F.l1_loss(log_mel(fake, self.audio), mel)
+        loss = self.loss.mel_weight * mel_l1
+        logs = {"mel_l1": mel_l1}
+        if self.loss.spectral_weight:
+            spectral = spectral_loss(real, fake, self.loss.spectral_windows)
+            loss = loss + self.loss.spectral_weight * spectral
+            logs["spectral"] = spectral
+        if adversarial:
+            with torch.no_grad():
+                wanted = self.discriminator(real).features
+            verdict = self.discriminator(fake)
+            deception = least_squares_adversarial_loss(verdict.scores)
+            features = feature_matching_loss(wanted, verdict.features)
+            loss = loss + deception + self.loss.feature_weight * features
+            logs |= {"adversarial": deception, "features": features}
+        yield "vocoder", loss, logs
+
+    @torch.no_grad()
+    def validate(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """`mel_l1` between whole clips and their resynthesis, and the loss `spectral` of their linear spectra."""
+        real, fake = self._resynthesise(batch["waveform"])
+        return {
+            "mel_l1": F.l1_loss(log_mel(fake, self.audio), log_mel(real, self.audio)),
+            "spectral": spectral_loss(real, fake, self.loss.spectral_windows),
+        }
+
+    @torch.no_grad()
+    def listen(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The first clip and its resynthesis [T]."""
+        real, fake = self._resynthesise(batch["waveform"][:1])
+        return {"audio/original": real[0], "audio/resynthesis": fake[0]}
+
+    def _resynthesise(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
+        fake = self.vocoder(log_mel(waveform, self.audio)).float()
+        samples = min(waveform.shape[-1], fake.shape[-1])
+        return waveform[:, :samples], fake[:, :samples]
+
+    def save(self, folder: Path) -> None:
+        self.vocoder.save_pretrained(folder / "vocoder")
+        save_file(self.discriminator.state_dict(), folder / "discriminator.safetensors")
+
+    def load(self, folder: Path) -> None:
+        """Take over released weights, the critics' too, to train on from them."""
+        self.vocoder.load_state_dict(SpeechT5HifiGan.from_pretrained(folder / "vocoder").state_dict())
+        self.discriminator.load_state_dict(load_file(folder / "discriminator.safetensors"))
+
+
+def spectral_loss(real: Tensor, fake: Tensor, windows: tuple[int, ...]) -> Tensor:
+    """Multi-resolution STFT loss of waveforms [B, T]: spectral convergence + L1 of log magnitudes, averaged over windows."""
+    terms = []
+    with torch.autocast(real.device.type, enabled=False):
+        for window in windows:
+            target, given = magnitude(real.float(), window), magnitude(fake.float(), window)
+            convergence = (target - given).norm() / target.norm().clamp(min=1e-3)
+            terms.append(convergence + F.l1_loss(given.log(), target.log()))
+    return torch.stack(terms).mean()
+
+
+def magnitude(waveform: Tensor, window: int) -> Tensor:
+    """|STFT| [B, bins, frames] with a hop of a quarter window, at least 1e-4 so that its logarithm stays tame."""
+    hann = torch.hann_window(window, device=waveform.device)
+    spectrum = torch.stft(waveform, window, window // 4, window=hann, return_complex=True)
+    return (spectrum.real.square() + spectrum.imag.square()).clamp(min=1e-8).sqrt()

@@ -1,0 +1,246 @@
+"""Evaluation end to end on made clips, with a generator and a CLAP that cost nothing."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from click.testing import CliRunner
+
+from pipelines import evaluate as job
+from pipelines.evaluate import Evaluation, HeldOut, choose_clips, evaluate
+from pipelines.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore
+from stages.audio import AudioConfig, encode_flac, log_mel, normalise
+from stages.base import UserError
+from stages.classifier.model import Classifier, ClassifierConfig
+
+AUDIO = AudioConfig(clip_seconds=0.64)
+PITCH = {"low": 200.0, "high": 3000.0}
+
+
+def tone(label, number):
+    time = np.arange(AUDIO.clip_samples) / AUDIO.sample_rate
+    noise = np.random.default_rng(number).standard_normal(len(time))
+    return normalise((np.sin(2 * np.pi * PITCH[label] * (1 + 0.05 * number) * time) + 0.01 * noise).astype(np.float32))
+
+
+def make_store(folder, labels=("low", "high"), count=12, split="test", **changes):
+    """`count` tones, alternating between the labels."""
+    rows, waves = [], {}
+    for i in range(count):
+        label = labels[i % len(labels)]
+        clip_id = f"tones-{i:02d}"
+        waves[clip_id] = tone(label, i)
+        row = dict(
+            clip_id=clip_id, corpus="tones", path=f"/x/{i}.wav", start=0.0, seconds=0.64, captions=[f"a {label} tone", f"{label} beeping"],
+            transcript="", labels=[label], split=split, licence="",
+        )  # fmt: skip
+        rows.append(row | changes)
+    store = FeatureStore.create(folder, AUDIO, pa.Table.from_pylist(rows, CLIP_SCHEMA), REJECTED_SCHEMA.empty_table())
+    store.begin_series("waveform", {"codec": "flac"})
+    store.write_shard(
+        "waveform", 0, ((r["clip_id"], {"waveform.flac": encode_flac(waves[r["clip_id"]], 16_000)}) for r in store.shard_rows(0))
+    )
+    return store
+
+
+class FakeGenerator:
+    """Plays the tone that the caption names; `seen` are the prompts of all instances."""
+
+    seen: list = []
+    stop_after = None  # prompts until somebody presses Ctrl-C
+    level = 1.0
+
+    @classmethod
+    def load(cls, bundle, device=None):
+        return cls()
+
+    def generate(self, prompts, *, seed, transcriptions=None, seconds, num_inference_steps, guidance_scale, scheduler):
+        if self.stop_after is not None and len(self.seen) >= self.stop_after:
+            raise KeyboardInterrupt
+        self.seen.extend(zip(prompts, seed, transcriptions or [None] * len(prompts), strict=True))
+        return np.stack([self.level * tone("low" if "low" in p else "high", s % 7) for p, s in zip(prompts, seed, strict=True)])
+
+    def vocode(self, mel):
+        return np.stack([tone("low" if m[:, :20].mean() > m[:, 40:].mean() else "high", 3) for m in mel])
+
+    def reconstruct(self, mel):
+        return self.vocode(mel)
+
+
+class FakeClap:
+    """Embeds a clip by its mean spectrum and a caption by that of the tone it names."""
+
+    @classmethod
+    def load(cls, folder, device=None):
+        return cls()
+
+    def clap_audio(self, waveform, sample_rate):
+        return torch.nn.functional.normalize(log_mel(waveform, AUDIO).mean(1) + 8.0, dim=-1)
+
+    def clap_text(self, texts):
+        return self.clap_audio(torch.from_numpy(np.stack([tone("low" if "low" in t else "high", 0) for t in texts])), 16_000)
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A project folder with a store and a classifier, and fakes for the costly networks."""
+    monkeypatch.setattr(job, "AudioGenerator", FakeGenerator)
+    monkeypatch.setattr(job, "TextEncoders", FakeClap)
+    monkeypatch.setattr(job, "read_info", lambda folder: SimpleNamespace(variant="tones", audio=AUDIO, speech=False))
+    monkeypatch.setattr(job, "weights_hash", lambda folder: f"weights of {folder.name}")
+    monkeypatch.setattr(FakeGenerator, "seen", [])
+    make_store(tmp_path / "store")
+    torch.manual_seed(0)
+    classifier = Classifier(ClassifierConfig(("high", "low"), width=8))
+    mel = log_mel(torch.from_numpy(np.stack([tone(label, i) for label in ("high", "low") for i in range(8)])), AUDIO)
+    optimizer = torch.optim.Adam(classifier.parameters(), 1e-2)
+    for _ in range(15):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(classifier(mel), torch.arange(2).repeat_interleave(8)).backward()
+        optimizer.step()
+    classifier.save(tmp_path / "stages" / "classifier")
+    return tmp_path
+
+
+def test_everything_is_scored_beside_its_ceilings(work):
+    found = evaluate(work, num_clips=6, batch=4)
+    assert set(found.scores) == set(job.MEASURES) and not found.missing
+    assert list(found.scores["accuracy"]) == ["chance", "generated", "vae", "vocoder", "real"]
+    assert found.scores["accuracy"]["chance"] == 0.5 and found.scores["accuracy"]["generated"] == 1.0
+    assert found.scores["clap_score"]["generated"] > found.scores["clap_score"]["chance"]
+    assert "other_real" in found.scores["frechet_clap"] and "real" not in found.scores["frechet_clap"]
+    low, high = found.intervals["accuracy"]["generated"]
+    assert low < 1.0 and high == 1.0
+    assert found.classes == [
+        {"name": n, "count": 3, **dict.fromkeys(("generated", "vae", "vocoder", "real"), 1.0)} for n in ("high", "low")
+    ]
+    assert found.confusion == {"names": ["high", "low"], "counts": [[3, 0], [0, 3]]}
+    assert Evaluation.read(work) == found
+    place = work / "evaluation"
+    assert all((place / path).is_file() for row in found.clips for path in row["files"].values())
+    assert (place / "confusion.png").is_file() and (place / "classes.png").is_file()
+    assert "Recognised by the classifier ↑" in (place / "table.txt").read_text() and "recognised 100.0%" in found.summary()
+    assert found.protocol["captions_sha256"] and found.protocol["bundle_sha256"] == "weights of bundle"
+
+
+def test_a_stopped_evaluation_continues_and_ends_the_same(work, monkeypatch):
+    monkeypatch.setattr(FakeGenerator, "stop_after", 2)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(work, num_clips=6, batch=2)
+    assert Evaluation.read(work) is None
+    monkeypatch.setattr(FakeGenerator, "stop_after", None)
+    resumed = evaluate(work, num_clips=6, batch=4)
+    assert len(FakeGenerator.seen) == 6
+    monkeypatch.setattr(FakeGenerator, "load", None)  # nothing is missing: no generator is loaded
+    assert evaluate(work, num_clips=6) == resumed
+    monkeypatch.undo()
+
+
+def test_more_clips_add_to_those_there_are_and_other_settings_start_anew(work):
+    evaluate(work, num_clips=4)
+    evaluate(work, num_clips=6)
+    assert len(FakeGenerator.seen) == 6
+    evaluate(work, num_clips=4, guidance_scale=1.0)
+    assert len(FakeGenerator.seen) == 10
+    evaluate(work, num_clips=4, bundle=work / "other")
+    assert len(FakeGenerator.seen) == 14
+
+
+def test_without_a_classifier_accuracy_is_absent_with_a_reason(work):
+    found = evaluate(work, num_clips=4, classifier=work / "nowhere")
+    assert "loa train classifier" in found.missing["accuracy"]
+    assert "accuracy" not in found.scores and "clap_score" in found.scores and not found.confusion
+    assert not (work / "evaluation" / "confusion.png").exists()
+    assert "not measured" in found.table()
+
+
+def test_without_labels_or_with_unknown_ones_accuracy_is_absent(work):
+    make_store(work / "bare", labels=("low", "high"))
+    bare = FeatureStore.open(work / "bare").clips()
+    assert len(bare) == 12
+    make_store(work / "unlabelled", **{"labels": []})
+    assert evaluate(work, store=str(work / "unlabelled"), num_clips=4).missing["accuracy"] == "the held-out clips have no labels"
+    make_store(work / "unknown", **{"labels": ["theremin"]})
+    assert "knows none" in evaluate(work, store=str(work / "unknown"), num_clips=4).missing["accuracy"]
+
+
+def test_silence_is_called_out(work, monkeypatch):
+    monkeypatch.setattr(FakeGenerator, "level", 1e-4)
+    found = evaluate(work, num_clips=4)
+    assert found.scores["silent"]["generated"] == 1.0 and found.scores["silent"]["real"] == 0.0
+    assert found.notes[0].startswith("100% of the generated clips are silent")
+
+
+def test_speech_is_generated_from_transcripts(work, monkeypatch):
+    monkeypatch.setattr(job, "read_info", lambda folder: SimpleNamespace(variant="tones", audio=AUDIO, speech=True))
+    make_store(work / "speech", captions=[], labels=[], transcript="printing, in the only sense")
+    found = evaluate(work, store=str(work / "speech"), num_clips=4)
+    assert {(text, said) for text, _, said in FakeGenerator.seen} == {(job.VOICE, "printing, in the only sense")}
+    assert "clap_score" in found.missing and "frechet_clap" in found.scores
+
+
+def test_a_bundle_of_another_variant_or_rate_is_refused(work, monkeypatch):
+    with pytest.raises(UserError, match="holds tones, expected audioldm2-full"):
+        evaluate(work, SimpleNamespace(name="audioldm2-full"))
+    monkeypatch.setattr(
+        job, "read_info", lambda folder: SimpleNamespace(variant="tones", audio=AudioConfig(sample_rate=48_000), speech=False)
+    )
+    with pytest.raises(UserError, match="48000"):
+        evaluate(work)
+
+
+def test_tracked_evaluations_show_scores_and_sounds(work):
+    logged = {}
+
+    class Notes:
+        def handle(self):
+            return SimpleNamespace(run_id="r1")
+
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: logged.setdefault(name, []).append(args)
+
+    found = evaluate(work, num_clips=4, tracker=Notes())
+    scores = logged["metrics"][-1][0]
+    assert scores["accuracy/generated"] == found.scores["accuracy"]["generated"] and "frechet_clap/vae" in scores
+    assert len(logged["audio"]) == 16 and len(logged["spectrogram"]) == 4 and found.protocol["mlflow_run_id"] == "r1"
+    assert logged["table"][0][1][0] == "clip_id" and len(logged["table"][0][2]) == 4
+
+
+def test_clips_are_taken_in_turn_from_all_classes(tmp_path):
+    store = make_store(tmp_path, labels=("low", "low", "high"), count=12)
+    table, reader = store.clips(), store.reader(["waveform"])
+    split, clips, others = choose_clips(table, reader, None, 6, seed=0)
+    assert split == "test" and [c.label for c in clips] == ["high", "low"] * 3
+    assert len(others) == 6 and not {c.clip_id for c in clips} & {c.clip_id for c in others}
+    assert choose_clips(table, reader, None, 4, seed=0)[1] == clips[:4]
+    assert choose_clips(table, reader, None, 6, seed=1)[1] != clips
+    assert {c.text for c in clips} <= {f"{a}" for label in PITCH for a in (f"a {label} tone", f"{label} beeping")}
+
+
+def test_validation_stands_in_for_a_missing_test_split(tmp_path):
+    store = make_store(tmp_path, split="validation")
+    assert choose_clips(store.clips(), store.reader(["waveform"]), None, 2, seed=0)[0] == "validation"
+    with pytest.raises(UserError, match=r"split test has a caption.*'validation': 12.*--split"):
+        choose_clips(store.clips(), store.reader(["waveform"]), "test", 2, seed=0)
+
+
+def test_the_caption_list_has_a_fingerprint():
+    clips = [HeldOut("a", "c", "rain", "", None), HeldOut("b", "c", "wind", "", None)]
+    assert job.captions_hash(clips) != job.captions_hash(clips[::-1])
+    assert clips[0].key != HeldOut("a", "c", "hail", "", None).key
+
+
+def test_a_missing_bundle_is_a_plain_sentence(tmp_path):
+    result = CliRunner().invoke(job.main, ["--work", str(tmp_path)])
+    assert result.exit_code == 1 and "loa export" in result.output and "Traceback" not in result.output
+
+
+def test_an_evaluation_of_another_format_is_refused(work):
+    evaluate(work, num_clips=2)
+    path = work / "evaluation" / "evaluation.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    with pytest.raises(UserError, match="format 99"):
+        Evaluation.read(work)

@@ -1,0 +1,235 @@
+"""The generator against diffusers' pipeline, and the properties that users rely on."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_bundle import AUDIO, LOA_TOKENS, LOA_WIDTH, make_bundle
+
+from stages.base import UserError
+from stages.generator import SCHEDULERS, AudioGenerator
+
+FEW = {"num_inference_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return make_bundle(tmp_path_factory.mktemp("sound") / "bundle")
+
+
+@pytest.fixture(scope="module")
+def speech_bundle(tmp_path_factory):
+    return make_bundle(tmp_path_factory.mktemp("speech") / "bundle", speech=True)
+
+
+@pytest.fixture(scope="module")
+def generator(bundle):
+    return AudioGenerator.load(bundle, "cpu")
+
+
+@pytest.fixture(scope="module")
+def speaker(speech_bundle):
+    return AudioGenerator.load(speech_bundle, "cpu")
+
+
+@pytest.fixture(scope="module")
+def phonemes(speaker):
+    """Skips where espeak-ng cannot be had."""
+    from stages.phonemes import pronounce
+
+    try:
+        return pronounce("Hello there.")
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def pipeline(bundle):
+    from diffusers import AudioLDM2Pipeline
+
+    loaded = AudioLDM2Pipeline.from_pretrained(bundle)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def reference(bundle):
+    return pipeline(bundle)
+
+
+# --------------------------------------------------------------------------------------------- parity with diffusers
+
+
+@pytest.mark.parametrize(
+    ("prompt", "negative", "guidance"),
+    [("a dog barks", None, 3.5), ("rain", "a negative prompt longer than the prompt", 3.5), ("a long prompt about rain", "dog", 7.0), ("dog", None, 1.0)],
+)
+def test_equals_diffusers(generator, reference, prompt, negative, guidance):
+    theirs = reference(
+        prompt, negative_prompt=negative, guidance_scale=guidance, num_inference_steps=10, generator=torch.Generator().manual_seed(3)
+    ).audios
+    ours = generator.generate(
+        prompt, negative_prompts=negative, guidance_scale=guidance, num_inference_steps=10, seed=3, scheduler="ddim", unconditional="diffusers"
+    )
+    assert ours.shape == theirs.shape == (1, AUDIO.clip_samples)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    assert theirs.std() > 0.01  # the comparison is of sound, not of silence
+
+
+def test_given_noise_equals_diffusers(generator, reference):
+    latents = torch.randn(1, 4, 20, 16, generator=torch.Generator().manual_seed(8))
+    theirs = reference("rain", latents=latents.clone(), num_inference_steps=5, audio_length_in_s=0.8).audios
+    ours = generator.generate("rain", latents=latents, num_inference_steps=5, seconds=0.8, scheduler="ddim", unconditional="diffusers")
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_eta_one_equals_diffusers(generator, reference):
+    theirs = reference("rain", num_inference_steps=5, eta=1.0, generator=torch.Generator().manual_seed(1)).audios
+    ours = generator.generate("rain", num_inference_steps=5, eta=1.0, seed=1, scheduler="ddim", unconditional="diffusers")
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_speech_equals_diffusers(speaker, speech_bundle, phonemes):
+    theirs = pipeline(speech_bundle)("a woman", transcription=phonemes, num_inference_steps=5, generator=torch.Generator().manual_seed(3)).audios
+    ours = speaker.generate("a woman", transcriptions="Hello there.", seed=3, num_inference_steps=5, scheduler="ddim", unconditional="diffusers")
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------------- conditions
+
+
+def test_conditions_matter(generator):
+    plain = generator.generate("a dog barks", **FEW)
+    for change in ({"prompts": "rain"}, {"negative_prompts": "birds"}, {"guidance_scale": 5.0}, {"seed": 1}, {"unconditional": "diffusers"}):
+        other = generator.generate(**({"prompts": "a dog barks"} | change), **FEW)
+        assert np.abs(other - plain).max() > 1e-3, change
+
+
+def test_a_prompt_does_not_depend_on_its_neighbours(generator):
+    prompts = ["a dog", "a much longer prompt about rain", "birds sing", ""]
+    negatives = [None, "noise", "", "wind and more wind"]
+    together = generator.generate(prompts, negative_prompts=negatives, seed=[5, 6, 7, 8], **FEW)
+    for i, prompt in enumerate(prompts):
+        alone = generator.generate(prompt, negative_prompts=negatives[i], seed=5 + i, **FEW)
+        np.testing.assert_allclose(together[i], alone[0], atol=1e-5)
+
+
+def test_variations_start_with_the_seed_itself(generator):
+    three = generator.generate(["rain", "a dog"], num_waveforms_per_prompt=3, seed=4, **FEW)
+    assert three.shape == (6, AUDIO.clip_samples)
+    np.testing.assert_allclose(three[[0, 3]], generator.generate(["rain", "a dog"], seed=4, **FEW), atol=1e-5)
+    assert min(np.abs(three[0] - three[1]).max(), np.abs(three[1] - three[2]).max()) > 1e-3
+
+
+def test_zeros_needs_no_loa_without_a_prompt(generator):
+    """What training calls no condition: LOA of zeros, T5 of the empty text."""
+    conditioning = generator.encode_prompts(["a dog", "rain"])
+    without = generator._without(conditioning, [None, "wind"], "zeros")
+    assert not without.loa[0].any() and without.loa[1].any()
+    np.testing.assert_allclose(without.loa[1], generator.encode_prompts(["wind"]).loa[0], atol=1e-6)
+    empty = generator.encode_prompts([""])
+    np.testing.assert_allclose(without.text[0, without.text_mask[0].bool()], empty.text[0], atol=1e-6)
+
+
+def test_loa_is_the_same_without_cache(generator):
+    parts = generator.parts
+    clap, text, mask = torch.randn(2, 16), torch.randn(2, 5, 24), torch.ones(2, 5, dtype=torch.long)
+    loa = generator.loa(clap, text, mask)
+    with torch.no_grad():
+        prefix = parts.projection_model(clap[:, None], text, mask[:, :1], mask)
+        sequence = prefix.hidden_states
+        for _ in range(LOA_TOKENS):
+            hidden = parts.language_model.transformer(inputs_embeds=sequence, use_cache=False).last_hidden_state
+            sequence = torch.cat([sequence, hidden[:, -1:]], dim=1)
+    assert loa.shape == (2, LOA_TOKENS, LOA_WIDTH)
+    torch.testing.assert_close(loa, sequence[:, -LOA_TOKENS:], atol=1e-5, rtol=1e-4)
+
+
+def test_speech_zeros_and_words(speaker, phonemes):
+    said = [speaker.generate("a man", transcriptions=text, **FEW) for text in ("Hello there.", "Good bye.")]
+    assert np.abs(said[0] - said[1]).max() > 1e-5
+    assert speaker.encode_prompts(["a man"], ["Hello."]).text is None
+
+
+# ------------------------------------------------------------------------------------------------ latents and sound
+
+
+@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
+def test_every_scheduler_reaches_finite_sound(generator, scheduler):
+    steps = []
+    waveform = generator.generate("rain", scheduler=scheduler, num_inference_steps=8, progress=lambda step, total: steps.append((step, total)))
+    assert waveform.dtype == np.float32 and np.isfinite(waveform).all()
+    assert steps[-1][0] == steps[-1][1] == len(steps) and len(steps) in (8, 9)  # PLMS asks twice at its first step
+
+
+@pytest.mark.parametrize("seconds", [0.04, 0.29, 0.333, 1.15, 2.0])
+def test_length_is_what_was_asked_for(generator, seconds):
+    assert generator.generate("rain", seconds=seconds, num_inference_steps=1).shape == (1, round(seconds * 16_000))
+
+
+def test_reconstruction_keeps_shapes(generator):
+    mel = np.random.default_rng(0).normal(size=(2, 62, 64)).astype(np.float32)
+    restored = generator.reconstruct_mel(mel)
+    assert restored.shape == mel.shape
+    assert generator.reconstruct(mel).shape == (2, 62 * 160)
+    parts = generator.parts
+    with torch.no_grad():
+        whole = torch.from_numpy(mel[:, None, :60])
+        expected = parts.vae.decode(parts.vae.encode(whole).latent_dist.mean).sample[:, 0]
+    np.testing.assert_allclose(generator.reconstruct_mel(mel[:, :60]), expected, atol=1e-5)
+
+
+def test_similarity_is_a_cosine(generator):
+    waveforms = np.random.default_rng(0).normal(size=(2, 8000)).astype(np.float32)
+    found = generator.similarity(["rain", "a dog"], waveforms)
+    assert found.shape == (2,) and (np.abs(found) <= 1).all()
+
+
+def test_bfloat16_is_near(bundle, generator):
+    half = AudioGenerator.load(bundle, "cpu", torch.bfloat16)
+    exact, near = (g.generate("rain", **FEW) for g in (generator, half))
+    assert near.dtype == np.float32 and np.corrcoef(exact[0], near[0])[0, 1] > 0.98
+
+
+# ------------------------------------------------------------------------------------------------------------ checks
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"prompts": []}, "no prompt"),
+        ({"prompts": [3]}, "a prompt is text, got 3"),
+        ({"seconds": 0.0}, "seconds is 0.0; expected at least 0.04"),
+        ({"seconds": float("nan")}, "seconds is nan"),
+        ({"num_inference_steps": 0}, "from 1 to 999"),
+        ({"num_inference_steps": 1000}, "from 1 to 999"),
+        ({"guidance_scale": 0.5}, "guidance_scale is 0.5"),
+        ({"guidance_scale": 1.0, "negative_prompts": "wind"}, "negative prompts need guidance"),
+        ({"scheduler": "dim"}, "did you mean 'ddim'"),
+        ({"eta": 2.0, "scheduler": "ddim"}, "from 0 to 1"),
+        ({"eta": 1.0}, "only the scheduler 'ddim'"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": [1, 2]}, "seed has 2 entries for 1 prompts"),
+        ({"negative_prompts": ["a", "b"]}, "negative_prompts has 2 entries"),
+        ({"num_waveforms_per_prompt": 0}, "at least 1"),
+        ({"transcriptions": "hello"}, "makes sounds, not speech"),
+        ({"latents": np.zeros((1, 4, 3, 3), np.float32)}, r"\(1, 4, 3, 3\).*\(1, 4, 16, 16\)"),
+        ({"unconditional": "ones"}, "zeros or diffusers"),
+    ],
+)
+def test_wrong_arguments_are_explained(generator, wrong, message):
+    with pytest.raises(UserError, match=message):
+        generator.generate(**({"prompts": "rain"} | wrong))
+
+
+def test_speech_needs_words(speaker):
+    with pytest.raises(UserError, match="give the words to say"):
+        speaker.generate("a man")
+
+
+def test_long_prompts_are_cut_with_a_warning(generator, caplog):
+    generator.generate("rain " * 20, num_inference_steps=1)
+    assert "T5 reads 24 tokens and this text has" in caplog.text
+
+
+def test_unknown_device(bundle):
+    with pytest.raises(UserError, match="warp"):
+        AudioGenerator.load(bundle, "warp")

@@ -1,0 +1,378 @@
+"""The passes on a local cluster: what they write, what they reject, and what a crash costs."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import soundfile
+import torch
+from click.testing import CliRunner
+
+from pipelines import cluster
+from pipelines.passes import MelPass, ShardWorker, execute
+from pipelines.preprocess import build_pass, main, run_pass
+from pipelines.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore, StoreWarning
+from stages.audio import fbank, load_audio, log_mel, normalise, pad_or_cut
+from stages.base import UserError
+from stages.variants import resolve
+
+REPO = Path(__file__).resolve().parent.parent
+VARIANT = resolve("audioldm2-full", tiny=True)
+SPEECH = resolve("audioldm2-ljs", tiny=True)
+RATE = VARIANT.audio.sample_rate
+
+
+def clip(path: Path | str, **values: object) -> dict[str, object]:
+    name = Path(path).stem.replace(".", "-")
+    row = {
+        "clip_id": f"test-{name}", "corpus": "test", "path": str(path), "start": 0.0, "seconds": VARIANT.audio.clip_seconds,
+        "captions": [f"the sound of {name}"], "transcript": "", "labels": [], "split": "train", "licence": "CC0",
+    }  # fmt: skip
+    return row | values
+
+
+def tone(folder: Path, number: int, seconds: float = 1.0) -> Path:
+    """A short recording unlike its neighbours."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"tone{number:03d}.wav"
+    time_axis = np.arange(int(seconds * 22050)) / 22050
+    soundfile.write(path, 0.3 * np.sin(2 * np.pi * (200 + 37 * number) * time_axis), 22050)
+    return path
+
+
+def make_store(root: Path, rows: list[dict[str, object]], shard_size: int = 4) -> FeatureStore:
+    table = pa.Table.from_pylist(rows, schema=CLIP_SCHEMA)
+    return FeatureStore.create(root, VARIANT.audio, table, REJECTED_SCHEMA.empty_table(), shard_size=shard_size)
+
+
+def tars(store: FeatureStore) -> dict[str, bytes]:
+    """Every shard and ledger row of a store."""
+    root = Path(store.root)
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.glob("*/*"))}
+
+
+def run_here(name: str, store: FeatureStore, variant=VARIANT, released=None, **settings) -> None:
+    """A pass as a worker runs it, in this process."""
+    work = build_pass(name, variant, released, **settings)
+    worker = ShardWorker(store, work, threads=1)
+    for series in work.series:
+        store.begin_series(series, work.recipe(series))
+    for shard in range(store.num_shards):
+        assert worker({"shard": shard, "series": json.dumps(work.series), "clips": 0})["failure"] == ""
+
+
+@pytest.fixture(scope="session")
+def encoders(tmp_path_factory) -> dict[str, Path]:
+    """Released folders of tiny, untrained encoders."""
+    from stages.audiomae.model import AudioMAE
+    from stages.clap.model import train_tokenizers
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("stages")
+    AudioMAE(VARIANT.audiomae).save(folder / "audiomae")
+    VARIANT.vae.build().save_pretrained(folder / "vae/vae")
+    roberta, unigram = train_tokenizers(["the sound of a tone", "a dog barks", "rain"] * 5, VARIANT.clap, VARIANT.t5)
+    VARIANT.clap.build().save_pretrained(folder / "clap/text_encoder")
+    VARIANT.t5.build().save_pretrained(folder / "clap/text_encoder_2")
+    VARIANT.clap.feature_extractor().save_pretrained(folder / "clap/feature_extractor")
+    roberta.save_pretrained(folder / "clap/tokenizer")
+    unigram.save_pretrained(folder / "clap/tokenizer_2")
+    return {name: folder / name for name in ("audiomae", "vae", "clap")}
+
+
+@pytest.fixture
+def tones(tmp_path) -> FeatureStore:
+    """Ten short tones in three shards."""
+    return make_store(tmp_path / "tones", [clip(tone(tmp_path / "sounds", i)) for i in range(10)])
+
+
+# ------------------------------------------------------------------------------------------------------------ mel
+
+
+def test_real_recordings_become_mel_and_waveform(shared, ray_cluster, tmp_path):
+    found = sorted((shared / "data").rglob("*.ogg"))[:3] + sorted((shared / "data").rglob("*.mp3"))[:2]
+    found += sorted((shared / "data").rglob("*.opus"))[:1] + sorted((shared / "data").rglob("*.flac"))[:2]
+    store = make_store(tmp_path, [clip(path, start=0.5) for path in found])
+    report = run_pass("mel", store, VARIANT, progress=False)
+    assert (report.clips, report.rejected, report.shards_done, report.shards_skipped) == (len(found), 0, 2, 0)
+    reader = store.reader(["mel", "waveform"])
+    for row in store.shard_rows(0):
+        read = reader.read(row["clip_id"])
+        waveform = normalise(load_audio(row["path"], RATE, 0.5, VARIANT.audio.clip_seconds))
+        waveform = pad_or_cut(waveform, VARIANT.audio.clip_samples)
+        assert np.abs(read["waveform"] - waveform).max() <= 2**-16 and read["waveform"].shape == (40960,)
+        mel = log_mel(torch.from_numpy(waveform)[None], VARIANT.audio)[0].numpy()
+        assert read["mel"].dtype == np.float16 and read["mel"].shape == (256, 64)
+        np.testing.assert_allclose(read["mel"], mel, atol=6e-3)
+    assert store.recipes()["mel"]["audio"]["clip_seconds"] == VARIANT.audio.clip_seconds
+
+
+def test_what_cannot_be_used_is_rejected_with_a_reason(ray_cluster, tmp_path):
+    soundfile.write(tmp_path / "silent.wav", np.zeros(RATE), RATE)
+    (tmp_path / "broken.mp3").write_bytes(b"not audio at all")
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), RATE)
+    good = tone(tmp_path, 1)
+    bad = [clip(tmp_path / name) for name in ("silent.wav", "broken.mp3", "empty.wav", "absent.wav")]
+    store = make_store(tmp_path / "store", [clip(good), clip(good, clip_id="late", start=9.0), *bad])
+    report = run_pass("mel", store, VARIANT, progress=False)
+    assert (report.clips, report.rejected) == (1, 5) and "5 rejected" in report.sentence()
+    for series in ("mel", "waveform"):
+        rejected = {entry.clip_id: entry.reason for row in store.ledger(series).values() for entry in row.rejected}
+        assert set(rejected) == {"late", "test-silent", "test-broken", "test-empty", "test-absent"}
+        assert rejected["test-silent"] == "silent" and "1.00 s" in rejected["late"] and "absent.wav" in rejected["test-absent"]
+    assert store.reader(["mel"]).clip_ids == ["test-tone001"]
+
+
+def test_only_missing_shards_are_made(ray_cluster, tones):
+    assert run_pass("mel", tones, VARIANT, limit_shards=1, progress=False).shards_done == 1
+    report = run_pass("mel", tones, VARIANT, progress=False)
+    assert (report.shards_done, report.shards_skipped, report.clips) == (2, 1, 6)
+    whole, root = tars(tones), Path(tones.root)
+    tar, kept = root / "mel/000001.tar", root / "mel/000000.tar"
+    tar.write_bytes(tar.read_bytes()[:1000])
+    (root / "waveform/000002.json").unlink()
+    before = kept.stat().st_mtime_ns
+    with pytest.warns(StoreWarning, match="000001.tar has 1000 bytes"):
+        report = run_pass("mel", tones, VARIANT, progress=False)
+    assert (report.shards_done, report.shards_skipped) == (2, 1)
+    assert tars(tones) == whole and kept.stat().st_mtime_ns == before
+    again = run_pass("mel", tones, VARIANT, progress=False)
+    assert again.shards_done == 0 and "nothing to do" in again.sentence()
+
+
+def test_other_audio_settings_are_refused(ray_cluster, tones):
+    with pytest.raises(UserError, match=r"clip_seconds=2\.56.*clip_seconds=10\.24.*--tiny"):
+        run_pass("mel", tones, resolve("audioldm2-full"), progress=False)
+
+
+# ------------------------------------------------------------------------------------------------------- crashes
+
+
+class DeadlyPass(MelPass):
+    """A decoder that takes its process along at one clip."""
+
+    def encode(self, rows, clips):
+        for row in rows:
+            if row["clip_id"] == "test-tone004":
+                os._exit(11)
+        return super().encode(rows, clips)
+
+
+class FaultyPass(MelPass):
+    """A programming error."""
+
+    def encode(self, rows, clips):
+        raise IndexError("a fault of ours")
+
+
+@pytest.fixture
+def by_value():
+    """Lets workers have the classes of this file, which they cannot import."""
+    from ray import cloudpickle
+
+    module = sys.modules[__name__]
+    cloudpickle.register_pickle_by_value(module)
+    yield
+    cloudpickle.unregister_pickle_by_value(module)
+
+
+def test_a_clip_that_kills_its_decoder_costs_itself_alone(ray_cluster, tones, tmp_path, by_value):
+    report = execute(DeadlyPass(VARIANT.audio), tones, progress=False)
+    assert (report.clips, report.rejected, report.shards_done) == (9, 1, 3)
+    (entry,) = [entry for row in tones.ledger("mel").values() for entry in row.rejected]
+    assert entry.clip_id == "test-tone004" and "died" in entry.reason
+    calm = make_store(tmp_path / "calm", [clip(tone(tmp_path / "sounds", i)) for i in range(10)])
+    run_pass("mel", calm, VARIANT, progress=False)
+    kept, whole = tones.reader(["mel", "waveform"]), calm.reader(["mel", "waveform"])
+    assert kept.clip_ids == [clip_id for clip_id in whole.clip_ids if clip_id != "test-tone004"]
+    assert all(np.array_equal(kept.read(i)[name], whole.read(i)[name]) for i in kept.clip_ids for name in ("mel", "waveform"))
+
+
+def test_a_fault_of_ours_is_raised_not_rejected(ray_cluster, tones, by_value):
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        execute(FaultyPass(VARIANT.audio), tones, progress=False)
+    assert tones.missing_shards("mel") == [0, 1, 2]
+
+
+DRIVER = """
+import sys
+from pipelines import cluster
+from pipelines.passes import MelPass, execute
+from pipelines.store import FeatureStore
+store = FeatureStore.open(sys.argv[1])
+cluster.connect(num_cpus=2)
+execute(MelPass(store.audio), store, workers=1, progress=False)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_driver_resumes_to_the_same_bytes(ray_cluster, tmp_path):
+    rows = [clip(tone(tmp_path / "sounds", i, seconds=2.5)) for i in range(80)]
+    killed, calm = make_store(tmp_path / "killed", rows, 2), make_store(tmp_path / "calm", rows, 2)
+    environment = os.environ | {"PYTHONPATH": str(REPO), "RAY_AUTH_MODE": "disabled"}
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, killed.root], env=environment, cwd=REPO)
+    try:
+        deadline = time.monotonic() + 180
+        while not list(Path(killed.root).glob("waveform/*.json")):
+            assert driver.poll() is None and time.monotonic() < deadline, "the driver made no shard"
+            time.sleep(0.01)
+    finally:
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+    run_pass("mel", calm, VARIANT, progress=False)
+    left = len(killed.missing_shards("mel"))
+    assert 0 < left < killed.num_shards
+    report = run_pass("mel", killed, VARIANT, progress=False)
+    assert report.shards_done >= left - 2  # its worker may finish the shard in hand before it notices
+    assert tars(killed) == tars(calm)
+
+
+# -------------------------------------------------------------------------------------------------------- encoders
+
+
+def test_loa_on_actors_and_latent_equal_the_encoders_called_directly(ray_cluster, tones, encoders):
+    from diffusers import AutoencoderKL
+
+    from stages.audiomae.model import AudioMAE, pool_loa
+
+    with pytest.raises(UserError, match=r"'waveform' .* 0 of 3 shards exist; .*`loa preprocess mel`"):
+        run_pass("loa", tones, VARIANT, encoders, progress=False)
+    run_pass("mel", tones, VARIANT, progress=False)
+    report = run_pass("loa", tones, VARIANT, encoders, progress=False)
+    assert (report.clips, report.rejected, report.shards_done) == (10, 0, 3)
+    run_here("latent", tones, VARIANT, encoders)
+    mae, vae = AudioMAE.load(encoders["audiomae"]), AutoencoderKL.from_pretrained(encoders["vae"] / "vae")
+    # Series that name one member twice are read one at a time.
+    inputs, latents, loa = tones.reader(["mel", "waveform"]), tones.reader(["latent"]), {p: tones.reader([f"loa-{p}"]) for p in (1, 4)}
+    for clip_id in inputs.clip_ids[:3]:
+        given = inputs.read(clip_id)
+        with torch.inference_mode():
+            features = mae.features(fbank(torch.from_numpy(given["waveform"])[None], VARIANT.audio))
+            posterior = vae.encode(torch.from_numpy(given["mel"]).float()[None, None]).latent_dist
+        for pooling, reader in loa.items():
+            read = reader.read(clip_id)["loa"]
+            assert read.dtype == np.float16 and read.shape == (VARIANT.loa_tokens(pooling), VARIANT.audiomae.width)
+            np.testing.assert_allclose(read, pool_loa(features, mae.config.grid, pooling)[0].numpy(), atol=5e-3)
+        latent = latents.read(clip_id)["latent"]
+        channels, frames, bins = VARIANT.latent_shape
+        assert latent.shape == (2 * channels, frames, bins)
+        np.testing.assert_allclose(latent, torch.cat([posterior.mean, posterior.std], 1)[0].numpy(), atol=5e-3, rtol=5e-3)
+    recipe = tones.recipes()["loa-4"]
+    assert recipe["pooling"] == 4 and len(recipe["weights"]["audiomae"]) == 64 and "code" in recipe["provenance"]
+
+
+def test_other_weights_are_refused(ray_cluster, tones, encoders, tmp_path):
+    from stages.audiomae.model import AudioMAE
+
+    run_here("mel", tones)
+    run_here("loa", tones, VARIANT, encoders, poolings=[4])
+    torch.manual_seed(1)
+    AudioMAE(VARIANT.audiomae).save(tmp_path / "other")
+    with pytest.raises(UserError, match=r"weights\.audiomae: '[0-9a-f]{64}' there, '[0-9a-f]{64}' now"):
+        run_pass("loa", tones, VARIANT, {"audiomae": tmp_path / "other"}, poolings=[4], progress=False)
+
+
+def test_text_and_speech(encoders, tmp_path):
+    from stages.frozen import TextEncoders
+    from stages.phonemes import phoneme_ids
+
+    sounds = [tone(tmp_path / "sounds", i) for i in range(3)]
+    store = make_store(
+        tmp_path / "store",
+        [
+            clip(sounds[0], captions=["rain", "the sound of a tone and a dog"]),
+            clip(sounds[1], captions=[], labels=["Dog", "Rain"]),
+            clip(sounds[2], captions=["rain"], transcript="Two words."),
+        ],
+    )
+    run_here("mel", store)
+    run_here("text", store, VARIANT, encoders)
+    run_here("speech", store, SPEECH, encoders)
+    assert store.ledger("speech")[0].rejected == ()
+    network, reader = TextEncoders.load(encoders["clap"]), store.reader(["text"])
+    for clip_id, texts in {
+        "test-tone000": ["rain", "the sound of a tone and a dog"], "test-tone001": ["Dog, Rain."], "test-tone002": ["rain"],
+    }.items():  # fmt: skip
+        read = reader.read(clip_id)
+        assert read["clap_text"].shape == (len(texts), VARIANT.clap.projection_dim)
+        assert read["t5"].shape == (len(texts), read["t5_length"].max(), VARIANT.t5.width) and read["t5_length"].dtype == np.int16
+        for i, text in enumerate(texts):
+            states, mask = network.t5([text])
+            length = int(mask.sum())
+            assert read["t5_length"][i] == length and not read["t5"][i, length:].any()
+            np.testing.assert_allclose(read["t5"][i, :length], states[0, :length].numpy(), atol=5e-3, rtol=5e-3)
+            np.testing.assert_allclose(read["clap_text"][i], network.clap_text([text])[0].numpy(), atol=2e-3)
+    speech = store.reader(["speech", "waveform"])
+    assert speech.clip_ids == ["test-tone002"]
+    read = speech.read("test-tone002")
+    assert read["phonemes"].dtype == np.int16
+    assert np.array_equal(read["phonemes"], phoneme_ids("Two words.", SPEECH.phonemes.max_length))
+    voice = network.clap_audio(torch.from_numpy(read["waveform"])[None], RATE)[0].numpy()
+    np.testing.assert_allclose(read["clap_audio"], voice, atol=2e-3)
+
+
+# ---------------------------------------------------------------------------------------------------- the command
+
+
+def test_the_command_makes_a_series_and_says_so(ray_cluster, tmp_path):
+    make_store(tmp_path / "store", [clip(tone(tmp_path / "sounds", i)) for i in range(3)])
+    arguments = ["--work", str(tmp_path), "--tiny", "--verify"]
+    result = CliRunner().invoke(main, ["mel", *arguments])
+    assert result.exit_code == 0 and "mel: 3 clips in 1 shards" in result.output
+    assert "nothing to do" in CliRunner().invoke(main, ["mel", *arguments]).output
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["loa", "--tiny"], "`loa train audiomae`"),
+        (["latent", "--tiny"], "`loa train vae`"),
+        (["text", "--tiny"], "--with clap="),
+        (["mel", "--tiny", "--store", "/nowhere/at/all"], "loa ingest"),
+        (["mel", "--variant", "audioldm2-ful"], "audioldm2-full"),
+        (["loa", "--tiny", "--pooling", "x"], "list of numbers"),
+    ],
+)
+def test_the_command_explains_what_is_missing(tmp_path, arguments, says):
+    make_store(tmp_path / "store", [clip(tone(tmp_path / "sounds", 0))])
+    result = CliRunner().invoke(main, [*arguments, "--work", str(tmp_path)])
+    assert result.exit_code and says in result.output and "Traceback" not in result.output
+
+
+def test_poolings_must_divide_the_grid(encoders):
+    with pytest.raises(UserError, match="--pooling 3 does not divide AudioMAE's 16 x 8 grid"):
+        build_pass("loa", VARIANT, encoders, [3])
+    assert build_pass("loa", VARIANT, encoders).series == ("loa-1", "loa-4")
+
+
+# ------------------------------------------------------------------------------------------------------- clusters
+
+
+def test_an_address_where_nothing_listens_is_refused_at_once(monkeypatch):
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with socket.socket() as taken:  # bound but not listening
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(UserError, match=f"no Ray cluster answers at '{address}'"):
+            cluster.connect(address)
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 3, 16, 200])
+@pytest.mark.parametrize("gpus", [0, 1, 8])
+@pytest.mark.parametrize("workers", [None, 1, 3, 64])
+def test_pools_leave_a_cpu_and_fit_the_cluster(cpus, gpus, workers):
+    resources = cluster.Resources(cpus, gpus, largest_node_cpus=min(cpus, 32))
+    for pool in (cluster.cpu_pool(resources, 50, workers), cluster.encoder_pool(resources, 50, workers)):
+        assert 1 <= pool.size <= 50 and pool.threads >= 1 and pool.num_cpus <= resources.largest_node_cpus
+        assert pool.size * pool.num_cpus <= max(1, cpus - 1) + 1e-9
+        assert pool.size * pool.num_gpus <= gpus + 1e-9

@@ -1,0 +1,79 @@
+"""A small feature store of made sounds, with random weights for the frozen stages: minutes of pipeline in seconds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.passes import make_shard, Unit
+from pipelines.preprocess import build_pass
+from pipelines.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore
+from stages.audio import AudioConfig, write_wav
+from stages.base import Recipe
+from stages.variants import Recipes, Variant, resolve
+
+KINDS = ("tone", "noise", "clicks")
+
+
+def sound(kind: str, rng: np.random.Generator, audio: AudioConfig) -> np.ndarray:
+    """A clip [T] of one of three kinds."""
+    t = np.arange(audio.clip_samples) / audio.sample_rate
+    if kind == "tone":
+        return (0.4 * np.sin(2 * np.pi * rng.uniform(300, 900) * t)).astype(np.float32)
+    if kind == "noise":
+        return (0.2 * rng.standard_normal(len(t))).astype(np.float32)
+    clicks = np.zeros(len(t), np.float32)
+    clicks[:: int(rng.uniform(0.1, 0.3) * audio.sample_rate)] = 0.9
+    return clicks
+
+
+def make_store(root: Path, variant: Variant, clips: int = 24, shard_size: int = 8) -> FeatureStore:
+    """A store with `clips` clips whose mel pass is done."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(clips):
+        kind = KINDS[i % len(KINDS)]
+        path = root / "recordings" / f"{kind}{i}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_wav(path, sound(kind, rng, variant.audio), variant.audio.sample_rate)
+        rows.append(
+            {
+                "clip_id": f"made-{i:03d}", "corpus": "made", "path": str(path), "start": 0.0, "seconds": variant.audio.clip_seconds,
+                "captions": [f"a {kind}", f"the sound of a {kind}"], "transcript": "one two", "labels": [kind],
+                "split": "validation" if i >= clips - 6 else "train", "licence": "CC0",
+            }
+        )  # fmt: skip
+    store = FeatureStore.create(
+        str(root / "store"), variant.audio, pa.Table.from_pylist(rows, CLIP_SCHEMA), pa.Table.from_pylist([], REJECTED_SCHEMA),
+        seed=0, shard_size=shard_size,
+    )  # fmt: skip
+    run_here("mel", store, variant)
+    return store
+
+
+def run_here(name: str, store: FeatureStore, variant: Variant, released: dict[str, Path] | None = None) -> None:
+    """A pass in this process, without Ray."""
+    import torch
+
+    work = build_pass(name, variant, released)
+    for series in work.series:
+        store.begin_series(series, work.recipe(series))
+    work.load(torch.device("cpu"))
+    for shard in range(store.num_shards):
+        make_shard(store, work, Unit(shard, tuple(work.series), store.shard_count(shard)), work.encode)
+
+
+def small(variant: str = "audioldm2-full", steps: int = 4, batch: int = 4) -> Variant:
+    """The tiny twin with a handful of steps per stage."""
+    tiny = resolve(variant, tiny=True)
+    recipes = Recipes(
+        **{
+            name: replace(getattr(tiny.recipes, name), steps=steps, global_batch=batch, warmup_steps=2, validate_every=steps, checkpoint_every=2)
+            for name in Recipes.__dataclass_fields__
+        }
+    )
+    assert all(isinstance(getattr(recipes, n), Recipe) for n in Recipes.__dataclass_fields__)
+    return replace(tiny, recipes=recipes)
