@@ -106,4 +106,5 @@ def load(folder: Path, parts: Mapping[str, nn.Module], optimizers: Mapping[str, 
 
 def full_weights(part: nn.Module) -> dict[str, Tensor]:
     """All weights of a part on the CPU of worker 0, {} elsewhere; every worker must call it."""
-    return dict(get_model_state_dict(part, options=StateDictOptions(full_state_dict=True, cpu_offload=True)))
+    state: dict[str, Any] = get_model_state_dict(part, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return state

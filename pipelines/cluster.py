@@ -80,6 +80,9 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
         ray.init(address=address, **settings)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(f"Ray does not start or join a cluster at {address!r}: {error}") from error
+    import ray.data  # its loggers exist only now; progress is told by our own bars
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def local_resources() -> Resources:

@@ -110,7 +110,7 @@ def training_batches(
     loader = iter(
         DataLoader(
             Examples(clips, stage, seed),
-            batch_sampler=shares,  # type: ignore[arg-type]
+            batch_sampler=shares,
             collate_fn=collate,
             num_workers=loader_workers,
             multiprocessing_context="fork" if loader_workers else None,

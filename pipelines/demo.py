@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import click
 import psutil
 
 from pipelines import cluster
+from pipelines.evaluate import Evaluation
 from pipelines.tracking import Tracker
 from stages.base import UserError, to_dict, write_json
 from stages.cli import friendly, require_disk, require_memory, set_option, tracking_option
@@ -63,17 +65,17 @@ class Demo:
         """All steps in order."""
         speech = self.variant.phonemes is not None
         text = ("speech", "voices and phonemes") if speech else ("text", "CLAP and T5 states of every caption")
-        train = [Step(f"train-{s}", t, lambda tracker, s=s: self._train(s, tracker)) for s, t in _TRAINED_FIRST]
-        later = [Step(f"train-{s}", t, lambda tracker, s=s: self._train(s, tracker)) for s, t in _TRAINED_LATER]
+        train = [Step(f"train-{s}", t, partial(self._train, s)) for s, t in _TRAINED_FIRST]
+        later = [Step(f"train-{s}", t, partial(self._train, s)) for s, t in _TRAINED_LATER]
         first = [] if self.data else [Step("corpus", "make the demo's recordings", self._corpus)]
         return [
             *first,
             Step("ingest", "recordings → clip table", self._ingest),
-            Step("mel", "decode, log-mel and waveform shards", lambda tracker: self._pass("mel", tracker)),
+            Step("mel", "decode, log-mel and waveform shards", partial(self._pass, "mel")),
             *train,
-            Step("loa", "language of audio of every clip", lambda tracker: self._pass("loa", tracker)),
-            Step("latent", "VAE latents of every clip", lambda tracker: self._pass("latent", tracker)),
-            Step(*text, lambda tracker: self._pass(text[0], tracker)),
+            Step("loa", "language of audio of every clip", partial(self._pass, "loa")),
+            Step("latent", "VAE latents of every clip", partial(self._pass, "latent")),
+            Step(*text, partial(self._pass, text[0])),
             *later,
             Step("export", "bundle for diffusers and serving", self._export),
             Step("evaluate", "generate for held-out captions and score", self._evaluate),
@@ -290,7 +292,7 @@ def main(
     demo.run()
     shown = os.path.relpath(work)
     click.echo()
-    click.echo((work / "evaluation" / "table.txt").read_text() if (work / "evaluation" / "table.txt").is_file() else "")
+    click.echo(Evaluation.read(work).table())
     click.secho(f"done in {_minutes((time.monotonic() - began) / 60)}", bold=True)
     click.echo(f"  hear and see it   {shown}/report.html")
     click.echo(f"  every step        mlflow ui --backend-store-uri {tracking_uri or f'sqlite:///{shown}/mlflow.db'}")

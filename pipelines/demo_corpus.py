@@ -204,7 +204,8 @@ def _footsteps(rng: np.random.Generator, traits: Traits, samples: int) -> Wavefo
 
 def _helicopter(rng: np.random.Generator, traits: Traits, samples: int) -> Waveform:
     beat = (0.5 + 0.5 * np.cos(2 * np.pi * (9.5 * traits.rate(0.35) * _time(samples) + rng.uniform()))) ** 3
-    return beat * (_noise(rng, samples, 70, 900 * traits.scale(0.6)) + 0.25 * _noise(rng, samples, 900, 3000)) + 0.04 * _noise(rng, samples, 100, 5000)
+    blades = _noise(rng, samples, 70, 900 * traits.scale(0.6)) + 0.25 * _noise(rng, samples, 900, 3000)
+    return beat * blades + 0.04 * _noise(rng, samples, 100, 5000)
 
 
 def _wind(rng: np.random.Generator, traits: Traits, samples: int) -> Waveform:
@@ -309,35 +310,35 @@ class Words:
     doing: str
     low: tuple[str, str]
     high: tuple[str, str]
-    slow: str
-    fast: str
     mid: str  # AudioSet's id of the label
     plural: bool = False
+    slow: str = "slowly"
+    fast: str = "quickly"
 
 
 _SOUNDS: dict[str, tuple[Synth, Words]] = {
-    "Bark": (_bark, Words("dog", "barks", "barking", ("big", "deep"), ("small", "high"), "slowly", "quickly", "/m/05tny_")),
-    "Siren": (_siren, Words("siren", "wails", "wailing", ("low", "deep"), ("high", "shrill"), "slowly", "quickly", "/m/03kmc9")),
-    "Rain": (_rain, Words("rain", "falls", "falling", ("soft", "dull"), ("bright", "sharp"), "lightly", "heavily", "/m/06mb1")),
-    "Tick-tock": (_tick_tock, Words("clock", "ticks", "ticking", ("big", "old"), ("small", "little"), "slowly", "quickly", "/m/07qjznl")),
-    "Church bell": (_church_bell, Words("church bell", "rings", "ringing", ("big", "deep"), ("small", "high"), "slowly", "quickly", "/m/03w41f")),
-    "Chirp, tweet": (_chirps, Words("birds", "chirp", "chirping", ("big", "low"), ("small", "high"), "slowly", "quickly", "/m/07pggtn", True)),
-    "Vehicle horn, car horn, honking": (_car_horn, Words("car horn", "honks", "honking", ("low", "deep"), ("high", "shrill"), "slowly", "quickly", "/m/0912c9")),
-    "Walk, footsteps": (_footsteps, Words("footsteps", "walk past", "walking past", ("heavy", "dull"), ("light", "soft"), "slowly", "quickly", "/m/07pbtc8", True)),
-    "Helicopter": (_helicopter, Words("helicopter", "flies overhead", "flying overhead", ("big", "deep"), ("small", "light"), "slowly", "quickly", "/m/09ct_")),
-    "Wind": (_wind, Words("wind", "howls", "howling", ("low", "deep"), ("high", "shrill"), "slowly", "quickly", "/m/03m9d0z")),
-    "Telephone bell ringing": (_telephone, Words("telephone", "rings", "ringing", ("old", "low"), ("shrill", "high"), "slowly", "quickly", "/m/07pp8cl")),
-    "Engine": (_engine, Words("engine", "runs", "running", ("big", "deep"), ("small", "high"), "slowly", "quickly", "/m/02mk9")),
-    "Cricket": (_crickets, Words("crickets", "sing", "singing", ("low", "soft"), ("high", "shrill"), "slowly", "quickly", "/m/09xqv", True)),
-    "Thunder": (_thunder, Words("thunder", "rumbles", "rumbling", ("low", "deep"), ("bright", "sharp"), "slowly", "quickly", "/m/0ngt1")),
-    "Smoke detector, smoke alarm": (_alarm, Words("smoke alarm", "beeps", "beeping", ("low", "dull"), ("high", "shrill"), "slowly", "quickly", "/m/01y3hg")),
-    "Waves, surf": (_waves, Words("waves", "roll onto the shore", "rolling onto the shore", ("low", "dull"), ("bright", "sharp"), "slowly", "quickly", "/m/034srq", True)),
-    "Laser": (_laser, Words("laser", "zaps", "zapping", ("low", "deep"), ("high", "sharp"), "slowly", "quickly", "/x/laser")),
+    "Bark": (_bark, Words("dog", "barks", "barking", ("big", "deep"), ("small", "high"), "/m/05tny_")),
+    "Siren": (_siren, Words("siren", "wails", "wailing", ("low", "deep"), ("high", "shrill"), "/m/03kmc9")),
+    "Rain": (_rain, Words("rain", "falls", "falling", ("soft", "dull"), ("bright", "sharp"), "/m/06mb1", False, "lightly", "heavily")),
+    "Tick-tock": (_tick_tock, Words("clock", "ticks", "ticking", ("big", "old"), ("small", "little"), "/m/07qjznl")),
+    "Church bell": (_church_bell, Words("church bell", "rings", "ringing", ("big", "deep"), ("small", "high"), "/m/03w41f")),
+    "Chirp, tweet": (_chirps, Words("birds", "chirp", "chirping", ("big", "low"), ("small", "high"), "/m/07pggtn", True)),
+    "Vehicle horn, car horn, honking": (_car_horn, Words("car horn", "honks", "honking", ("low", "deep"), ("high", "shrill"), "/m/0912c9")),
+    "Walk, footsteps": (_footsteps, Words("footsteps", "pass by", "passing by", ("heavy", "dull"), ("light", "soft"), "/m/07pbtc8", True)),
+    "Helicopter": (_helicopter, Words("helicopter", "flies overhead", "flying overhead", ("big", "deep"), ("small", "light"), "/m/09ct_")),
+    "Wind": (_wind, Words("wind", "howls", "howling", ("low", "deep"), ("high", "shrill"), "/m/03m9d0z")),
+    "Telephone bell ringing": (_telephone, Words("telephone", "rings", "ringing", ("old", "low"), ("shrill", "high"), "/m/07pp8cl")),
+    "Engine": (_engine, Words("engine", "runs", "running", ("big", "deep"), ("small", "high"), "/m/02mk9")),
+    "Cricket": (_crickets, Words("crickets", "sing", "singing", ("low", "soft"), ("high", "shrill"), "/m/09xqv", True)),
+    "Thunder": (_thunder, Words("thunder", "rumbles", "rumbling", ("low", "deep"), ("bright", "sharp"), "/m/0ngt1")),
+    "Smoke detector, smoke alarm": (_alarm, Words("smoke alarm", "beeps", "beeping", ("low", "dull"), ("high", "shrill"), "/m/01y3hg")),
+    "Waves, surf": (_waves, Words("waves", "roll ashore", "rolling ashore", ("low", "dull"), ("bright", "sharp"), "/m/034srq", True)),
+    "Laser": (_laser, Words("laser", "zaps", "zapping", ("low", "deep"), ("high", "sharp"), "/x/laser")),
 }  # fmt: skip
 _MUSIC: dict[str, tuple[Synth, Words]] = {
-    "Piano": (_piano, Words("piano", "plays an arpeggio", "playing an arpeggio", ("low", "dark"), ("high", "bright"), "slowly", "quickly", "/m/05r5c")),
-    "Drum kit": (_drums, Words("drum kit", "plays a beat", "playing a beat", ("big", "deep"), ("small", "light"), "slowly", "quickly", "/m/02hnl")),
-    "Organ": (_organ, Words("organ", "plays chords", "playing chords", ("low", "dark"), ("high", "bright"), "slowly", "quickly", "/m/013y1f")),
+    "Piano": (_piano, Words("piano", "plays an arpeggio", "playing an arpeggio", ("low", "dark"), ("high", "bright"), "/m/05r5c")),
+    "Drum kit": (_drums, Words("drum kit", "plays a beat", "playing a beat", ("big", "deep"), ("small", "light"), "/m/02hnl")),
+    "Organ": (_organ, Words("organ", "plays chords", "playing chords", ("low", "dark"), ("high", "bright"), "/m/013y1f")),
 }  # fmt: skip
 _ALL = _SOUNDS | _MUSIC
 KINDS: dict[str, Synth] = {label: synth for label, (synth, _) in _ALL.items()}
@@ -360,7 +361,7 @@ TEMPLATES = (
 TEST_TEMPLATES = (
     "you can hear the sound of {it} {doing}{adverb}",
     "a recording of {it} that {does}{adverb}",
-    "there {is_} the sound of {it} {doing}{adverb} in the distance",
+    "there is the sound of {it} {doing}{adverb} in the distance",
 )
 
 
@@ -460,7 +461,9 @@ def make_demo_corpus(
     speech: int | None = None,
     processes: int = 2,
 ) -> DemoCorpus:
-    """Write the corpus to `out`, the same bytes for the same arguments; a finished one is left as it is.
+    """Write the corpus to `out`; a finished one is left as it is.
+
+    The same arguments give the same bytes, but for the spoken samples: espeak never says a thing quite the same way twice.
 
     Args:
         clips_per_kind: over all layouts; about 10 % test and 6 % validation.
@@ -622,7 +625,7 @@ def _write_msd(root: Path, made: Made, seed: int, seconds: float) -> None:
     (root / "ecals_annotation").mkdir(parents=True, exist_ok=True)
     (root / "lastfm_annotation").mkdir(parents=True, exist_ok=True)
     write_json(root / "ecals_annotation" / "annotation.json", annotation)
-    write_json(root / "ecals_annotation" / "ecals_tags.json", sorted({tag for entry in annotation.values() for tag in entry["tag"]}))
+    write_json(root / "ecals_annotation" / "ecals_tags.json", sorted({tag for clip, traits in made for tag in _tags(clip, traits)}))
     split = {key: [track for track, (clip, _) in tracks.items() if clip.split == name] for key, name in lists.items()}
     write_json(root / "ecals_annotation" / "ecals_track_split.json", {**split, "extra_track": []})
     ids = {track: _preview_id(clip) for track, (clip, _) in tracks.items()}
@@ -639,7 +642,7 @@ def _tags(clip: _Clip, traits: Traits) -> list[str]:
 
 
 def _write_speech(out: Path, seed: int, utterances: int, seconds: float) -> dict[str, int]:
-    """Both speech layouts. Runs in a process of its own: espeak's sound depends on what it has said before."""
+    """Both speech layouts; how many recordings each has."""
     rng = np.random.default_rng([seed, 1])
     return {
         "ljspeech": _write_ljspeech(out / "ljspeech", rng, utterances, seconds),

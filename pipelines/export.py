@@ -92,12 +92,17 @@ def _same_audio(cards: Mapping[str, Mapping[str, Any]], variant: Variant) -> Non
         heard = card.get("config", {}).get("audio", expected)
         differing = [f"{k} {heard.get(k)} instead of {v}" for k, v in expected.items() if heard.get(k) != v]
         if differing:
-            raise UserError(f"the stage {stage} was trained for other sound than {variant.name}: {', '.join(differing)}; train it again or replace it with --with {stage}=FOLDER")
+            raise UserError(
+                f"the stage {stage} was trained for other sound than {variant.name}: {', '.join(differing)}; "
+                f"train it again or replace it with --with {stage}=FOLDER"
+            )
 
 
 @click.command()
 @work_option
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Where the bundle goes.  [default: bundle in --work]")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Where the bundle goes.  [default: bundle in --work]"
+)
 @with_option
 @click.option("--variant", metavar="NAME", help="Which system this is; needed only when all weights are imported.")
 @click.option("--tiny", is_flag=True, help="With --variant: its small twin.")
@@ -115,10 +120,10 @@ def main(
     bundle = export(work, chosen, out=out, given=released, joint=not no_joint, force=force, critics=critics)
     info = read_info(bundle)
     with Tracker.open(tracking_uri, work=work, job="export", variant=info.variant) as tracker:
-        version = tracker.register_bundle(bundle, f"loa-{info.variant}")
+        version = tracker.register(bundle, f"loa-{info.variant}")
     size = sum(p.stat().st_size for p in bundle.rglob("*") if p.is_file()) / 1e6
-    shown = os.path.relpath(bundle)
-    click.echo(f"{shown}: {info.variant}{' (tiny)' if info.tiny else ''}, {size:.0f} MB, version {version} of the model loa-{info.variant} in MLflow")
+    shown, name = os.path.relpath(bundle), info.variant + (" (tiny)" if info.tiny else "")
+    click.echo(f"{shown}: {name}, {size:.0f} MB, version {version} of the model loa-{info.variant} in MLflow")
     click.echo(f'Try it: loa generate "rain on a tin roof" --bundle {shown}')
 
 

@@ -78,7 +78,8 @@ class IngestReport:
         for counts in [*self.corpora, *([total] if len(self.corpora) > 1 else [])]:
             reasons = ", ".join(f"{n:,} {kind}" for kind, n in counts.rejected.items())
             rejected = f"{self.counts()['rejected']:,.0f}" if counts is total else reasons or "0"
-            rows.append([counts.corpus, *(f"{n:,.0f}" for n in (counts.recordings, counts.clips)), f"{counts.hours:,.2f}", f"{counts.captions:,.0f}", rejected])
+            numbers = (f"{counts.recordings:,.0f}", f"{counts.clips:,.0f}", f"{counts.hours:,.2f}", f"{counts.captions:,.0f}")
+            rows.append([counts.corpus, *numbers, rejected])
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = ["  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 5)), row[5]]) for row in rows]
         return "\n".join(lines)
@@ -122,7 +123,8 @@ def cut(recording: Recording, file_seconds: float, audio: AudioConfig, max_windo
     available = file_seconds - start
     seconds = available if length is None else min(length, available)
     if seconds * audio.sample_rate < FEWEST_SAMPLES:
-        return rejected(f"empty: {seconds:.3f} s" if available > 0 else f"outside the recording: starts at {start:g} s of {file_seconds:g} s")
+        late = f"outside the recording: starts at {start:g} s of {file_seconds:g} s"
+        return rejected(f"empty: {seconds:.3f} s" if available > 0 else late)
     if recording.transcript:
         if length is not None and length - seconds > SPEECH_TOLERANCE:
             return rejected(f"outside the recording: ends at {start + length:g} s of {file_seconds:g} s")
@@ -195,7 +197,8 @@ def ingest(
     folders = [Path(os.path.abspath(folder)) for folder in data_dirs]
     found = list(dict.fromkeys(source for folder in folders for source in corpora.discover(folder)))
     if not found:
-        raise UserError(f"{_names(folders)} holds no recordings; looked there and one folder below for {'; '.join(corpora.LAYOUTS.values())}")
+        layouts = "; ".join(corpora.LAYOUTS.values())
+        raise UserError(f"{_names(folders)} holds no recordings; looked there and one folder below for {layouts}")
     listed = [(source, _limited(corpora.read(*source, keep_blacklisted=keep_blacklisted), limit)) for source in found]
     made_from = {
         "data": [str(folder) for folder in folders],
@@ -233,9 +236,9 @@ def ingest(
             f"nothing in {_names(folders)} can be used. Found: {'; '.join(corpora.LAYOUTS[corpus] for corpus, _ in found)}. "
             f"Rejected: {reasons}; the first is {rejected[0].path} ({rejected[0].reason})"
         )
-    store = FeatureStore.create(
-        store_root, audio, _table([c.row() for c in clips], CLIP_SCHEMA), _table([_row(r) for r in rejected], REJECTED_SCHEMA), seed, shard_size
-    )
+    clip_table = pa.Table.from_pylist([clip.row() for clip in clips], schema=CLIP_SCHEMA)
+    rejected_table = pa.Table.from_pylist([asdict(r) for r in rejected], schema=REJECTED_SCHEMA)
+    store = FeatureStore.create(store_root, audio, clip_table, rejected_table, seed, shard_size)
     splits = Counter(clip.recording.split for clip in clips)
     report = IngestReport(str(store_root), tuple(counts), {split: splits[split] for split in ("train", "validation", "test")})
     content = {"made_from": made_from, "corpora": [asdict(c) for c in counts], "splits": report.splits}
@@ -285,14 +288,6 @@ def _count(corpus: str, root: Path, clips: Sequence[Clip], rejected: Sequence[Re
         captions=sum(len(clip.recording.captions) for clip in clips),
         rejected=dict(Counter(r.kind for r in rejected).most_common()),
     )
-
-
-def _table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
-    return pa.Table.from_pylist(list(rows), schema=schema)
-
-
-def _row(rejected: Rejected) -> dict[str, str]:
-    return {"corpus": rejected.corpus, "path": rejected.path, "clip_id": rejected.clip_id, "reason": rejected.reason}
 
 
 def _digest(records: Sequence[Record]) -> str:
@@ -347,17 +342,23 @@ def _names(folders: Sequence[Path]) -> str:
 
 @click.command()
 @click.argument("folders", nargs=-1, type=click.Path(path_type=Path), metavar="[DIR]...")
-@click.option("--data", multiple=True, type=click.Path(path_type=Path), metavar="DIR", help="Another way to name a folder; may be repeated.")
+@click.option("--data", multiple=True, type=click.Path(path_type=Path), metavar="DIR", help="The same, as an option; may be repeated.")
 @work_option
 @variant_option
 @tiny_option
 @click.option("--clip-seconds", type=click.FloatRange(min=0.64), metavar="S", help="Length of a clip.  [default: the variant's]")
-@click.option("--max-windows", type=click.IntRange(min=1), default=MAX_WINDOWS, show_default=True, metavar="N", help="Most clips of one recording.")
+@click.option(
+    "--max-windows", type=click.IntRange(min=1), default=MAX_WINDOWS, show_default=True, metavar="N", help="Most clips of one recording."
+)
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Take only N recordings of each corpus, to try things out.")
 @click.option("--keep-blacklisted", is_flag=True, help="Use what WavCaps' blacklists name (it occurs in other corpora's test sets).")
 @click.option("--seed", default=0, show_default=True, help="Of the shuffle that deals clips to shards.")
-@click.option("--shard-size", type=click.IntRange(min=1), default=DEFAULT_SHARD_SIZE, show_default=True, metavar="N", help="Clips per shard.")
-@click.option("--workers", type=click.IntRange(min=0), metavar="N", help="CPUs that read headers; 0 reads them in this process.  [default: what is free]")
+@click.option(
+    "--shard-size", type=click.IntRange(min=1), default=DEFAULT_SHARD_SIZE, show_default=True, metavar="N", help="Clips per shard."
+)
+@click.option(
+    "--workers", type=click.IntRange(min=0), metavar="N", help="CPUs that read headers; 0 reads in this process.  [default: what is free]"
+)
 @friendly
 def main(
     folders: tuple[Path, ...], data: tuple[Path, ...], work: Path, variant: str, tiny: bool, clip_seconds: float | None,

@@ -470,7 +470,7 @@ def _on_ray_data(store: FeatureStore, work: Pass, units: Sequence[Unit], pool: c
     context.print_on_execution_start = False
     # A block is one shard: lost without an encoder only when its process died, and then done again under guard.
     context.max_errored_blocks = 0 if work.encoder else -1
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # a worker that dies is counted here, not told there
     with DataContext.current(context), warnings.catch_warnings():
         # The limits of retries have no named parameters yet; without them a row that kills its process comes back for ever.
         warnings.filterwarnings("ignore", message=".*ray_remote_args.*")

@@ -406,12 +406,13 @@ def _pretty(value: Any) -> str:
 
 
 def _duration(seconds: float) -> str:
-    if seconds < 60:
+    if seconds < 59.5:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
+    if minutes < 10:
         return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _memory(megabytes: float) -> str:
@@ -534,7 +535,7 @@ pre code { font-size: inherit; }
 body > footer { padding-top: 40px; padding-bottom: 48px; color: var(--faint); font-size: 13px; }
 @media (max-width: 560px) { h1 { font-size: 30px; } .runs { display: flex; flex-wrap: wrap; column-gap: 12px; }
 .pair { grid-template-columns: 1fr; } .sounds { grid-template-columns: 1fr 1fr;
-  } .clip code { display: none; } }
+  } .clip code, .scores th small { display: none; } }
 @media print { nav, .player button { display: none; } section { break-inside: avoid-page; } }
 """
 

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pipelines import plots
 from pipelines.store import code_version
 from stages.audio import write_wav
 from stages.base import UserError, to_dict, weights_hash
@@ -50,7 +49,7 @@ def _mlflow() -> ModuleType:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # a server that is away must not hold up training for minutes
     import mlflow
 
-    for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking.fluent"):
+    for name in ("alembic", "mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store"):
         logging.getLogger(name).setLevel(logging.WARNING)
     return mlflow
 
@@ -211,6 +210,8 @@ class Tracker:
         """Show a log-mel spectrogram `[F, M]` as an image with a slider over the steps."""
         if self._client is None:
             return
+        from pipelines import plots  # matplotlib, which most processes never need
+
         picture = plots.mel_image(np.asarray(mel, dtype=np.float32), scale=4)
         self._client.log_image(self._handle.run_id, picture, key=f"mel/{_fit_name(name)}", step=step, synchronous=True)
 

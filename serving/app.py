@@ -37,7 +37,9 @@ def require_free_port(host: str, port: int) -> None:
         except PermissionError as error:
             raise UserError(f"port {port} needs administrator rights; choose one above 1023 with --port") from error
         except OSError as error:
-            raise UserError(f"nothing can listen on {host}, port {port}: {(error.strerror or str(error)).lower()}; choose another with --port") from error
+            raise UserError(
+                f"nothing can listen on {host}, port {port}: {(error.strerror or str(error)).lower()}; choose another with --port"
+            ) from error
 
 
 def is_loopback(host: str) -> bool:
@@ -65,7 +67,9 @@ def connect(num_replicas: int) -> tuple[int, int]:
     try:
         ray.init(address=address, **settings)
     except (ConnectionError, ValueError) as error:
-        raise UserError(f"no Ray cluster answers at {address!r} ({error}); start one with `ray start --head` or unset RAY_ADDRESS") from error
+        raise UserError(
+            f"no Ray cluster answers at {address!r} ({error}); start one with `ray start --head` or unset RAY_ADDRESS"
+        ) from error
     have = ray.cluster_resources()
     return int(have.get("CPU", 1)), int(have.get("GPU", 0))
 
@@ -120,13 +124,25 @@ def _wait_for_end() -> None:
 
 
 @click.command()
-@click.option("--bundle", type=click.Path(path_type=Path), metavar="DIR", help="What to serve.  [default: $LOA_BUNDLE, or the newest under ./outputs]")
+@click.option(
+    "--bundle", type=click.Path(path_type=Path), metavar="DIR", help="What to serve.  [default: $LOA_BUNDLE, or the newest under ./outputs]"
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 lets other machines in.")
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
-@click.option("--num-replicas", type=click.IntRange(1), default=1, show_default=True, help="Generators side by side, each with a GPU if there are any.")
+@click.option(
+    "--num-replicas",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Generators side by side, each with a GPU if there are any.",
+)
 @click.option("--max-batch", type=click.IntRange(1), default=4, show_default=True, help="Requests that one replica generates together.")
-@click.option("--max-queue", type=click.IntRange(0), default=32, show_default=True, help="Requests that may wait; further ones are turned away (503).")
-@click.option("--max-seconds", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True, help="The longest sound of a request.")
+@click.option(
+    "--max-queue", type=click.IntRange(0), default=32, show_default=True, help="Requests that may wait; further ones are turned away (503)."
+)
+@click.option(
+    "--max-seconds", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True, help="The longest sound of a request."
+)
 @friendly
 def main(bundle: Path | None, host: str, port: int, num_replicas: int, max_batch: int, max_queue: int, max_seconds: float) -> None:
     """Answer prompts over HTTP, with a page to try it."""

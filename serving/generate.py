@@ -50,8 +50,16 @@ def write_sound(path: Path, waveform: np.ndarray, sample_rate: int) -> None:
 
 @click.command()
 @click.argument("prompt")
-@click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="WAV or FLAC file to write.  [default: the prompt's words]")
-@click.option("--bundle", type=click.Path(path_type=Path), metavar="DIR", help="The model.  [default: $LOA_BUNDLE, or the newest under ./outputs]")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="WAV or FLAC file to write.  [default: the prompt's words]",
+)
+@click.option(
+    "--bundle", type=click.Path(path_type=Path), metavar="DIR", help="The model.  [default: $LOA_BUNDLE, or the newest under ./outputs]"
+)
 @click.option("--seconds", type=float, help="Length.  [default: the model's clips]")
 @click.option("--steps", type=int, default=50, show_default=True, help="Denoising steps: more take longer and sound better.")
 @click.option("--guidance-scale", type=float, default=3.5, show_default=True, help="How closely to follow the prompt; 1 means freely.")

@@ -185,7 +185,9 @@ def create_api(backend: Callable[[], Backend], info: BundleInfo, limits: Limits)
             "provenance": info.provenance,
         }
 
-    @api.post("/v1/audio/generations", response_class=Response, responses={200: {"content": {m: {} for m in (*MEDIA_TYPES.values(), NDJSON)}}})
+    @api.post(
+        "/v1/audio/generations", response_class=Response, responses={200: {"content": {m: {} for m in (*MEDIA_TYPES.values(), NDJSON)}}}
+    )
     async def generate(body: GenerationRequest, request: Request) -> Response:
         """Generate one sound. With `Accept: application/x-ndjson`, a line per step and the sound in base64 at the end."""
         job = check(body, limits, info.speech)
@@ -195,8 +197,8 @@ def create_api(backend: Callable[[], Backend], info: BundleInfo, limits: Limits)
         if NDJSON in request.headers.get("accept", ""):
             return StreamingResponse(_lines(job, first, events), media_type=NDJSON, headers={"Cache-Control": "no-store"})
         last = first
-        async for last in events:
-            pass
+        async for event in events:
+            last = event
         if "error" in last:
             return _problem(last["status"], last["error"])
         headers = {"X-Loa-Seed": str(job.seed), "X-Loa-Seconds": f"{time.monotonic() - began:.3f}", "Cache-Control": "no-store"}
@@ -247,10 +249,20 @@ async def _lines(job: Job, first: Event, events: AsyncIterator[Event]) -> AsyncI
 # ------------------------------------------------------------------------------------------------------ generating
 
 
-def run_jobs(generator: AudioGenerator, jobs: list[Job], tell: Callable[[dict[int, Event]], None]) -> None:
+class Abandoned(Exception):
+    """Nobody waits for these jobs any more."""
+
+
+def run_jobs(
+    generator: AudioGenerator,
+    jobs: list[Job],
+    tell: Callable[[dict[int, Event]], None],
+    wanted: Callable[[int], bool] = lambda index: True,
+) -> None:
     """Carry out jobs, those that fit together as one batch. Every job ends with an "audio" or "error" event.
 
-    Blocking, so replicas call it on a thread of its own. `tell` gets events by the index of their job.
+    Blocking, so replicas call it on a thread of its own. `tell` gets events by the index of their job; a batch of which
+    no job is `wanted` any more is given up.
     """
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i, job in enumerate(jobs):
@@ -259,8 +271,11 @@ def run_jobs(generator: AudioGenerator, jobs: list[Job], tell: Callable[[dict[in
         chosen = [jobs[i] for i in rows]
 
         def step(done: int, total: int, rows: list[int] = rows) -> None:
+            if not any(wanted(i) for i in rows):
+                raise Abandoned
             tell({i: {"step": done, "total": total} for i in rows})
 
+        results: list[Event]
         try:
             waveforms = generator.generate(
                 [job.prompt for job in chosen],
@@ -274,6 +289,8 @@ def run_jobs(generator: AudioGenerator, jobs: list[Job], tell: Callable[[dict[in
                 progress=step,
             )
             results = [{"audio": encode(w, generator.sample_rate, job.format)} for w, job in zip(waveforms, chosen, strict=True)]
+        except Abandoned:
+            continue
         except UserError as error:
             results = [{"error": str(error), "status": 422}] * len(chosen)
         except torch.OutOfMemoryError:
@@ -289,7 +306,6 @@ def encode(waveform: np.ndarray, sample_rate: int, container: str) -> bytes:
     return buffer.getvalue()
 
 
-@serve.deployment
 class SoundModel:
     """A replica: one generator, batches of jobs one after the other."""
 
@@ -301,12 +317,17 @@ class SoundModel:
 
     async def events(self, job: Job) -> AsyncIterator[Event | None]:
         """The events of a job, which may be carried out together with others."""
-        async for event in self._batch(job):
-            yield event
+        gone = threading.Event()
+        try:
+            async for event in self._batch((job, gone)):
+                yield event
+        finally:
+            gone.set()
 
     @serve.batch(batch_wait_timeout_s=0.02)
-    async def _batch(self, jobs: list[Job]) -> AsyncIterator[list[Any]]:
+    async def _batch(self, asked: list[tuple[Job, threading.Event]]) -> AsyncIterator[list[Any]]:
         """The events of a batch, one entry per job: an event, None for nothing new, StopAsyncIteration after the end."""
+        jobs = [job for job, _ in asked]
         loop, news = asyncio.get_running_loop(), asyncio.Queue[dict[int, Event] | None]()
 
         def tell(events: dict[int, Event]) -> None:
@@ -314,7 +335,7 @@ class SoundModel:
 
         def work() -> None:
             try:
-                run_jobs(self.generator, jobs, tell)
+                run_jobs(self.generator, jobs, tell, wanted=lambda i: not asked[i][1].is_set())
             except Exception:  # the thread's only way to speak; the replica lives on and the log has the traceback
                 log.exception("generation failed")
             finally:
@@ -337,12 +358,15 @@ class Replicas:
 
     async def events(self, job: Job) -> AsyncIterator[Event]:
         """See Backend."""
+        told = self.handle.events.remote(job)
         try:
-            async for event in self.handle.events.remote(job):
+            async for event in told:
                 if event is not None:
                     yield event
         except BackPressureError as error:
             raise Busy from error
+        finally:
+            told.cancel()  # without effect at the end; before it, the client has left
 
 
 class Api:
@@ -364,13 +388,13 @@ class ServeArgs(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     bundle: str
-    num_replicas: int = Field(1, ge=1)
-    max_batch: int = Field(4, ge=1, description="Requests generated together by one replica.")
-    max_queue: int = Field(32, ge=0, description="Requests that may wait; further ones get 503.")
-    max_seconds: float = Field(30.0, gt=0)
-    num_cpus: float = Field(1.0, ge=0, description="CPUs reserved per replica.")
-    num_gpus: float = Field(0.0, ge=0, description="GPUs reserved per replica.")
-    threads: int | None = Field(None, ge=1, description="Arithmetic threads per replica.")
+    num_replicas: int = Field(default=1, ge=1)
+    max_batch: int = Field(default=4, ge=1, description="Requests generated together by one replica.")
+    max_queue: int = Field(default=32, ge=0, description="Requests that may wait; further ones get 503.")
+    max_seconds: float = Field(default=30.0, gt=0)
+    num_cpus: float = Field(default=1.0, ge=0, description="CPUs reserved per replica.")
+    num_gpus: float = Field(default=0.0, ge=0, description="GPUs reserved per replica.")
+    threads: int | None = Field(default=None, ge=1, description="Arithmetic threads per replica.")
 
 
 def build(args: ServeArgs) -> serve.Application:
@@ -378,7 +402,8 @@ def build(args: ServeArgs) -> serve.Application:
     bundle = os.path.abspath(args.bundle)
     info = read_info(Path(bundle))
     api = create_api(_backend_here, info, Limits.of(info, args.max_seconds))
-    model = SoundModel.options(
+    model = serve.deployment(
+        SoundModel,
         num_replicas=args.num_replicas,
         # one batch at work and one waiting: batches never fill beyond what is let in
         max_ongoing_requests=2 * args.max_batch,

@@ -385,7 +385,9 @@ def find_bundle(given: Path | None) -> Path:
         return Path(named)
     found = [p.parent for pattern in ("bundle", "*/bundle") for p in Path("outputs").glob(f"{pattern}/model_index.json")]
     if not found:
-        raise UserError("no bundle found under ./outputs; make one with `loa demo` or `loa export`, or name one with --bundle (or $LOA_BUNDLE)")
+        raise UserError(
+            "no bundle found under ./outputs; make one with `loa demo` or `loa export`, or name one with --bundle (or $LOA_BUNDLE)"
+        )
     return max(found, key=lambda folder: folder.stat().st_mtime)
 
 

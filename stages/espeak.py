@@ -110,8 +110,8 @@ def synthesise(text: str, voice: str = LANGUAGE, speed: int = 165, pitch: int = 
     """Speak `text`: (waveform [T] float32 in [-1, 1], sample rate in Hz).
 
     `voice` is an espeak name with an optional variant ("en-us+f3"), `speed` words per minute (80-450),
-    `pitch` 0-99. espeak carries phase and noise from one text to the next, so the samples, and their number by
-    a few, depend on what the process has spoken before.
+    `pitch` 0-99. espeak varies phase and noise from one call to the next, so neither the samples nor, by a few,
+    their number repeat.
     """
     with _lock:
         engine = _engine()

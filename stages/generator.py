@@ -55,7 +55,8 @@ class Conditioning(NamedTuple):
 
     def repeat(self, times: int) -> Conditioning:
         """Every row `times` times in a row."""
-        return Conditioning(*(x if x is None else x.repeat_interleave(times, 0) for x in self))
+        text, mask = (x if x is None else x.repeat_interleave(times, 0) for x in self[1:])
+        return Conditioning(self.loa.repeat_interleave(times, 0), text, mask)
 
 
 class AudioGenerator:
@@ -86,7 +87,9 @@ class AudioGenerator:
             device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
-            raise UserError(f"the device {str(device)!r} cannot be used here ({str(error).splitlines()[0]}); leave it out to take what there is") from error
+            raise UserError(
+                f"the device {str(device)!r} cannot be used here ({str(error).splitlines()[0]}); leave it out to take what there is"
+            ) from error
         if dtype is None:
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         return cls(load(Path(bundle), device, dtype))
@@ -109,7 +112,7 @@ class AudioGenerator:
         eta: float = 0.0,
         seed: int | Sequence[int] = 0,
         num_waveforms_per_prompt: int = 1,
-        transcriptions: str | Sequence[str] | None = None,
+        transcriptions: str | Sequence[str | None] | None = None,
         latents: Tensor | NDArray[np.float32] | None = None,
         scheduler: str = DEFAULT_SCHEDULER,
         unconditional: str | None = None,
@@ -375,7 +378,8 @@ class AudioGenerator:
             raise UserError(f"guidance_scale is {guidance}; expected 1 (no guidance) or more")
         if scheduler not in SCHEDULERS:
             near = difflib.get_close_matches(scheduler, SCHEDULERS, 1, 0.4)
-            raise UserError(f"unknown scheduler {scheduler!r}{f'; did you mean {near[0]!r}?' if near else ''} There are: {', '.join(SCHEDULERS)}")
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UserError(f"unknown scheduler {scheduler!r}; {hint}there are: {', '.join(SCHEDULERS)}")
         if not 0 <= eta <= 1:
             raise UserError(f"eta is {eta}; expected a number from 0 to 1")
         if eta and scheduler != "ddim":

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
 def clip_texts(row: Mapping[str, Any]) -> list[str]:
     """Captions of a clip; without any, its labels as one sentence; without those, the empty text (facts 1.5)."""
-    captions = [str(c) for c in (row.get("captions") if row.get("captions") is not None else ()) if str(c).strip()]
+    captions = [str(c) for c in _listed(row, "captions") if str(c).strip()]
     if captions:
         return captions
-    labels = [str(label) for label in (row.get("labels") if row.get("labels") is not None else ())]
+    labels = [str(label) for label in _listed(row, "labels")]
     return [", ".join(labels) + "."] if labels else [""]
+
+
+def _listed(row: Mapping[str, Any], name: str) -> Iterable[Any]:
+    """A list column of the clip table, which may be absent or null and may arrive as an array."""
+    values = row.get(name)
+    return () if values is None else values

@@ -9,6 +9,9 @@ import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+import diffusers
+import transformers
+
 from stages.audio import AudioConfig
 from stages.audiomae.model import AudioMAEConfig
 from stages.base import Recipe, UserError, override
@@ -21,6 +24,10 @@ from stages.vae.model import VAEConfig
 from stages.vae.training import VAELossConfig
 from stages.vocoder.model import VocoderConfig
 from stages.vocoder.training import VocoderLossConfig
+
+# Small networks are loaded and saved at every turn: the bars of their libraries would drown loa's own.
+transformers.utils.logging.disable_progress_bar()
+diffusers.utils.logging.disable_progress_bar()
 
 PATCH = 16  # AudioMAE's patches are 16 frames by 16 bins
 
@@ -159,15 +166,17 @@ def tiny(variant: Variant) -> Variant:
         audio=replace(variant.audio, clip_seconds=2.56),
         clap=ClapConfig(
             projection_dim=128, text_vocab=1000, text_width=128, text_layers=2, text_heads=4, audio_width=24, audio_depths=(1, 1, 2),
-            audio_heads=(2, 4, 8), spec_size=128, sample_rate=16_000, max_seconds=3, hop_length=200, fmax=8000.0, text_length=40,
+            audio_heads=(2, 4, 8), window_size=4, spec_size=64, sample_rate=16_000, max_seconds=3, hop_length=400, mel_bins=32, fmax=8000.0,
+            text_length=40,
         ),
         t5=T5Config(vocab=1000, width=128, head_width=32, heads=4, layers=2, feed_forward=256, max_length=40),
         phonemes=PhonemeEncoderConfig(width=96, layers=3, feed_forward=192, max_length=96) if speech else None,
         audiomae=AudioMAEConfig(
             width=128, depth=6, heads=4, frames=256, decoder="global", decoder_width=96, decoder_depth=2, decoder_heads=4,
         ),
-        vae=VAEConfig.tiny(),
-        vae_loss=VAELossConfig.tiny(),
+        # Compression 16 leaves 16 x 4 places of 32 channels: the T-UNet's cost goes with places, the VAE's hardly.
+        vae=replace(VAEConfig.tiny(), block_channels=(16, 16, 32, 64, 128), latent_channels=32),
+        vae_loss=replace(VAELossConfig.tiny(), kl_weight=60.0),
         vocoder=VocoderConfig.tiny(),
         vocoder_loss=VocoderLossConfig.tiny(),
         translator=replace(
@@ -176,7 +185,7 @@ def tiny(variant: Variant) -> Variant:
         ),
         # v-prediction: ε at the noisiest steps says almost nothing about z, which a short training does not forgive.
         diffusion=replace(
-            variant.diffusion, channels=(64, 128), layers_per_block=1, heads=(2, 4), norm_groups=16, prediction="v_prediction"
+            variant.diffusion, channels=(96, 128), layers_per_block=1, heads=(3, 4), norm_groups=16, prediction="v_prediction"
         ),
         recipes=tiny_recipes(),
     )  # fmt: skip
@@ -184,17 +193,16 @@ def tiny(variant: Variant) -> Variant:
 
 def tiny_recipes() -> Recipes:
     """Budgets for two CPU cores: about a quarter of an hour for all stages together (docs/log.md has the trials)."""
+    short = Recipe(300, 32, 1e-3, (0.9, 0.98), 0.01, warmup_steps=30, decay="cosine", validate_every=150, checkpoint_every=100)
     return Recipes(
-        clap=Recipe(300, 32, 1e-3, (0.9, 0.98), 0.01, warmup_steps=30, decay="cosine", validate_every=150, checkpoint_every=150),
-        audiomae=Recipe(300, 32, 1e-3, (0.9, 0.95), 0.01, warmup_steps=30, decay="cosine", validate_every=150, checkpoint_every=150),
-        vae=Recipe(600, 8, 1e-3, (0.5, 0.9), 0.0, warmup_steps=30, decay="cosine", validate_every=200, checkpoint_every=200),
-        vocoder=Recipe(600, 8, 1e-3, (0.8, 0.99), 0.0, warmup_steps=30, decay="cosine", validate_every=200, checkpoint_every=200),
-        translator=Recipe(600, 32, 1e-3, warmup_steps=30, decay="cosine", validate_every=200, checkpoint_every=200),
-        diffusion=Recipe(
-            1000, 16, 1e-3, warmup_steps=50, decay="cosine", ema_decay=0.999, validate_every=250, checkpoint_every=250
-        ),
-        joint=Recipe(300, 16, 4e-4, warmup_steps=20, decay="cosine", ema_decay=0.99, validate_every=100, checkpoint_every=100),
-        classifier=Recipe(400, 32, 1e-3, warmup_steps=30, decay="cosine", validate_every=200, checkpoint_every=200),
+        clap=replace(short, max_seconds=90),
+        audiomae=replace(short, max_seconds=70),
+        vae=replace(short, steps=360, global_batch=8, learning_rate=2e-3, weight_decay=0.0, max_seconds=180),
+        vocoder=replace(short, steps=700, global_batch=8, learning_rate=2e-3, betas=(0.8, 0.99), weight_decay=0.0, max_seconds=200),
+        translator=replace(short, steps=400, max_seconds=50),
+        diffusion=replace(short, steps=1000, global_batch=16, ema_decay=0.999, validate_every=500, max_seconds=260),
+        joint=replace(short, steps=250, global_batch=16, learning_rate=4e-4, ema_decay=0.99, max_seconds=100),
+        classifier=replace(short, steps=250, max_seconds=60),
     )
 
 

@@ -8,12 +8,14 @@ import pyarrow as pa
 import pytest
 import torch
 from click.testing import CliRunner
+from tiny_bundle import make_bundle
 
 from pipelines import evaluate as job
 from pipelines.evaluate import Evaluation, HeldOut, choose_clips, evaluate
 from pipelines.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore
 from stages.audio import AudioConfig, encode_flac, log_mel, normalise
 from stages.base import UserError
+from stages.bundle import read_info
 from stages.classifier.model import Classifier, ClassifierConfig
 
 AUDIO = AudioConfig(clip_seconds=0.64)
@@ -26,17 +28,17 @@ def tone(label, number):
     return normalise((np.sin(2 * np.pi * PITCH[label] * (1 + 0.05 * number) * time) + 0.01 * noise).astype(np.float32))
 
 
-def make_store(folder, labels=("low", "high"), count=12, split="test", **changes):
-    """`count` tones, alternating between the labels."""
+def make_store(folder, sounds=("low", "high"), count=12, split="test", **changes):
+    """`count` tones, alternating between the pitches, which are their labels unless `changes` says otherwise."""
     rows, waves = [], {}
     for i in range(count):
-        label = labels[i % len(labels)]
+        label = sounds[i % len(sounds)]
         clip_id = f"tones-{i:02d}"
         waves[clip_id] = tone(label, i)
-        row = dict(
-            clip_id=clip_id, corpus="tones", path=f"/x/{i}.wav", start=0.0, seconds=0.64, captions=[f"a {label} tone", f"{label} beeping"],
-            transcript="", labels=[label], split=split, licence="",
-        )  # fmt: skip
+        row = {
+            "clip_id": clip_id, "corpus": "tones", "path": f"/x/{i}.wav", "start": 0.0, "seconds": 0.64, "transcript": "",
+            "captions": [f"a {label} tone", f"{label} beeping"], "labels": [label], "split": split, "licence": "",
+        }  # fmt: skip
         rows.append(row | changes)
     store = FeatureStore.create(folder, AUDIO, pa.Table.from_pylist(rows, CLIP_SCHEMA), REJECTED_SCHEMA.empty_table())
     store.begin_series("waveform", {"codec": "flac"})
@@ -91,15 +93,16 @@ def work(tmp_path, monkeypatch):
     monkeypatch.setattr(job, "TextEncoders", FakeClap)
     monkeypatch.setattr(job, "read_info", lambda folder: SimpleNamespace(variant="tones", audio=AUDIO, speech=False))
     monkeypatch.setattr(job, "weights_hash", lambda folder: f"weights of {folder.name}")
+    monkeypatch.setattr(job.plots.Picture, "png", lambda picture, dpi=0: b"drawn in test_report.py")
     monkeypatch.setattr(FakeGenerator, "seen", [])
     make_store(tmp_path / "store")
     torch.manual_seed(0)
     classifier = Classifier(ClassifierConfig(("high", "low"), width=8))
-    mel = log_mel(torch.from_numpy(np.stack([tone(label, i) for label in ("high", "low") for i in range(8)])), AUDIO)
+    mel = log_mel(torch.from_numpy(np.stack([tone(label, i) for label in ("high", "low") for i in range(12)])), AUDIO)
     optimizer = torch.optim.Adam(classifier.parameters(), 1e-2)
-    for _ in range(15):
+    for _ in range(30):
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(classifier(mel), torch.arange(2).repeat_interleave(8)).backward()
+        torch.nn.functional.cross_entropy(classifier(mel), torch.arange(2).repeat_interleave(12)).backward()
         optimizer.step()
     classifier.save(tmp_path / "stages" / "classifier")
     return tmp_path
@@ -158,12 +161,9 @@ def test_without_a_classifier_accuracy_is_absent_with_a_reason(work):
 
 
 def test_without_labels_or_with_unknown_ones_accuracy_is_absent(work):
-    make_store(work / "bare", labels=("low", "high"))
-    bare = FeatureStore.open(work / "bare").clips()
-    assert len(bare) == 12
-    make_store(work / "unlabelled", **{"labels": []})
+    make_store(work / "unlabelled", labels=[])
     assert evaluate(work, store=str(work / "unlabelled"), num_clips=4).missing["accuracy"] == "the held-out clips have no labels"
-    make_store(work / "unknown", **{"labels": ["theremin"]})
+    make_store(work / "unknown", labels=["theremin"])
     assert "knows none" in evaluate(work, store=str(work / "unknown"), num_clips=4).missing["accuracy"]
 
 
@@ -202,22 +202,32 @@ def test_tracked_evaluations_show_scores_and_sounds(work):
         def __getattr__(self, name):
             return lambda *args, **kwargs: logged.setdefault(name, []).append(args)
 
-    found = evaluate(work, num_clips=4, tracker=Notes())
+    found = evaluate(work, num_clips=2, tracker=Notes())
     scores = logged["metrics"][-1][0]
     assert scores["accuracy/generated"] == found.scores["accuracy"]["generated"] and "frechet_clap/vae" in scores
-    assert len(logged["audio"]) == 16 and len(logged["spectrogram"]) == 4 and found.protocol["mlflow_run_id"] == "r1"
-    assert logged["table"][0][1][0] == "clip_id" and len(logged["table"][0][2]) == 4
+    assert len(logged["audio"]) == 8 and len(logged["spectrogram"]) == 2 and found.protocol["mlflow_run_id"] == "r1"
+    assert logged["table"][0][1][0] == "clip_id" and len(logged["table"][0][2]) == 2
+
+
+def test_a_whole_bundle_is_evaluated(tmp_path):
+    bundle = make_bundle(tmp_path / "bundle")
+    assert read_info(bundle).audio == AUDIO
+    make_store(tmp_path / "store", count=4)
+    found = evaluate(tmp_path, num_clips=2, num_inference_steps=2)
+    assert found.protocol["variant"] == read_info(bundle).variant and len(found.protocol["clap_sha256"]) == 64
+    assert np.isfinite([value for values in found.scores.values() for value in values.values()]).all()
+    assert evaluate(tmp_path, num_clips=2, num_inference_steps=2) == found
 
 
 def test_clips_are_taken_in_turn_from_all_classes(tmp_path):
-    store = make_store(tmp_path, labels=("low", "low", "high"), count=12)
+    store = make_store(tmp_path, sounds=("low", "low", "high"))
     table, reader = store.clips(), store.reader(["waveform"])
     split, clips, others = choose_clips(table, reader, None, 6, seed=0)
     assert split == "test" and [c.label for c in clips] == ["high", "low"] * 3
     assert len(others) == 6 and not {c.clip_id for c in clips} & {c.clip_id for c in others}
     assert choose_clips(table, reader, None, 4, seed=0)[1] == clips[:4]
     assert choose_clips(table, reader, None, 6, seed=1)[1] != clips
-    assert {c.text for c in clips} <= {f"{a}" for label in PITCH for a in (f"a {label} tone", f"{label} beeping")}
+    assert {c.text for c in clips} <= {text for label in PITCH for text in (f"a {label} tone", f"{label} beeping")}
 
 
 def test_validation_stands_in_for_a_missing_test_split(tmp_path):

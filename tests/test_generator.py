@@ -60,15 +60,17 @@ def reference(bundle):
 
 @pytest.mark.parametrize(
     ("prompt", "negative", "guidance"),
-    [("a dog barks", None, 3.5), ("rain", "a negative prompt longer than the prompt", 3.5), ("a long prompt about rain", "dog", 7.0), ("dog", None, 1.0)],
+    [
+        ("a dog barks", None, 3.5),
+        ("rain", "a negative prompt longer than the prompt", 3.5),
+        ("a long prompt about rain", "dog", 7.0),
+        ("dog", None, 1.0),
+    ],
 )
 def test_equals_diffusers(generator, reference, prompt, negative, guidance):
-    theirs = reference(
-        prompt, negative_prompt=negative, guidance_scale=guidance, num_inference_steps=10, generator=torch.Generator().manual_seed(3)
-    ).audios
-    ours = generator.generate(
-        prompt, negative_prompts=negative, guidance_scale=guidance, num_inference_steps=10, seed=3, scheduler="ddim", unconditional="diffusers"
-    )
+    same = {"guidance_scale": guidance, "num_inference_steps": 10}
+    theirs = reference(prompt, negative_prompt=negative, generator=torch.Generator().manual_seed(3), **same).audios
+    ours = generator.generate(prompt, negative_prompts=negative, seed=3, scheduler="ddim", unconditional="diffusers", **same)
     assert ours.shape == theirs.shape == (1, AUDIO.clip_samples)
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
     assert theirs.std() > 0.01  # the comparison is of sound, not of silence
@@ -88,8 +90,10 @@ def test_eta_one_equals_diffusers(generator, reference):
 
 
 def test_speech_equals_diffusers(speaker, speech_bundle, phonemes):
-    theirs = pipeline(speech_bundle)("a woman", transcription=phonemes, num_inference_steps=5, generator=torch.Generator().manual_seed(3)).audios
-    ours = speaker.generate("a woman", transcriptions="Hello there.", seed=3, num_inference_steps=5, scheduler="ddim", unconditional="diffusers")
+    noise = torch.Generator().manual_seed(3)
+    theirs = pipeline(speech_bundle)("a woman", transcription=phonemes, num_inference_steps=5, generator=noise).audios
+    same = {"seed": 3, "num_inference_steps": 5, "scheduler": "ddim", "unconditional": "diffusers"}
+    ours = speaker.generate("a woman", transcriptions="Hello there.", **same)
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
@@ -98,7 +102,8 @@ def test_speech_equals_diffusers(speaker, speech_bundle, phonemes):
 
 def test_conditions_matter(generator):
     plain = generator.generate("a dog barks", **FEW)
-    for change in ({"prompts": "rain"}, {"negative_prompts": "birds"}, {"guidance_scale": 5.0}, {"seed": 1}, {"unconditional": "diffusers"}):
+    changes = {"prompts": "rain", "negative_prompts": "birds", "guidance_scale": 5.0, "seed": 1, "unconditional": "diffusers"}
+    for change in ({name: value} for name, value in changes.items()):
         other = generator.generate(**({"prompts": "a dog barks"} | change), **FEW)
         assert np.abs(other - plain).max() > 1e-3, change
 
@@ -155,7 +160,7 @@ def test_speech_zeros_and_words(speaker, phonemes):
 @pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
 def test_every_scheduler_reaches_finite_sound(generator, scheduler):
     steps = []
-    waveform = generator.generate("rain", scheduler=scheduler, num_inference_steps=8, progress=lambda step, total: steps.append((step, total)))
+    waveform = generator.generate("rain", scheduler=scheduler, num_inference_steps=8, progress=lambda *news: steps.append(news))
     assert waveform.dtype == np.float32 and np.isfinite(waveform).all()
     assert steps[-1][0] == steps[-1][1] == len(steps) and len(steps) in (8, 9)  # PLMS asks twice at its first step
 

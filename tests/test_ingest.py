@@ -48,7 +48,7 @@ def test_stretches_cut_out_beforehand():
     def stretch(file_seconds):
         return places(cut(recording(start=30.0, seconds=10.0, precut=True), file_seconds, AudioConfig()))
 
-    assert stretch(10.0) == stretch(10.24)[:1] == [("c-r", 0, 10.0)] or stretch(10.24) == [("c-r", 0, 10.24)]
+    assert stretch(10.0) == [("c-r", 0, 10.0)]
     assert stretch(8.0) == [("c-r", 0, 8.0)]  # only the segment, and not all of it
     assert stretch(300.0) == [("c-r", 30, 10.0)]  # the whole video
     assert stretch(36.0) == [("c-r", 30, 6.0)]
@@ -81,7 +81,8 @@ def test_headers_of_anything(tmp_path):
     os.mkfifo(tmp_path / "pipe.wav")
     (tmp_path / "half.flac").write_bytes(sound(tmp_path / "f.flac", 2).read_bytes()[:30])
     sound(tmp_path / "none.wav", 0)
-    found = {name: probe_header(str(tmp_path / name)) for name in ("good.wav", "text.wav", "zero.wav", "pipe.wav", "half.flac", "none.wav", "gone.wav")}
+    names = ("good.wav", "text.wav", "zero.wav", "pipe.wav", "half.flac", "none.wav", "gone.wav")
+    found = {name: probe_header(str(tmp_path / name)) for name in names}
     assert found["good.wav"] == (pytest.approx(1.5), "")
     reasons = {name: problem.partition(":")[0] for name, (_, problem) in found.items()}
     assert reasons == {
@@ -110,7 +111,7 @@ def test_ingest_makes_a_store_once(data, tmp_path):
     report = ingest([data], tmp_path / "store", AUDIO)
     store = FeatureStore.open(tmp_path / "store")
     clips = store.clips().sort_values("clip_id")
-    assert clips["clip_id"].tolist() == [f"folder-data_long-{i}" for i in (0, 1, 3, 4)][:4] + ["folder-data_short"]
+    assert clips["clip_id"].tolist() == [f"folder-data_long-{i}" for i in (0, 1, 3, 4)] + ["folder-data_short"]
     assert clips["split"].tolist() == ["train"] * 4 + ["test"] and store.audio == AUDIO
     short = clips.iloc[-1]
     assert (list(short.captions), list(short.labels), short.path, short.seconds) == (["A tone."], ["Tone"], str(data / "short.wav"), 1.0)

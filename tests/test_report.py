@@ -45,8 +45,8 @@ def evaluation(tmp_path):
 
 
 def project(tmp_path, **changes):
-    values = dict(work=tmp_path, uri="sqlite:///x.db", evaluation=None, runs=[], steps=[], stages={}, bundle={}, store=None)
-    return Project(**(values | changes))
+    empty = {"evaluation": None, "runs": [], "steps": [], "stages": {}, "bundle": {}, "store": None}
+    return Project(**({"work": tmp_path, "uri": "sqlite:///x.db"} | empty | changes))
 
 
 def test_a_page_has_everything_inside(tmp_path, evaluation):
@@ -61,7 +61,7 @@ def test_a_page_has_everything_inside(tmp_path, evaluation):
     assert NASTY not in page and "<script>alert" not in page and "&lt;script&gt;alert" in page and "&lt;b&gt;9" in page
     assert "66.7%" in page and "20.0% – 90.0%" in page and "not measured: the clips have no captions" in page and "few clips" in page
     assert "✗ heard as Rain" in page and page.count("✓ heard as Dog") == 2
-    assert "1 min 15 s" in page and "1.2 GB" in page and "1 h 06 min" in page and "failed" in page
+    assert "1 min 15 s" in page and "1.2 GB" in page and "1 h 07 min" in page and "failed" in page
     assert "mel l1" in page and "grad norm" not in page
     assert "var(--ink)" in page and plots.PAGE.ink not in page and plots.PAGE.faint not in page
 
@@ -94,8 +94,8 @@ def test_steps_and_cards_are_read_from_the_folder(tmp_path, monkeypatch):
 
 
 def test_durations_read_naturally():
-    told = [report._duration(s) for s in (0.25, 42.4, 59.99, 61, 3599, 3600, 7384)]
-    assert told == ["0.2 s", "42 s", "60 s", "1 min 01 s", "59 min 59 s", "1 h 00 min", "2 h 03 min"]
+    told = [report._duration(s) for s in (0.25, 42.4, 59.7, 61, 1361, 3599, 7384)]
+    assert told == ["0.2 s", "42 s", "1 min 00 s", "1 min 01 s", "23 min", "1 h 00 min", "2 h 03 min"]
 
 
 def test_mel_images_put_low_pitch_at_the_bottom_and_share_a_scale():

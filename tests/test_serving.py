@@ -120,7 +120,10 @@ def test_progress_comes_in_lines(client):
         ({"prompt": "x", "seconds": -1}, "seconds: input should be greater than 0"),
         ({"prompt": "x", "num_inference_steps": 201}, "num_inference_steps is 201; this server takes at most 200"),
         ({"prompt": "x", "guidance_scale": 99}, "guidance_scale is 99; this server takes at most 20"),
-        ({"prompt": "x", "guidance_scale": 1, "negative_prompt": "y"}, "a negative_prompt needs guidance: raise guidance_scale above 1 or leave it out"),
+        (
+            {"prompt": "x", "guidance_scale": 1, "negative_prompt": "y"},
+            "a negative_prompt needs guidance: raise guidance_scale above 1 or leave it out",
+        ),
         ({"prompt": "x" * 1001}, "prompt has 1001 characters; this server reads at most 1000"),
         ({"prompt": "x", "format": "mp3"}, "format is 'mp3'; expected one of wav, flac"),
         ({"prompt": "x", "scheduler": "dim"}, "scheduler is 'dim'; expected one of dpm-solver++, ddim, unipc, euler, plms"),
@@ -186,6 +189,13 @@ def test_fitting_jobs_share_a_batch_and_failures_stay_apart(generator, monkeypat
     np.testing.assert_allclose(read(final[2]["audio"])[0], read(alone[-1][0]["audio"])[0], atol=1e-4)
 
 
+def test_work_that_nobody_waits_for_is_given_up(generator):
+    told = []
+    jobs = [job(num_inference_steps=50), job(num_inference_steps=2)]
+    run_jobs(generator, jobs, told.append, wanted=lambda i: i == 1 or len(told) < 3)
+    assert [list(events) for events in told] == [[0], [0], [0], [1], [1], [1]] and "audio" in told[-1][1]
+
+
 # --------------------------------------------------------------------------------------------------------- Ray Serve
 
 
@@ -198,7 +208,7 @@ def free_port():
 def post(url, body):
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=120) as answer:
+        with urllib.request.urlopen(request, timeout=400) as answer:
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()
@@ -210,7 +220,8 @@ def test_real_serve(ray_cluster, bundle, generator):
 
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "ERROR", "enable_access_log": False})
-    serve.run(build(ServeArgs(bundle=str(bundle), max_batch=2, max_queue=2, num_cpus=0.5, threads=1)), name="loa-test", route_prefix="/loa-test")
+    args = ServeArgs(bundle=str(bundle), max_batch=2, max_queue=1, num_cpus=0.5, threads=1)
+    serve.run(build(args), name="loa-test", route_prefix="/loa-test")
     url = f"http://127.0.0.1:{port}/loa-test"
     try:
         status, data = post(url + ROUTE, {"prompt": "a dog", "num_inference_steps": 2, "seed": 11})
@@ -220,17 +231,17 @@ def test_real_serve(ray_cluster, bundle, generator):
 
         status, data = post(url + ROUTE, {"prompt": "a dog", "seconds": 99})
         assert status == 422 and b"at most 30" in data
-        with urllib.request.urlopen(url + "/v1/model", timeout=60) as answer:
+        with urllib.request.urlopen(url + "/v1/model", timeout=400) as answer:
             assert json.load(answer)["variant"] == "audioldm2-full"
 
-        slow = {"prompt": "a dog", "num_inference_steps": 60, "seconds": 4}
-        with ThreadPoolExecutor(16) as pool:
-            waiting = [pool.submit(post, url + ROUTE, slow | {"seed": i}) for i in range(16)]
+        slow = {"prompt": "a dog", "num_inference_steps": 25}
+        with ThreadPoolExecutor(10) as pool:
+            waiting = [pool.submit(post, url + ROUTE, slow | {"seed": i}) for i in range(10)]
             time.sleep(0.3)
-            with urllib.request.urlopen(url + "/healthz", timeout=60) as answer:  # answered while the model works
+            with urllib.request.urlopen(url + "/healthz", timeout=400) as answer:  # answered while the model works
                 assert json.load(answer) == {"status": "ok"}
             statuses = [future.result()[0] for future in waiting]
-        assert set(statuses) == {200, 503} and 2 <= statuses.count(200) < 16
+        assert set(statuses) == {200, 503} and 2 <= statuses.count(200) < 10
     finally:
         serve.delete("loa-test")
 

@@ -18,7 +18,7 @@ from stages.vae.model import PatchCriticConfig, VAEConfig
 from stages.vae.training import VAELossConfig, VAEStage, kl_divergence
 
 AUDIO = AudioConfig(clip_seconds=0.64)  # 64 frames
-CONFIG = VAEConfig(block_channels=(8, 16), layers_per_block=1, latent_channels=4, norm_groups=4)
+CONFIG = VAEConfig(block_channels=(8, 16), layers_per_block=1, latent_channels=4, norm_groups=4, start_mean=-6.0, start_std=3.0)
 LOSS = VAELossConfig(kl_weight=1.0, critic_start=0, critic=PatchCriticConfig(channels=8, layers=2, norm="group"))
 
 
@@ -40,11 +40,13 @@ def train(stage: VAEStage, batch: dict, steps: int) -> list[float]:
     optimisers = {name: torch.optim.Adam(part.parameters(), 2e-3) for name, part in stage.parts().items()}
     history = []
     for _ in range(steps):
-        for part, loss, logs in stage.losses(batch):
+        logs = {}
+        for part, loss, terms in stage.losses(batch):
             optimisers[part].zero_grad()
             loss.backward()
             optimisers[part].step()
-        history.append(float(logs["mel_l1"]))
+            logs |= terms
+        history.append(float(logs["mel_l1"].detach()))
     return history
 
 
@@ -69,6 +71,18 @@ def test_the_tiny_size_makes_few_positions() -> None:
     config = VAEConfig.tiny()
     assert config.latent_shape(256, 64)[1:] == (32, 8)
     assert sum(p.numel() for p in config.build().parameters()) < 3e6
+
+
+def test_fresh_weights_may_start_where_mels_lie() -> None:
+    """A network that starts at (mean, std) answers (mel - mean) / std as the plain one does, in the mel's own units."""
+    torch.manual_seed(0)
+    plain = replace(CONFIG, start_mean=0.0, start_std=1.0).build()
+    torch.manual_seed(0)
+    centred = replace(CONFIG, start_mean=-5.0, start_std=2.0).build()
+    mel = torch.full((1, 1, 64, 64), -1.0)  # constant, and looked at away from the border, which pads with zeros
+    torch.testing.assert_close(centred.encoder.conv_in(mel)[..., 1:-1, 1:-1], plain.encoder.conv_in((mel + 5) / 2)[..., 1:-1, 1:-1])
+    features = torch.randn(1, 8, 4, 4)
+    torch.testing.assert_close(centred.decoder.conv_out(features), 2 * plain.decoder.conv_out(features) - 5)
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
@@ -138,8 +152,8 @@ def test_the_last_layers_gradient_is_autograds(stage: VAEStage) -> None:
 
 
 def test_one_batch_is_learnt(stage: VAEStage) -> None:
-    history = train(stage, make_batch(stage), 40)
-    assert history[-1] < 0.35 * history[0]
+    history = train(stage, make_batch(stage), 20)
+    assert history[-1] < 0.5 * history[0]
 
 
 def test_examples_depend_on_the_generator_alone(stage: VAEStage) -> None:

@@ -10,14 +10,15 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipelines.corpora.records import Rejected
 
 # Everything that is evidently sound, also what cannot be decoded: that is rejected later with a reason, not overlooked.
-AUDIO_SUFFIXES = frozenset(
-    ".wav .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .caf .w64 .rf64 .m4a .aac .mp4 .webm .wma".split()
-)
+AUDIO_SUFFIXES = frozenset({
+    ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc", ".au", ".caf", ".w64", ".rf64",
+    ".m4a", ".aac", ".mp4", ".webm", ".wma",
+})  # fmt: skip
 MISSING = "missing file"
 UNLISTED = "not listed"
 MALFORMED = "malformed line"
@@ -113,7 +114,7 @@ class BadLine:
 
 def csv_lines(path: Path, delimiter: str = ",", quoted: bool = True) -> Iterator[tuple[int, list[str]] | BadLine]:
     """(line number, fields) of every line that is not blank. A row never spans lines, so one bad quote costs one row."""
-    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     for number, line in _text_lines(path):
         if isinstance(line, BadLine):
             yield line

@@ -9,8 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.corpora.files import (
-    MISSING, BadLine, csv_lines, hash_split, inside, is_audio, json_lines, printable, safe_id, split_named, texts, tidy, walk_audio,
-)  # fmt: skip
+    MISSING,
+    BadLine,
+    csv_lines,
+    hash_split,
+    inside,
+    is_audio,
+    json_lines,
+    printable,
+    safe_id,
+    split_named,
+    texts,
+    tidy,
+    walk_audio,
+)
 from pipelines.corpora.records import Record, Recording, Rejected
 
 LAYOUT = "a folder of recordings (with captions.csv, captions.jsonl, metadata.csv or metadata.jsonl, or a .txt per recording)"

@@ -6,8 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipelines.corpora.files import (
-    MISSING, AudioFiles, BadLine, hash_split, json_entries, read_json, safe_id, split_named, texts, tidy,
-)  # fmt: skip
+    MISSING,
+    AudioFiles,
+    BadLine,
+    hash_split,
+    json_entries,
+    read_json,
+    safe_id,
+    split_named,
+    texts,
+    tidy,
+)
 from pipelines.corpora.records import Record, Recording, Rejected
 
 LAYOUT = "WavCaps (json_files/<source>/*.json beside audio/<source>/)"

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
 from transformers import AutoTokenizer
 
 from stages.audio import resample
@@ -27,7 +28,7 @@ def gather(x: Tensor) -> Tensor:
     """Rows of all workers, [W·B, D], with gradients for everyone's rows."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return x
-    return torch.cat(dist.nn.functional.all_gather(x))
+    return torch.cat(all_gather(x))
 
 
 def contrast(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
@@ -111,19 +112,20 @@ class ClapStage(Stage):
     def _embed(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
         with torch.autocast(batch["waveform"].device.type, enabled=False):  # STFT in full precision
             mel = clap_mel(resample(batch["waveform"].float(), self.sample_rate, self.extractor.sampling_rate), self.extractor)
-        cut = {}
+        cut: dict[str, Tensor] = {}
         for name in ("clap", "t5"):  # no tower needs to see columns that are padding for the whole batch
             length = int(batch[f"{name}_mask"].sum(1).max())
             cut |= {f"{name}_{k}": batch[f"{name}_{k}"][:, :length] for k in ("ids", "mask")}
         return self.towers(cut, mel)
 
     def losses(self, batch: dict[str, Any]) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        sound, text, second = (x if x is None else gather(x.float()) for x in self._embed(batch))
+        sound, text, second = self._embed(batch)
+        sound, text = gather(sound.float()), gather(text.float())
         scale = self.towers.log_scale.exp().clamp(max=100.0)
         loss = contrast(sound, text, scale)
         logs = {"contrast": loss, "accuracy": _retrieval(sound, text), "scale": scale[0]}
         if second is not None:
-            t5_loss = contrast(sound, second, scale)
+            t5_loss = contrast(sound, gather(second.float()), scale)
             logs["t5_contrast"] = t5_loss
             loss = loss + t5_loss
         yield "towers", loss, logs

@@ -148,7 +148,7 @@ class DiffusionStage(Stage):
         self.process, self.poolings, self.grid = process, variant.diffusion.poolings, variant.loa_grid
         self.speech, self.text_length = variant.phonemes is not None, variant.text_length
         self.listening_pooling = variant.translator.pooling
-        self.__dict__["decoder"] = decoder  # frozen, and no part of this stage's weights
+        self.decoder = decoder
 
     @classmethod
     def reads(cls, variant: Variant) -> tuple[str, ...]:

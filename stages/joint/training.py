@@ -66,7 +66,7 @@ class JointStage(Stage):
         super().__init__()
         self.system, self.process, self.config = system, process, config
         self.loss, self.text_length, self.phonemes = loss, text_length, phonemes
-        self.__dict__["decoder"] = decoder  # frozen, and no part of this stage's weights
+        self.decoder = decoder
 
     @classmethod
     def reads(cls, variant: Variant) -> tuple[str, ...]:

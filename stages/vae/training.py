@@ -49,6 +49,7 @@ class VAEStage(Stage):
     """Mel → latent → mel.
 
     Until `critic_start` the critic is neither run nor yielded: the reference multiplies its loss by zero there.
+    Every worker measures the adaptive weight on its own clips, as the reference's data-parallel training does.
     """
 
     name = "vae"

@@ -64,8 +64,9 @@ class VocoderConfig:
 
     def build(self, audio: AudioConfig) -> SpeechT5HifiGan:
         """Fresh weights for mels of `audio`. Raises UserError when the rates do not give its hop length."""
-        if math.prod(self.upsample_rates) != audio.hop_length:
-            raise UserError(f"upsample_rates {self.upsample_rates} multiply to {math.prod(self.upsample_rates)}, the hop is {audio.hop_length}")
+        product = math.prod(self.upsample_rates)
+        if product != audio.hop_length:
+            raise UserError(f"upsample_rates {self.upsample_rates} multiply to {product}, the hop is {audio.hop_length}")
         vocoder = SpeechT5HifiGan(
             SpeechT5HifiGanConfig(
                 model_in_dim=audio.mel_bins,

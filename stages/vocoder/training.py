@@ -43,9 +43,7 @@ class VocoderLossConfig:
             segment_samples=8000,
             spectral_weight=15.0,
             critic_start=500,
-            critics=CriticConfig(
-                periods=(2, 3, 5), period_channels=(8, 16, 32, 64), scales=1, scale_channels=(8, 16, 16, 32, 32, 64, 64)
-            ),
+            critics=CriticConfig(periods=(2, 3, 5), period_channels=(8, 16, 32, 64), scales=1, scale_channels=(8, 16, 16, 32, 32, 64, 64)),
         )
 
 
@@ -141,13 +139,13 @@ class VocoderStage(Stage):
 
 
 def spectral_loss(real: Tensor, fake: Tensor, windows: tuple[int, ...]) -> Tensor:
-    """Multi-resolution STFT loss of waveforms [B, T]: spectral convergence + L1 of log magnitudes, averaged over windows."""
+    """Multi-resolution STFT loss of waveforms [B, T]: per clip, convergence + L1 of log magnitudes, averaged over windows."""
     terms = []
     with torch.autocast(real.device.type, enabled=False):
         for window in windows:
             target, given = magnitude(real.float(), window), magnitude(fake.float(), window)
-            convergence = (target - given).norm() / target.norm().clamp(min=1e-3)
-            terms.append(convergence + F.l1_loss(given.log(), target.log()))
+            missed, length = (target - given).norm(dim=(1, 2)), target.norm(dim=(1, 2))
+            terms.append((missed / length).mean() + F.l1_loss(given.log(), target.log()))
     return torch.stack(terms).mean()
 
 

@@ -1,0 +1,241 @@
+"""The one loop: resume equals uninterrupted, two workers equal one, every stage of every variant trains and releases."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipelines.dataset import clip_rng, permutation, places, step_rng
+from pipelines.train import train_stage
+from pipelines.train_loop import OneProcess
+from pipelines.weights import released_folders
+from stages import STAGES
+from stages.base import Recipe, UserError, read_card
+from stages.variants import VARIANTS, Variant, resolve
+from tiny_store import make_store, run_here, small
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Variant]:
+    """A project folder in which the whole tiny line was trained for four steps a stage."""
+    return whole_line(tmp_path_factory.mktemp("line"), small())
+
+
+def whole_line(work: Path, variant: Variant) -> tuple[Path, Variant]:
+    store = make_store(work, variant)
+    for stage in ("classifier", "clap", "audiomae", "vae", "vocoder"):
+        train_stage(stage, variant, work, workers=0)
+    for name in ("loa", "latent", "speech" if variant.phonemes else "text"):
+        run_here(name, store, variant, released_folders(work, {}))
+    for stage in ("translator", "diffusion", "joint"):
+        train_stage(stage, variant, work, workers=0)
+    return work, variant
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {f"{p.relative_to(folder)}:{k}": v for p in sorted(folder.rglob("*.safetensors")) for k, v in load_file(p).items()}
+
+
+def largest_difference(a: Path, b: Path) -> float:
+    one, two = weights(a), weights(b)
+    assert one.keys() == two.keys() and one
+    return max(float((one[k].float() - two[k].float()).abs().max()) for k in one)
+
+
+# ---------------------------------------------------------------------------------------------------------- the order
+
+
+def test_order_visits_every_clip_once_an_epoch() -> None:
+    epochs = places(0, 3 * 17, 17, seed=5)
+    for epoch in range(3):
+        assert sorted(i for e, i in epochs if e == epoch) == list(range(17))
+    assert not np.array_equal(permutation(17, 5, 0), permutation(17, 5, 1))
+
+
+def test_order_continues_anywhere() -> None:
+    assert places(0, 40, 17, seed=1)[13:] == places(13, 27, 17, seed=1)
+
+
+def test_draws_depend_on_seed_epoch_and_clip_alone() -> None:
+    assert clip_rng(1, 2, 3).random() == clip_rng(1, 2, 3).random() != clip_rng(1, 2, 4).random()
+    assert step_rng(1, 2).random() != step_rng(1, 3).random()
+
+
+# ---------------------------------------------------------------------------------------------------------- recipes
+
+
+def test_learning_rate_warms_up_and_decays() -> None:
+    recipe = Recipe(100, 4, 1.0, warmup_steps=10, decay="linear")
+    assert recipe.rate_at(0, 0.0) == pytest.approx(0.1)
+    assert recipe.rate_at(9, 0.09) == pytest.approx(1.0)
+    assert recipe.rate_at(50, 0.5) == pytest.approx(0.5)
+    assert replace(recipe, decay="cosine").rate_at(100, 1.0) == pytest.approx(0.0, abs=1e-12)
+
+
+# ----------------------------------------------------------------------------------------------------- whole lines
+
+
+def test_every_stage_releases_its_weights(line: tuple[Path, Variant]) -> None:
+    work, variant = line
+    for stage in STAGES:
+        card = read_card(work / "stages" / stage, stage)
+        assert card["steps"] == 4 and card["clips"] == 16
+        assert all(np.isfinite(v) for v in card["validation"].values()), (stage, card["validation"])
+        assert weights(work / "stages" / stage)
+
+
+def test_finished_stage_is_left_alone(line: tuple[Path, Variant]) -> None:
+    work, variant = line
+    before = (work / "stages" / "vae" / "stage.json").stat().st_mtime_ns
+    train_stage("vae", variant, work, workers=0)
+    assert (work / "stages" / "vae" / "stage.json").stat().st_mtime_ns == before
+
+
+def test_other_configuration_is_refused(line: tuple[Path, Variant]) -> None:
+    work, variant = line
+    other = replace(variant, vae=replace(variant.vae, latent_channels=4))
+    with pytest.raises(UserError, match="latent_channels"):
+        train_stage("vae", other, work, workers=0)
+
+
+def test_missing_stage_names_the_command(tmp_path: Path, line: tuple[Path, Variant]) -> None:
+    work, variant = line
+    with pytest.raises(UserError, match="loa train translator"):
+        train_stage("joint", variant, tmp_path, store=str(work / "store"), workers=0)
+
+
+@pytest.mark.slow
+def test_speech_line_trains(tmp_path: Path) -> None:
+    work, variant = whole_line(tmp_path, small("audioldm2-ljs"))
+    assert (work / "stages" / "joint" / "tokenizer_2").is_dir()
+    assert read_card(work / "stages" / "joint", "joint")["steps"] == 4
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_tiny_twins_have_the_parts_of_their_big_ones(name: str) -> None:
+    from pipelines.plan import networks, parameters
+
+    full, tiny = resolve(name), resolve(name, tiny=True)
+    big, little = networks(full), networks(tiny)
+    assert big.keys() == little.keys()
+    assert all(parameters(little[k]) < parameters(big[k]) / 10 for k in big)
+    assert tiny.loa_tokens(tiny.translator.pooling) == (8 if tiny.phonemes is None else 128)
+
+
+def test_parameter_counts_are_the_published_ones() -> None:
+    from pipelines.plan import networks, parameters
+
+    expected = {
+        "audioldm2-full": {"diffusion": 346_943_496, "vae": 55_376_873, "vocoder": 55_264_897, "clap": 193_913_882, "t5": 341_231_104},
+        "audioldm2-full-large": {"diffusion": 718_012_296},
+        "audioldm2-ljs": {"diffusion": 261_926_536},
+    }
+    for name, counts in expected.items():
+        nets = networks(resolve(name))
+        assert {k: parameters(nets[k]) for k in counts} == counts
+    translator = networks(resolve("audioldm2-full"))["translator"]
+    assert parameters(translator.language_model) == 124_439_808
+    assert parameters(translator.projection_model) == 1_184_256
+
+
+# -------------------------------------------------------------------------------------- resume, workers, bad weather
+
+
+def test_resumed_run_equals_the_uninterrupted_one(line: tuple[Path, Variant], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The diffusion stage has every kind of state: EMA, dropout of conditions, posterior samples, noise."""
+    work, variant = line
+    given = {s: str(work / "stages" / s) for s in ("clap", "vae", "vocoder")}
+
+    def run(folder: Path) -> Path:
+        return train_stage("diffusion", variant, folder, store=str(work / "store"), given=given, workers=0)
+
+    calls = {"n": 0}
+    keep = OneProcess.keep
+
+    def killed(self: OneProcess, write, step: int) -> None:  # type: ignore[no-untyped-def]
+        keep(self, write, step)
+        calls["n"] += 1
+        if calls["n"] == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OneProcess, "keep", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "interrupted")
+    assert not (tmp_path / "interrupted" / "stages" / "diffusion").exists()
+    resumed = run(tmp_path / "interrupted")
+    assert largest_difference(resumed, work / "stages" / "diffusion") < 1e-6
+
+
+@pytest.mark.slow
+def test_two_ray_workers_equal_one_process(line: tuple[Path, Variant], tmp_path: Path, ray_cluster: object) -> None:
+    work, variant = line
+    given = {s: str(work / "stages" / s) for s in ("clap", "vae", "vocoder")}
+    two = train_stage("diffusion", variant, tmp_path, store=str(work / "store"), given=given, workers=2)
+    # Sums over the batch are taken in another order; Adam's first steps turn rounding of tiny gradients into steps of a full rate.
+    a, b = weights(work / "stages" / "diffusion"), weights(two)
+    moved = torch.cat([(a[k] - b[k]).abs().flatten() for k in a])
+    assert float(moved.mean()) < 2e-5 and float((moved > 1e-3).float().mean()) < 1e-3
+
+
+def test_accumulated_micro_batches_equal_the_whole_batch(line: tuple[Path, Variant], tmp_path: Path) -> None:
+    work, variant = line
+    split = replace(variant, recipes=replace(variant.recipes, audiomae=replace(variant.recipes.audiomae, micro_batch=1)))
+    folder = train_stage("audiomae", split, tmp_path, store=str(work / "store"), workers=0)
+    a, b = weights(work / "stages" / "audiomae"), weights(folder)
+    moved = torch.cat([(a[k] - b[k]).abs().flatten() for k in a])
+    assert float(moved.mean()) < 2e-5
+
+
+def test_gradients_that_stay_infinite_end_the_run(line: tuple[Path, Variant], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stages.audiomae.training import AudioMAEStage
+
+    work, variant = line
+    losses = AudioMAEStage.losses
+
+    def broken(self, batch):  # type: ignore[no-untyped-def]
+        for part, loss, logs in losses(self, batch):
+            yield part, loss * float("inf"), logs
+
+    monkeypatch.setattr(AudioMAEStage, "losses", broken)
+    longer = replace(variant, recipes=replace(variant.recipes, audiomae=replace(variant.recipes.audiomae, steps=50)))
+    with pytest.raises(UserError, match="not finite for 20 steps"):
+        train_stage("audiomae", longer, tmp_path, store=str(work / "store"), workers=0)
+    assert not (tmp_path / "stages" / "audiomae").exists()
+
+
+@pytest.mark.slow
+def test_killed_process_continues(line: tuple[Path, Variant], tmp_path: Path) -> None:
+    """SIGKILL in mid-training, then the same command: the weights are those of the undisturbed run."""
+    work, variant = line
+    steps = "recipes.audiomae.steps=40"
+    sets = ["--set", steps, "--set", "recipes.audiomae.global_batch=4", "--set", "recipes.audiomae.checkpoint_every=5"]
+    command = [sys.executable, "-m", "pipelines.train", "audiomae", "--tiny", "--workers", "0", "--store", str(work / "store"), *sets]
+
+    def start(folder: Path) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([*command, "--work", str(folder)], cwd=REPO, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+
+    assert start(tmp_path / "whole").wait(300) == 0
+    victim = start(tmp_path / "killed")
+    deadline = time.monotonic() + 240
+    while not list((tmp_path / "killed" / "runs" / "audiomae").glob("step_*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert not (tmp_path / "killed" / "stages" / "audiomae").exists()
+    assert start(tmp_path / "killed").wait(300) == 0
+    assert json.loads((tmp_path / "killed" / "stages" / "audiomae" / "stage.json").read_text())["steps"] == 40
+    assert largest_difference(tmp_path / "killed" / "stages" / "audiomae", tmp_path / "whole" / "stages" / "audiomae") < 1e-6
