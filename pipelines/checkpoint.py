@@ -74,7 +74,9 @@ class EMA:
             a.copy_(held)
 
 
-def _state(parts: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer], ema: EMA | None, progress: Progress) -> dict[str, Any]:
+def _state(
+    parts: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer], ema: EMA | None, progress: Progress
+) -> dict[str, Any]:
     state: dict[str, Any] = {
         "parts": {name: get_model_state_dict(part) for name, part in parts.items()},
         "optimizers": {name: get_optimizer_state_dict(parts[name], optimizer) for name, optimizer in optimizers.items()},
@@ -88,7 +90,9 @@ def _state(parts: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.
     return state
 
 
-def save(folder: Path, parts: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer], ema: EMA | None, progress: Progress) -> None:
+def save(
+    folder: Path, parts: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer], ema: EMA | None, progress: Progress
+) -> None:
     """Write a sharded checkpoint (every worker calls this with its own or a common folder)."""
     dcp.save(_state(parts, optimizers, ema, progress), checkpoint_id=folder)
 

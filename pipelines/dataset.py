@@ -82,7 +82,9 @@ def collate(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 class _Shares:
     """Batch sampler: this worker's micro-batches, from `cursor` clips onwards."""
 
-    def __init__(self, num_clips: int, seed: int, cursor: int, steps: int, global_batch: int, micro_batch: int, rank: int, world: int) -> None:
+    def __init__(
+        self, num_clips: int, seed: int, cursor: int, steps: int, global_batch: int, micro_batch: int, rank: int, world: int
+    ) -> None:
         self.args = (num_clips, seed, cursor, steps, global_batch, micro_batch, rank, world)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -93,8 +95,16 @@ class _Shares:
 
 
 def training_batches(
-    clips: ClipDataset, stage: Stage, seed: int, cursor: int, steps: int, global_batch: int, micro_batch: int | None,
-    rank: int, world: int, loader_workers: int = 0,
+    clips: ClipDataset,
+    stage: Stage,
+    seed: int,
+    cursor: int,
+    steps: int,
+    global_batch: int,
+    micro_batch: int | None,
+    rank: int,
+    world: int,
+    loader_workers: int = 0,
 ) -> Iterator[list[dict[str, Any]]]:
     """For each of `steps` optimiser steps the micro-batches of worker `rank` of `world`.
 
@@ -103,7 +113,9 @@ def training_batches(
     if global_batch % world:
         raise UserError(f"global_batch {global_batch} cannot be shared by {world} workers; choose a multiple of {world}")
     if not len(clips):
-        raise UserError(f"no clip of the training split suits the stage {stage.name!r}; look at the store's clips.parquet for captions, labels and splits")
+        raise UserError(
+            f"no clip of the training split suits the stage {stage.name!r}; look at the captions, labels and splits in its clips.parquet"
+        )
     share = global_batch // world
     micro = min(micro_batch or share, share)
     shares = _Shares(len(clips), seed, cursor, steps, global_batch, micro, rank, world)
@@ -121,7 +133,9 @@ def training_batches(
         yield [next(loader) for _ in range(-(-share // micro))]
 
 
-def validation_batches(clips: ClipDataset, stage: Stage, seed: int, batch: int, limit: int, rank: int, world: int) -> Iterator[dict[str, Any]]:
+def validation_batches(
+    clips: ClipDataset, stage: Stage, seed: int, batch: int, limit: int, rank: int, world: int
+) -> Iterator[dict[str, Any]]:
     """At most `limit` batches per worker with draws that never change; workers get equally many."""
     examples = Examples(clips, stage, seed)
     chosen = np.linspace(0, len(clips) - 1, min(len(clips), limit * batch * world)).astype(int)

@@ -123,7 +123,12 @@ class Demo:
         from pipelines.evaluate import evaluate
 
         found = evaluate(
-            self.work, self.variant, num_clips=self.preset.evaluated_clips, num_inference_steps=self.preset.sampling_steps, seed=self.seed, tracker=tracker
+            self.work,
+            self.variant,
+            num_clips=self.preset.evaluated_clips,
+            num_inference_steps=self.preset.sampling_steps,
+            seed=self.seed,
+            tracker=tracker,
         )
         return found.summary()
 
@@ -145,12 +150,12 @@ class Demo:
                 left = sum(self.preset.minutes.get(s.name, 0.2) for s in steps[number - 1 :])
                 click.secho(f"[{number}/{len(steps)}] {step.title}", bold=True, nl=False)
                 click.echo(f"  ({step.name}; about {_minutes(left)} left)")
-                with self._measured(step.name) as note:
-                    with Tracker.open(
-                        self.tracking_uri, work=self.work, job=step.name, variant=self.variant.name, parent=parent
-                    ) as tracker:
-                        tracker.params(self._parameters(step.name))
-                        note["note"] = step.run(tracker)
+                with (
+                    self._measured(step.name) as note,
+                    Tracker.open(self.tracking_uri, work=self.work, job=step.name, variant=self.variant.name, parent=parent) as tracker,
+                ):
+                    tracker.params(self._parameters(step.name))
+                    note["note"] = step.run(tracker)
                 click.echo(f"      {note['note']}  [{note['seconds']:.0f} s]")
 
     def _parameters(self, step: str) -> dict[str, Any]:
@@ -267,16 +272,31 @@ PRESETS = {
     "--work", type=click.Path(file_okay=False, path_type=Path), envvar="LOA_WORK", metavar="DIR",
     help="Folder of the demo.  [default: outputs/demo, or outputs/demo-<variant or data or preset>]",
 )  # fmt: skip
-@click.option("--data", type=click.Path(path_type=Path), metavar="DIR", help="Your recordings, in any of the known layouts, instead of made ones.")
+@click.option(
+    "--data", type=click.Path(path_type=Path), metavar="DIR", help="Your recordings, in any of the known layouts, instead of made ones."
+)
 @click.option("--variant", default="audioldm2-full", show_default=True, metavar="NAME", help="Which system; always its tiny twin here.")
-@click.option("--preset", type=click.Choice(list(PRESETS)), default="quick", show_default=True, help="; ".join(f"{k}: {p.summary}" for k, p in PRESETS.items()))
+@click.option(
+    "--preset",
+    type=click.Choice(list(PRESETS)),
+    default="quick",
+    show_default=True,
+    help="; ".join(f"{k}: {p.summary}" for k, p in PRESETS.items()),
+)
 @click.option("--workers", type=click.IntRange(min=0), default=1, show_default=True, help="Ray Train workers; 0 trains in this process.")
 @click.option("--seed", default=0, show_default=True)
 @set_option
 @tracking_option
 @friendly
 def main(
-    work: Path | None, data: Path | None, variant: str, preset: str, workers: int, seed: int, settings: dict[str, str], tracking_uri: str | None
+    work: Path | None,
+    data: Path | None,
+    variant: str,
+    preset: str,
+    workers: int,
+    seed: int,
+    settings: dict[str, str],
+    tracking_uri: str | None,
 ) -> None:
     """Run the whole line on a small corpus, from recordings to sound."""
     chosen = PRESETS[preset]
@@ -292,11 +312,12 @@ def main(
     demo.run()
     shown = os.path.relpath(work)
     click.echo()
-    click.echo(Evaluation.read(work).table())
+    if (found := Evaluation.read(work)) is not None:
+        click.echo(found.table())
     click.secho(f"done in {_minutes((time.monotonic() - began) / 60)}", bold=True)
     click.echo(f"  hear and see it   {shown}/report.html")
     click.echo(f"  every step        mlflow ui --backend-store-uri {tracking_uri or f'sqlite:///{shown}/mlflow.db'}")
-    click.echo(f"  make a sound      loa generate \"a dog barks\" --bundle {shown}/bundle -o dog.wav")
+    click.echo(f'  make a sound      loa generate "a dog barks" --bundle {shown}/bundle -o dog.wav')
     click.echo(f"  serve it          loa serve --bundle {shown}/bundle")
 
 

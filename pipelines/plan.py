@@ -98,7 +98,9 @@ def clip_bytes(variant: Variant) -> dict[str, int]:
 def describe(variant: Variant, stage: str | None = None, workers: int | None = None) -> str:
     """The resolved configuration with counts and estimates, as text."""
     config = to_dict(variant)
-    shown = {k: config[k] for k in config if k != "recipes"} | {"recipes": config["recipes"] if stage is None else {stage: config["recipes"][stage]}}
+    shown = {k: config[k] for k in config if k != "recipes"} | {
+        "recipes": config["recipes"] if stage is None else {stage: config["recipes"][stage]}
+    }
     lines = [f"variant {variant.name}: {variant.summary}", "", json.dumps(shown, indent=2), "", "parameters"]
     nets = networks(variant)
     lines += [f"  {name:<12}{parameters(net):>14,}" for name, net in nets.items()]
@@ -114,10 +116,11 @@ def describe(variant: Variant, stage: str | None = None, workers: int | None = N
         work = sum(flops.get(n, 0.0) for n in trained)
         hours = f"{3 * work * recipe.steps * recipe.global_batch / (ASSUMED_FLOPS * count) / 3600:,.1f} h" if work else "not estimated"
         lines.append(
-            f"  {name:<12}{recipe.steps:>9,} steps x {recipe.global_batch:<5}{state:>8.2f} GB of state per worker (activations come on top)   {hours}"
+            f"  {name:<12}{recipe.steps:>9,} steps x {recipe.global_batch:<5}{state:>8.2f} GB of state per worker, plus activations   {hours}"
         )
     sizes = clip_bytes(variant)
-    lines += ["", f"storage per clip of {variant.audio.clip_seconds} s: {sum(sizes.values()) / 1e3:,.0f} kB, a million clips {sum(sizes.values()) / 1e3:,.0f} GB"]
+    total = sum(sizes.values()) / 1e3
+    lines += ["", f"storage per clip of {variant.audio.clip_seconds} s: {total:,.0f} kB, a million clips {total:,.0f} GB"]
     lines += [f"  {name:<12}{size / 1e3:>10,.1f} kB" for name, size in sizes.items()]
     return "\n".join(lines)
 
@@ -136,9 +139,8 @@ def main(name: str | None, tiny: bool, settings: dict[str, str]) -> None:
     for each in VARIANTS:
         variant = resolve(each, tiny, settings)
         nets = networks(variant)
-        click.echo(
-            f"{each:<26}{parameters(nets['diffusion']):>14,}{parameters(nets['translator']):>14,}{variant.translator.pooling:>4}  {variant.summary}"
-        )
+        counts = f"{parameters(nets['diffusion']):>14,}{parameters(nets['translator']):>14,}"
+        click.echo(f"{each:<26}{counts}{variant.translator.pooling:>4}  {variant.summary}")
 
 
 if __name__ == "__main__":

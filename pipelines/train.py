@@ -50,9 +50,7 @@ class RayWorkers:
 
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder))
-            ray.train.report(
-                {"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=f"step_{step:08d}"
-            )
+            ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=f"step_{step:08d}")
 
 
 def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -111,7 +109,9 @@ def train_stage(
         return output
     dataset = ClipDataset(opened, cls, cls.reads(variant), "train")
     if not dataset.rows:
-        raise UserError(f"{stage} has nothing to train on: no training clip of {opened.root} has what it needs (captions, labels or transcripts)")
+        raise UserError(
+            f"{stage} has nothing to train on: no training clip of {opened.root} has what it needs (captions, labels or transcripts)"
+        )
     job = TrainJob(
         stage=stage, variant=variant, store=opened.root, run=str(run), released={k: str(v) for k, v in folders.items()}, output=str(output),
         tracker=tracker.handle() if tracker else None, seed=seed, precision=precision, loader_workers=loader_workers,
@@ -148,7 +148,9 @@ def _fit_on_ray(job: TrainJob, workers: int | None, max_failures: int) -> None:
     trainer = TorchTrainer(
         ray_worker,
         train_loop_config={"job": job, "threads": threads},
-        scaling_config=ScalingConfig(num_workers=count, use_gpu=have.gpus > 0, resources_per_worker={"CPU": 1} | ({"GPU": 1} if have.gpus else {})),
+        scaling_config=ScalingConfig(
+            num_workers=count, use_gpu=have.gpus > 0, resources_per_worker={"CPU": 1} | ({"GPU": 1} if have.gpus else {})
+        ),
         run_config=RunConfig(
             name=Path(job.run).name,
             storage_path=str(Path(job.run).parent),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -9,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,7 +64,9 @@ class TrainJob:
         if stage == "prepared":
             return Path(self.run) / "prepared"
         if stage not in self.released:
-            raise UserError(f"{self.stage} needs the weights of {stage}: run `loa train {stage}` first or give them with --with {stage}=FOLDER")
+            raise UserError(
+                f"{self.stage} needs the weights of {stage}: run `loa train {stage}` first or give them with --with {stage}=FOLDER"
+            )
         return Path(self.released[stage])
 
 
@@ -226,7 +230,9 @@ class _Run:
                 now, steps = time.monotonic(), progress.step - last
                 means = {f"train/{k}": float(v) / steps for k, v in self._mean(sums).items()}
                 speed = steps * recipe.global_batch / max(now - since, 1e-9)
-                tracker.metrics(means | {"train/learning_rate": recipe.rate_at(progress.step - 1, done), "speed/clips_per_second": speed}, progress.step)
+                tracker.metrics(
+                    means | {"train/learning_rate": recipe.rate_at(progress.step - 1, done), "speed/clips_per_second": speed}, progress.step
+                )
                 sums, since, last = {}, now, progress.step
                 self._tell(means, measures)
             if progress.step % recipe.validate_every == 0:
@@ -298,7 +304,8 @@ class _Run:
             self.stuck += 1
             if self.stuck >= PATIENCE:
                 raise UserError(
-                    f"{self.stage.name}: the gradients of {name!r} were not finite for {PATIENCE} steps in a row (step {self.progress.step}); "
+                    f"{self.stage.name}: the gradients of {name!r} were not finite for {PATIENCE} steps in a row, "
+                    f"up to step {self.progress.step}; "
                     f"lower --set recipes.{self.stage.name}.learning_rate (now {self.recipe.learning_rate}) or use --precision fp32"
                 )
         for other in self.optimizers.values():
@@ -316,8 +323,6 @@ class _Run:
 
     def _averaged(self) -> Any:
         """The weights that count: averaged ones where the recipe keeps an average."""
-        from contextlib import nullcontext
-
         return self.ema.swapped_in() if self.ema is not None else nullcontext()
 
     def _validate(self, clips: ClipDataset, tracker: Tracker) -> dict[str, float]:
@@ -327,7 +332,9 @@ class _Run:
         sums: dict[str, Tensor] = {}
         count = 0
         with self._averaged(), torch.autocast(self.workers.device.type, self.dtype, enabled=self.dtype is not None):
-            batches = validation_batches(clips, self.stage, self.job.seed, share, self.job.validation_batches, self.workers.rank, self.workers.world)
+            batches = validation_batches(
+                clips, self.stage, self.job.seed, share, self.job.validation_batches, self.workers.rank, self.workers.world
+            )
             for batch in batches:
                 moved = {k: v.to(self.workers.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
                 if not count:
@@ -367,7 +374,12 @@ class _Run:
     def _tell(self, means: Mapping[str, float], measures: Mapping[str, float], finished: bool = False) -> None:
         """Leave word for the driver's progress bar."""
         if self.workers.rank == 0:
-            state = {"step": self.progress.step, "share": 1.0 if finished else self._local_share(), "train": dict(means), "val": dict(measures)}
+            state = {
+                "step": self.progress.step,
+                "share": 1.0 if finished else self._local_share(),
+                "train": dict(means),
+                "val": dict(measures),
+            }
             write_json(Path(self.job.run) / "progress.json", state)
 
     def _local_share(self) -> float:
@@ -377,8 +389,6 @@ class _Run:
 
 def follow(job: TrainJob) -> Iterator[dict[str, Any]]:
     """Progress of a job as its first worker last told it; ends when the caller stops asking."""
-    import json
-
     path = Path(job.run) / "progress.json"
     while True:
         try:

@@ -34,7 +34,9 @@ def released_folders(work: Path, given: Mapping[str, str]) -> dict[str, Path]:
             folder = _from_hub(stage, place)
         missing = [name for name in NEEDS[stage] if not (folder / name).exists()]
         if missing:
-            raise UserError(f"--with {stage}={place}: the folder lacks {', '.join(missing)}; expected a released stage or a diffusers AudioLDM 2 folder")
+            raise UserError(
+                f"--with {stage}={place}: the folder lacks {', '.join(missing)}; expected a released stage or a diffusers AudioLDM 2 folder"
+            )
         found[stage] = folder.absolute()
     return found
 
@@ -51,4 +53,6 @@ def _from_hub(stage: str, name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*.bin", "*.pt", "*.ckpt", "*.pkl"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"--with {stage}={name}: no such folder, and the hub did not give it ({type(error).__name__}); download it and name the folder") from error
+        raise UserError(
+            f"--with {stage}={name}: no such folder, and the hub did not give it ({type(error).__name__}); download it and name the folder"
+        ) from error

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import diffusers
 import torch
 import torch.nn.functional as F
+import transformers
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import AutoTokenizer, ClapFeatureExtractor, ClapModel, SpeechT5HifiGan, T5EncoderModel
@@ -14,6 +16,10 @@ from transformers import AutoTokenizer, ClapFeatureExtractor, ClapModel, SpeechT
 from stages.audio import resample
 from stages.base import UserError
 from stages.clap.model import clap_mel
+
+# Small networks are loaded and saved at every turn: the bars of their libraries would drown loa's own.
+transformers.utils.logging.disable_progress_bar()
+diffusers.utils.logging.disable_progress_bar()
 
 
 class TextEncoders(nn.Module):
@@ -27,7 +33,9 @@ class TextEncoders(nn.Module):
         super().__init__()
         folder = Path(folder)
         if not (folder / "text_encoder").is_dir():
-            raise UserError(f"{folder} holds no CLAP (no text_encoder folder); train it with `loa train clap` or name a diffusers AudioLDM 2 folder")
+            raise UserError(
+                f"{folder} holds no CLAP (no text_encoder folder); train it with `loa train clap` or name a diffusers AudioLDM 2 folder"
+            )
         self.clap = ClapModel.from_pretrained(folder / "text_encoder")
         self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
         self.extractor = ClapFeatureExtractor.from_pretrained(folder / "feature_extractor")

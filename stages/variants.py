@@ -6,11 +6,9 @@ Table I of the paper (facts 9.3) has seven; `tiny` shrinks any of them for lapto
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-
-import diffusers
-import transformers
 
 from stages.audio import AudioConfig
 from stages.audiomae.model import AudioMAEConfig
@@ -24,10 +22,6 @@ from stages.vae.model import VAEConfig
 from stages.vae.training import VAELossConfig
 from stages.vocoder.model import VocoderConfig
 from stages.vocoder.training import VocoderLossConfig
-
-# Small networks are loaded and saved at every turn: the bars of their libraries would drown loa's own.
-transformers.utils.logging.disable_progress_bar()
-diffusers.utils.logging.disable_progress_bar()
 
 PATCH = 16  # AudioMAE's patches are 16 frames by 16 bins
 
@@ -157,30 +151,31 @@ VARIANTS: dict[str, Callable[[], Variant]] = {
 def tiny(variant: Variant) -> Variant:
     """The same system with every width, depth and length shrunk: two cores train it in minutes.
 
-    Clips of 2.56 s at 16 kHz; AudioMAE's grid is 16 x 8, so λ = 4 leaves the 8 LOA vectors of the full system.
+    Clips of 2.56 s (speech 5.12 s) at 16 kHz; AudioMAE's grid is 16 x 8, so λ = 4 leaves the 8 LOA vectors of the full system.
     Lengths and budgets were chosen by measurement (docs/log.md).
     """
     speech = variant.phonemes is not None
+    seconds = 5.12 if speech else 2.56  # an utterance must fit in a clip whole
     return replace(
         variant,
-        audio=replace(variant.audio, clip_seconds=2.56),
+        audio=replace(variant.audio, clip_seconds=seconds),
         clap=ClapConfig(
             projection_dim=128, text_vocab=1000, text_width=128, text_layers=2, text_heads=4, audio_width=24, audio_depths=(1, 1, 2),
-            audio_heads=(2, 4, 8), window_size=4, spec_size=64, sample_rate=16_000, max_seconds=3, hop_length=400, mel_bins=32, fmax=8000.0,
-            text_length=40,
+            audio_heads=(2, 4, 8), window_size=4, spec_size=64, sample_rate=16_000, max_seconds=math.ceil(seconds),
+            hop_length=800 if speech else 400, mel_bins=32, fmax=8000.0, text_length=40,
         ),
         t5=T5Config(vocab=1000, width=128, head_width=32, heads=4, layers=2, feed_forward=256, max_length=40),
         phonemes=PhonemeEncoderConfig(width=96, layers=3, feed_forward=192, max_length=96) if speech else None,
         audiomae=AudioMAEConfig(
-            width=128, depth=6, heads=4, frames=256, decoder="global", decoder_width=96, decoder_depth=2, decoder_heads=4,
+            width=128, depth=6, heads=4, frames=round(100 * seconds), decoder="global", decoder_width=96, decoder_depth=2, decoder_heads=4,
         ),
         # Compression 16 leaves 16 x 4 places of 32 channels: the T-UNet's cost goes with places, the VAE's hardly.
         vae=replace(VAEConfig.tiny(), block_channels=(16, 16, 32, 64, 128), latent_channels=32),
         vae_loss=replace(VAELossConfig.tiny(), kl_weight=60.0),
         vocoder=VocoderConfig.tiny(),
-        vocoder_loss=VocoderLossConfig.tiny(),
+        vocoder_loss=replace(VocoderLossConfig.tiny(), critic_start=450),
         translator=replace(
-            variant.translator, width=128, layers=4, heads=4, positions=256, vocab=8, dropout=0.0,
+            variant.translator, width=128, layers=4, heads=4, positions=512, vocab=8, dropout=0.0,
             pooling=1 if speech else 4,
         ),
         # v-prediction: ε at the noisiest steps says almost nothing about z, which a short training does not forgive.
@@ -198,7 +193,7 @@ def tiny_recipes() -> Recipes:
         clap=replace(short, max_seconds=90),
         audiomae=replace(short, max_seconds=70),
         vae=replace(short, steps=360, global_batch=8, learning_rate=2e-3, weight_decay=0.0, max_seconds=180),
-        vocoder=replace(short, steps=700, global_batch=8, learning_rate=2e-3, betas=(0.8, 0.99), weight_decay=0.0, max_seconds=200),
+        vocoder=replace(short, steps=600, global_batch=8, learning_rate=2e-3, betas=(0.8, 0.99), weight_decay=0.0, max_seconds=210),
         translator=replace(short, steps=400, max_seconds=50),
         diffusion=replace(short, steps=1000, global_batch=16, ema_decay=0.999, validate_every=500, max_seconds=260),
         joint=replace(short, steps=250, global_batch=16, learning_rate=4e-4, ema_decay=0.99, max_seconds=100),

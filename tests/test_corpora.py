@@ -89,7 +89,7 @@ def test_audioset_lines_and_names(tmp_path):
 
 def test_audiocaps_groups_captions(tmp_path):
     (tmp_path / "test.csv").write_text(
-        "audiocap_id,youtube_id,start_time,caption\n1,ab-_cd,30,A dog\n2,ab-_cd,30,\"A dog, loud\"\n3,ab-_cd,40,Rain\n"
+        'audiocap_id,youtube_id,start_time,caption\n1,ab-_cd,30,A dog\n2,ab-_cd,30,"A dog, loud"\n3,ab-_cd,40,Rain\n'
         "4,x,nan,No\n5,x,1\n6,y,0,\n"
     )
     sound(tmp_path / "audio" / "ab-_cd_30.wav")

@@ -29,9 +29,7 @@ def test_vocabulary_loads_as_vits_tokenizer(tmp_path):
     from transformers import VitsTokenizer
 
     (tmp_path / "vocab.json").write_text(json.dumps(phoneme_vocab()))
-    tokenizer = VitsTokenizer(
-        str(tmp_path / "vocab.json"), pad_token="_", unk_token="_", phonemize=False, normalize=False, add_blank=False
-    )
+    tokenizer = VitsTokenizer(str(tmp_path / "vocab.json"), pad_token="_", unk_token="_", phonemize=False, normalize=False, add_blank=False)
     phonemes = pronounce("It's a test, isn't it?")
     assert sorted(phoneme_vocab().values()) == list(range(183))
     assert tokenizer(phonemes + "⚠")["input_ids"] == encode(phonemes)[: len(phonemes) + 1].tolist()

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_store import make_store, run_here, small
 
 from pipelines.dataset import clip_rng, permutation, places, step_rng
 from pipelines.train import train_stage
@@ -23,7 +24,6 @@ from pipelines.weights import released_folders
 from stages import STAGES
 from stages.base import Recipe, UserError, read_card
 from stages.variants import VARIANTS, Variant, resolve
-from tiny_store import make_store, run_here, small
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -226,7 +226,9 @@ def test_killed_process_continues(line: tuple[Path, Variant], tmp_path: Path) ->
     command = [sys.executable, "-m", "pipelines.train", "audiomae", "--tiny", "--workers", "0", "--store", str(work / "store"), *sets]
 
     def start(folder: Path) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([*command, "--work", str(folder)], cwd=REPO, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+        return subprocess.Popen(
+            [*command, "--work", str(folder)], cwd=REPO, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
+        )
 
     assert start(tmp_path / "whole").wait(300) == 0
     victim = start(tmp_path / "killed")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipelines.passes import make_shard, Unit
+from pipelines.passes import Unit, make_shard
 from pipelines.preprocess import build_pass
 from pipelines.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore
 from stages.audio import AudioConfig, write_wav
@@ -71,7 +71,9 @@ def small(variant: str = "audioldm2-full", steps: int = 4, batch: int = 4) -> Va
     tiny = resolve(variant, tiny=True)
     recipes = Recipes(
         **{
-            name: replace(getattr(tiny.recipes, name), steps=steps, global_batch=batch, warmup_steps=2, validate_every=steps, checkpoint_every=2)
+            name: replace(
+                getattr(tiny.recipes, name), steps=steps, global_batch=batch, warmup_steps=2, validate_every=steps, checkpoint_every=2
+            )
             for name in Recipes.__dataclass_fields__
         }
     )

@@ -142,9 +142,7 @@ def clap_mel(waveform: Tensor, extractor: ClapFeatureExtractor) -> Tensor:
     n_fft = extractor.fft_window_size
     window = torch.hann_window(n_fft, device=waveform.device)
     spectrum = torch.stft(waveform, n_fft, extractor.hop_length, window=window, center=True, return_complex=True)
-    filters = _clap_filters(
-        extractor.sampling_rate, n_fft, extractor.feature_size, extractor.frequency_min, extractor.frequency_max
-    )
+    filters = _clap_filters(extractor.sampling_rate, n_fft, extractor.feature_size, extractor.frequency_min, extractor.frequency_max)
     mel = spectrum.abs().square().transpose(1, 2) @ filters.to(waveform.device)
     return (10.0 * torch.log10(mel.clamp_min(1e-10)))[:, None]
 
@@ -152,9 +150,7 @@ def clap_mel(waveform: Tensor, extractor: ClapFeatureExtractor) -> Tensor:
 def train_tokenizers(captions: Sequence[str], clap: ClapConfig, t5: T5Config) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
     """A byte-level BPE and a unigram tokenizer of at most the configured vocabularies, learned from captions."""
     corpus = list(captions) or [""]
-    roberta = RobertaTokenizerFast(
-        vocab={"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 4}, model_max_length=clap.text_length
-    )
+    roberta = RobertaTokenizerFast(vocab={"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 4}, model_max_length=clap.text_length)
     roberta = roberta.train_new_from_iterator(corpus, vocab_size=clap.text_vocab, show_progress=False)
     unigram = T5TokenizerFast(extra_ids=0, model_max_length=t5.max_length)
     unigram = unigram.train_new_from_iterator(corpus, vocab_size=t5.vocab, show_progress=False)

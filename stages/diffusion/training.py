@@ -76,7 +76,9 @@ class LatentDiffusion:
         return noisy, target
 
     @torch.no_grad()
-    def sample(self, network: TUNet, loa: Tensor, text: Tensor, mask: Tensor, like: Tensor, steps: int = 20, guidance: float = 3.5) -> Tensor:
+    def sample(
+        self, network: TUNet, loa: Tensor, text: Tensor, mask: Tensor, like: Tensor, steps: int = 20, guidance: float = 3.5
+    ) -> Tensor:
         """Latents [B, C, T', F'] sampled for listening, from a fixed seed; scaled back for the decoder."""
         solver = DPMSolverMultistepScheduler.from_config(self.schedule.config)
         solver.set_timesteps(steps, device=like.device)

@@ -43,8 +43,15 @@ class System(nn.Module):
         self.translator, self.network = translator, network
 
     def forward(
-        self, clap: Tensor, text: Tensor, mask: Tensor, loa: Tensor, noisy: Tensor, timestep: Tensor,
-        drop: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]], use_truth: bool,
+        self,
+        clap: Tensor,
+        text: Tensor,
+        mask: Tensor,
+        loa: Tensor,
+        noisy: Tensor,
+        timestep: Tensor,
+        drop: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
+        use_truth: bool,
     ) -> tuple[Tensor, Tensor]:
         """(noise prediction, teacher-forced LOA); gradients of the first reach the translator when it made the LOA."""
         forced = self.translator(clap, text, mask, loa=loa)
@@ -60,8 +67,14 @@ class JointStage(Stage):
     entries = (Translator, TUNet)
 
     def __init__(
-        self, system: System, process: LatentDiffusion, decoder: SoundDecoder, config: JointConfig, loss: str,
-        text_length: int, phonemes: PhonemeEncoderConfig | None,
+        self,
+        system: System,
+        process: LatentDiffusion,
+        decoder: SoundDecoder,
+        config: JointConfig,
+        loss: str,
+        text_length: int,
+        phonemes: PhonemeEncoderConfig | None,
     ) -> None:
         super().__init__()
         self.system, self.process, self.config = system, process, config
