@@ -116,7 +116,7 @@ def describe(variant: Variant, stage: str | None = None, workers: int | None = N
         work = sum(flops.get(n, 0.0) for n in trained)
         hours = f"{3 * work * recipe.steps * recipe.global_batch / (ASSUMED_FLOPS * count) / 3600:,.1f} h" if work else "not estimated"
         lines.append(
-            f"  {name:<12}{recipe.steps:>9,} steps x {recipe.global_batch:<5}{state:>8.2f} GB of state per worker, plus activations   {hours}"
+            f"  {name:<12}{recipe.steps:>9,} steps x {recipe.global_batch:<5}{state:>8.2f} GB of state per worker + activations   {hours}"
         )
     sizes = clip_bytes(variant)
     total = sum(sizes.values()) / 1e3

@@ -78,4 +78,6 @@ def small(variant: str = "audioldm2-full", steps: int = 4, batch: int = 4) -> Va
         }
     )
     assert all(isinstance(getattr(recipes, n), Recipe) for n in Recipes.__dataclass_fields__)
-    return replace(tiny, recipes=recipes)
+    # The critics join halfway, so that both halves of the adversarial stages are seen.
+    late = {k: replace(getattr(tiny, k), critic_start=steps // 2) for k in ("vae_loss", "vocoder_loss")}
+    return replace(tiny, recipes=recipes, **late)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 from stages.base import UserError
 
@@ -108,7 +109,7 @@ class Autoencoder(nn.Module):
         """
         layer = self.vae.decoder.conv_out
         features = reconstruction.features.detach()
-        return torch.nn.grad.conv2d_weight(
+        return conv2d_weight(
             features, layer.weight.shape, output_gradient[:, None].to(features.dtype), layer.stride, layer.padding
         )
 

@@ -95,11 +95,11 @@ class VAEStage(Stage):
         logs = {"mel_l1": absolute.mean(), "kl": kl}
         if adversarial:
             deception = hinge_adversarial_loss(self.discriminator(decoded))
-            gradients = [
+            main, critical = (
                 self.autoencoder.last_layer_gradient(reconstruction, torch.autograd.grad(term, decoded, retain_graph=True)[0])
                 for term in (fidelity, deception)
-            ]
-            weight = balance(*gradients, self.loss.adaptive_limit)
+            )
+            weight = balance(main, critical, self.loss.adaptive_limit)
             loss = loss + self.loss.adversarial_weight * weight * deception
             logs |= {"adversarial": deception, "adaptive_weight": weight}
         yield "autoencoder", loss, logs

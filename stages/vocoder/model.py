@@ -150,7 +150,7 @@ class PeriodCritic(nn.Module):
 class ScaleCritic(nn.Module):
     """Sees the waveform itself through long grouped convolutions that shorten it 64-fold."""
 
-    def __init__(self, channels: Sequence[int], norm: Callable[[nn.Conv1d], nn.Conv1d]) -> None:
+    def __init__(self, channels: Sequence[int], norm: Callable[..., nn.Module]) -> None:
         super().__init__()
         if len(channels) != 7:
             raise UserError(f"a scale critic has seven layers, got scale_channels {tuple(channels)}")
