@@ -33,7 +33,7 @@ class VAEConfig:
     @classmethod
     def tiny(cls) -> VAEConfig:
         """For two CPU cores: compression 8 and few channels where there are many pixels (trials in docs/log.md)."""
-        return cls(block_channels=(16, 32, 64, 128), layers_per_block=1, latent_channels=8, norm_groups=8, mid_attention=False)
+        return cls((16, 32, 64, 128), layers_per_block=1, norm_groups=8, mid_attention=False, start_mean=-5.0, start_std=2.2)
 
     @property
     def compression(self) -> int:
@@ -109,9 +109,7 @@ class Autoencoder(nn.Module):
         """
         layer = self.vae.decoder.conv_out
         features = reconstruction.features.detach()
-        return conv2d_weight(
-            features, layer.weight.shape, output_gradient[:, None].to(features.dtype), layer.stride, layer.padding
-        )
+        return conv2d_weight(features, layer.weight.shape, output_gradient[:, None].to(features.dtype), layer.stride, layer.padding)
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,8 @@ class VocoderConfig:
             resblock_kernels=(3, 7),
             resblock_dilations=((1, 3), (1, 3)),
             initializer_range=0.05,
+            mel_mean=-5.0,
+            mel_std=2.2,
         )
 
     def output_samples(self, frames: int) -> int:

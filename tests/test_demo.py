@@ -1,0 +1,164 @@
+"""The whole line in one run: recordings in, a bundle, scores and a report out; then what a kill and bad input do to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from pipelines.demo import PRESETS, Demo, main
+from stages.base import Recipe
+from stages.variants import Recipes, Variant, resolve
+
+REPO = Path(__file__).resolve().parent.parent
+STEPS = {name: Recipe(6, 4, 1e-3, warmup_steps=2, validate_every=6, checkpoint_every=3) for name in Recipes.__dataclass_fields__}
+SMALL = replace(PRESETS["quick"], clips_per_kind=4, evaluated_clips=4, sampling_steps=2)
+
+DIFFUSERS_ALONE = """
+import sys
+sys.path = [p for p in sys.path if p not in ("", {repo!r})]
+import diffusers, numpy
+pipeline = diffusers.AudioLDM2Pipeline.from_pretrained({bundle!r})
+sound = pipeline("a dog barks", num_inference_steps=2, audio_length_in_s=1.0).audios[0]
+assert "stages" not in sys.modules and "pipelines" not in sys.modules
+assert sound.shape == (16000,) and numpy.isfinite(sound).all() and numpy.abs(sound).max() > 0, sound
+"""
+
+
+def hurried(variant: str = "audioldm2-full") -> Variant:
+    """The tiny twin with six steps per stage."""
+    return replace(resolve(variant, tiny=True), recipes=Recipes(**STEPS))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, ray_cluster: object) -> Path:
+    """A project folder with a whole demo in it."""
+    work = tmp_path_factory.mktemp("demo")
+    Demo(work, None, hurried(), SMALL, workers=1, tracking_uri=None, seed=0).run()
+    return work
+
+
+@pytest.mark.slow
+def test_demo_makes_everything(finished: Path) -> None:
+    steps = json.loads((finished / "steps.json").read_text())
+    assert [s["step"] for s in steps][:3] == ["corpus", "ingest", "mel"] and steps[-1]["step"] == "report"
+    assert len(steps) == 17 and all(s["seconds"] > 0 and s["peak_memory_mb"] > 0 for s in steps)
+    report = (finished / "report.html").read_text()
+    assert "<audio" in report and "http://" not in report.replace("http://www.w3.org", "")
+    scores = json.loads((finished / "evaluation" / "evaluation.json").read_text())["scores"]
+    assert 0.0 <= scores["accuracy"]["generated"] <= 1.0 and {"real", "vae", "vocoder", "chance"} <= scores["accuracy"].keys()
+
+
+@pytest.mark.slow
+def test_bundle_sounds_in_diffusers_alone(finished: Path, tmp_path: Path) -> None:
+    code = DIFFUSERS_ALONE.format(repo=str(REPO), bundle=str(finished / "bundle"))
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True)
+
+
+@pytest.mark.slow
+def test_second_call_does_nothing_again(finished: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (finished / "stages").rglob("stage.json")}
+    began = time.monotonic()
+    Demo(finished, None, hurried(), SMALL, workers=1, tracking_uri=None, seed=0).run()
+    assert {p: p.stat().st_mtime_ns for p in (finished / "stages").rglob("stage.json")} == before
+    assert time.monotonic() - began < 120
+
+
+@pytest.mark.slow
+def test_mlflow_holds_every_job_under_the_demo(finished: Path) -> None:
+    from pipelines.tracking import read_runs
+
+    runs = {run.job: run for run in read_runs(finished)}
+    assert {"demo", "mel", "train-vae", "train-joint", "evaluate"} <= runs.keys()
+    assert {"train/mel_l1", "val/mel_l1", "speed/clips_per_second"} <= runs["train-vae"].metrics.keys()
+
+
+def test_other_settings_do_not_mix_into_a_demo(tmp_path: Path) -> None:
+    from stages.base import UserError
+
+    demo = Demo(tmp_path, None, hurried(), SMALL, 1, None, 0)
+    demo._check_same()
+    with pytest.raises(UserError, match="other data, variant, preset"):
+        Demo(tmp_path, None, hurried(), SMALL, 1, None, seed=1)._check_same()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--variant", "audioldm2-ful"], "audioldm2-full"),
+        (["--set", "recipes.vae.stepz=3"], "steps"),
+        (["--data", "/nonexistent/recordings"], "is not a folder"),
+        (["--presset", "full"], "--preset"),
+    ],
+)
+def test_bad_input_gets_a_sentence(arguments: list[str], sentence: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, [*arguments, "--work", str(tmp_path / "w")])
+    assert result.exit_code != 0 and sentence in result.output and "Traceback" not in result.output
+
+
+# ------------------------------------------------------------------------------------------------ through ray job submit
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_jobs_run_when_submitted_to_a_cluster(tmp_path: Path) -> None:
+    """`ray job submit --working-dir . -- python -m pipelines.<job>`: the mel pass and one training job."""
+    import soundfile
+
+    recordings = tmp_path / "recordings"
+    recordings.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        soundfile.write(recordings / f"{i}.wav", 0.1 * rng.standard_normal(40_960), 16_000)
+        (recordings / f"{i}.txt").write_text("a hiss")
+    gcs, dashboard = free_port(), free_port()
+    address = f"http://127.0.0.1:{dashboard}"
+    env = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": "", "RAY_TMPDIR": "/tmp"}
+    env.pop("RAY_ADDRESS")
+    ray = [sys.executable, "-m", "ray.scripts.scripts"]
+    head = subprocess.Popen(
+        [*ray, "start", "--head", "--block", f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+         "--num-cpus=4", "--object-store-memory=200000000", "--disable-usage-stats"],
+        env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            with socket.socket() as s:
+                if s.connect_ex(("127.0.0.1", dashboard)) == 0:
+                    break
+            time.sleep(0.5)
+        time.sleep(3)
+        work = tmp_path / "work"
+        for job in (
+            ["pipelines.ingest", "--data", str(recordings), "--work", str(work), "--tiny"],
+            ["pipelines.preprocess", "mel", "--work", str(work), "--tiny"],
+            ["pipelines.train", "audiomae", "--work", str(work), "--tiny", "--set", "recipes.audiomae.steps=3",
+             "--set", "recipes.audiomae.global_batch=4"],
+        ):  # fmt: skip
+            submit = [*ray, "job", "submit", "--address", address, "--working-dir", str(REPO), "--", "python", "-m", *job]
+            done = subprocess.run(submit, env=env, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+        assert json.loads((work / "stages" / "audiomae" / "stage.json").read_text())["steps"] == 3
+    finally:
+        os.killpg(head.pid, signal.SIGTERM)
+        try:
+            head.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(head.pid, signal.SIGKILL)
