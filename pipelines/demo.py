@@ -115,7 +115,7 @@ class Demo:
     def _export(self, tracker: Tracker) -> str:
         from pipelines.export import export
 
-        bundle = export(self.work, self.variant)
+        bundle = export(self.work, self.variant, force=True)  # an older one here can only be this demo's own
         tracker.register(bundle, name=f"loa-{self.variant.name}")
         return os.path.relpath(bundle)
 
