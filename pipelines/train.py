@@ -107,7 +107,12 @@ def train_stage(
     recipe = getattr(variant.recipes, stage)
     if output.is_dir() and _finished(output, stage, recipe.steps, recipe.max_seconds):
         return output
-    dataset = ClipDataset(opened, cls, cls.reads(variant), "train")
+    series = cls.reads(variant)
+    dataset = ClipDataset(opened, cls, series, "train")
+    recipes = opened.recipes()
+    made_by = {name: recipes[name] for name in series}
+    if tracker is not None:
+        tracker.tags({"loa.store": opened.root} | {f"loa.store.{name}": json.dumps(recipe) for name, recipe in made_by.items()})
     if not dataset.rows:
         raise UserError(
             f"{stage} has nothing to train on: no training clip of {opened.root} has what it needs (captions, labels or transcripts)"
@@ -115,7 +120,7 @@ def train_stage(
     job = TrainJob(
         stage=stage, variant=variant, store=opened.root, run=str(run), released={k: str(v) for k, v in folders.items()}, output=str(output),
         tracker=tracker.handle() if tracker else None, seed=seed, precision=precision, loader_workers=loader_workers,
-        card={"store": opened.root, "clips_in_split": len(dataset), "inputs": _input_hashes(cls.name, folders)},
+        card={"store": opened.root, "store_recipes": made_by, "clips_in_split": len(dataset), "inputs": _input_hashes(cls.name, folders)},
     )  # fmt: skip
     if not (run / "prepared").is_dir():
         with whole_folder(run / "prepared") as folder:
