@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from pipelines import cluster
+from pipelines.corpora import PUBLISHED
 from pipelines.dataset import ClipDataset
 from pipelines.store import FeatureStore
 from pipelines.tracking import Tracker
@@ -108,7 +109,8 @@ def train_stage(
     if output.is_dir() and _finished(output, stage, recipe.steps, recipe.max_seconds):
         return output
     series = cls.reads(variant)
-    dataset = ClipDataset(opened, cls, series, "train")
+    corpora = () if cls.any_corpus else _corpora_of(variant, opened)
+    dataset = ClipDataset(opened, cls, series, "train", corpora)
     recipes = opened.recipes()
     made_by = {name: recipes[name] for name in series}
     if tracker is not None:
@@ -120,6 +122,7 @@ def train_stage(
     job = TrainJob(
         stage=stage, variant=variant, store=opened.root, run=str(run), released={k: str(v) for k, v in folders.items()}, output=str(output),
         tracker=tracker.handle() if tracker else None, seed=seed, precision=precision, loader_workers=loader_workers,
+        corpora=corpora,
         card={"store": opened.root, "store_recipes": made_by, "clips_in_split": len(dataset), "inputs": _input_hashes(cls.name, folders)},
     )  # fmt: skip
     if not (run / "prepared").is_dir():
@@ -136,6 +139,21 @@ def train_stage(
             _fit_on_ray(job, workers, max_failures)
     read_card(output, stage)
     return output
+
+
+def _corpora_of(variant: Variant, store: FeatureStore) -> tuple[str, ...]:
+    """What of the store the variant trains on: its corpora, and always the user's own recordings.
+
+    Raises UserError when the store has neither.
+    """
+    there = sorted(set(store.clips()["corpus"]))
+    used = tuple(c for c in there if c in variant.corpora or c not in PUBLISHED)
+    if not used:
+        raise UserError(
+            f"{variant.name} trains on {', '.join(variant.corpora)}, and the store {store.root} holds {', '.join(there) or 'no clips'}; "
+            "choose a variant for these corpora (`loa variants`), or ingest others"
+        )
+    return used
 
 
 def _fit_on_ray(job: TrainJob, workers: int | None, max_failures: int) -> None:

@@ -9,6 +9,7 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -136,6 +137,8 @@ def autocast_dtype(device: torch.device, precision: str) -> torch.dtype | None:
 
 def shard(stage: Stage, mesh: DeviceMesh) -> dict[str, nn.Module]:
     """FSDP2: large repeated blocks one by one, innermost first, then each part."""
+    # Outputs that are views would lose their hook if someone wrote into them; nobody here does.
+    warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
     parts = stage.parts()
     for part in parts.values():
         for module in reversed(list(part.modules())):

@@ -86,6 +86,7 @@ class Stage(nn.Module):
     """
 
     name: ClassVar[str]
+    any_corpus: ClassVar[bool] = True  # learns from whatever the store holds, not from the variant's corpora alone
     series: ClassVar[tuple[str, ...]] = ()  # feature-store series it reads
     blocks: tuple[type[nn.Module], ...] = ()  # repeated blocks, sharded one by one before their part
     entries: tuple[type[nn.Module], ...] = ()  # modules inside a part that are also called alone: sharded on their own

@@ -169,11 +169,10 @@ def tiny(variant: Variant) -> Variant:
         audiomae=AudioMAEConfig(
             width=128, depth=6, heads=4, frames=round(100 * seconds), decoder="global", decoder_width=96, decoder_depth=2, decoder_heads=4,
         ),
-        # Compression 16 leaves 16 x 4 places of 32 channels: the T-UNet's cost goes with places, the VAE's hardly.
-        vae=replace(VAEConfig.tiny(), block_channels=(16, 16, 32, 64, 128), latent_channels=32),
-        vae_loss=replace(VAELossConfig.tiny(), kl_weight=60.0),
+        vae=VAEConfig.tiny(),
+        vae_loss=VAELossConfig.tiny(),
         vocoder=VocoderConfig.tiny(),
-        vocoder_loss=replace(VocoderLossConfig.tiny(), critic_start=450),
+        vocoder_loss=VocoderLossConfig.tiny(),
         translator=replace(
             variant.translator, width=128, layers=4, heads=4, positions=512, vocab=8, dropout=0.0,
             pooling=1 if speech else 4,

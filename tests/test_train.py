@@ -113,7 +113,7 @@ def test_other_configuration_is_refused(line: tuple[Path, Variant]) -> None:
 
 def test_missing_stage_names_the_command(tmp_path: Path, line: tuple[Path, Variant]) -> None:
     work, variant = line
-    with pytest.raises(UserError, match="loa train translator"):
+    with pytest.raises(UserError, match="loa train clap"):
         train_stage("joint", variant, tmp_path, store=str(work / "store"), workers=0)
 
 

@@ -15,7 +15,7 @@ from pipelines.corpora import audiocaps, audioset, folder, gigaspeech, ljspeech,
 from pipelines.corpora.records import Record, Recording, Rejected
 from stages.base import UserError
 
-__all__ = ["LAYOUTS", "READERS", "Record", "Recording", "Rejected", "discover", "read"]
+__all__ = ["LAYOUTS", "PUBLISHED", "READERS", "Record", "Recording", "Rejected", "discover", "read"]
 
 READERS: dict[str, ModuleType] = {
     "audioset": audioset,
@@ -27,12 +27,12 @@ READERS: dict[str, ModuleType] = {
     "folder": folder,
 }
 LAYOUTS = {name: reader.LAYOUT for name, reader in READERS.items()}
-_PUBLISHED = [name for name in READERS if name != "folder"]
+PUBLISHED = [name for name in READERS if name != "folder"]
 
 
 def known(root: Path) -> list[str]:
     """The published corpora whose layout `root` has."""
-    return [name for name in _PUBLISHED if READERS[name].detect(root)]
+    return [name for name in PUBLISHED if READERS[name].detect(root)]
 
 
 def discover(data_dir: Path) -> list[tuple[str, Path]]:

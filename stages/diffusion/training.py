@@ -142,6 +142,7 @@ class DiffusionStage(Stage):
     """
 
     name = "diffusion"
+    any_corpus = False
     blocks = (ResnetBlock2D, BasicTransformerBlock)
 
     def __init__(self, variant: Variant, process: LatentDiffusion, decoder: SoundDecoder) -> None:

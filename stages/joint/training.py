@@ -63,6 +63,7 @@ class JointStage(Stage):
     """Stage 2 of the paper: diffusion loss plus translation loss, LOA true with P_gt and generated otherwise."""
 
     name = "joint"
+    any_corpus = False
     blocks = (GPT2Block, ResnetBlock2D, BasicTransformerBlock)
     entries = (Translator, TUNet)
 

@@ -67,6 +67,7 @@ class TranslatorStage(Stage):
     """Conditions → LOA, trained on clips with words (or a transcript)."""
 
     name = "translator"
+    any_corpus = False
     blocks = (GPT2Block,)
 
     def __init__(self, translator: Translator, loss: str, text_length: int, phonemes: PhonemeEncoderConfig | None) -> None:
