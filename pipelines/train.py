@@ -6,19 +6,18 @@ import dataclasses
 import json
 import os
 import sys
-import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from tqdm import tqdm
 
 from pipelines import cluster
 from pipelines.corpora import PUBLISHED
 from pipelines.dataset import ClipDataset
+from pipelines.ray_worker import ray_worker
 from pipelines.store import FeatureStore
 from pipelines.tracking import Tracker
 from pipelines.train_loop import OneProcess, TrainJob, follow, train
@@ -27,40 +26,6 @@ from stages import STAGES, stage_class
 from stages.base import UserError, read_card, to_dict, weights_hash, whole_folder, write_json
 from stages.cli import friendly, set_option, tiny_option, tracking_option, variant_option, with_option, work_option
 from stages.variants import Variant, resolve
-
-
-class RayWorkers:
-    """Ray Train's world: checkpoints go to the run's storage and come back after failures, on any number of workers."""
-
-    def __init__(self) -> None:
-        import ray.train
-        import ray.train.torch
-
-        context = ray.train.get_context()
-        self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        self.device = ray.train.torch.get_device()
-
-    def latest(self) -> Path | None:
-        import ray.train
-
-        found = ray.train.get_checkpoint()
-        return Path(found.to_directory()) if found else None
-
-    def keep(self, write: Callable[[Path], None], step: int) -> None:
-        import ray.train
-
-        with tempfile.TemporaryDirectory() as folder:
-            write(Path(folder))
-            ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=f"step_{step:08d}")
-
-
-def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """What Ray Train runs on every worker."""
-    torch.set_num_threads(config["threads"])
-    try:
-        return {"measures": train(config["job"], RayWorkers())}
-    except UserError as error:  # the same everywhere and every time: restarting would only repeat it
-        return {"user_error": str(error)}
 
 
 def train_stage(
@@ -158,6 +123,7 @@ def _corpora_of(variant: Variant, store: FeatureStore) -> tuple[str, ...]:
 
 def _fit_on_ray(job: TrainJob, workers: int | None, max_failures: int) -> None:
     cluster.connect()
+    from ray import cloudpickle
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
@@ -170,7 +136,7 @@ def _fit_on_ray(job: TrainJob, workers: int | None, max_failures: int) -> None:
     threads = max(1, cores // count) if not have.gpus else max(1, have.cpus // max(1, have.gpus))
     trainer = TorchTrainer(
         ray_worker,
-        train_loop_config={"job": job, "threads": threads},
+        train_loop_config={"job": cloudpickle.dumps(job), "threads": threads},  # opened by the workers alone
         scaling_config=ScalingConfig(
             num_workers=count, use_gpu=have.gpus > 0, resources_per_worker={"CPU": 1} | ({"GPU": 1} if have.gpus else {})
         ),
