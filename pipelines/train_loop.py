@@ -229,7 +229,7 @@ class _Run:
             progress.seconds = before + time.monotonic() - clock
             for name, value in logs.items():
                 sums[name] = sums.get(name, torch.zeros(())) + value.detach().float().cpu()
-            if progress.step % LOG_EVERY == 0:
+            if progress.step % LOG_EVERY == 0 or self._share_done() >= 1.0:
                 now, steps = time.monotonic(), progress.step - last
                 means = {f"train/{k}": float(v) / steps for k, v in self._mean(sums).items()}
                 speed = steps * recipe.global_batch / max(now - since, 1e-9)

@@ -129,8 +129,8 @@ def test_jobs_run_when_submitted_to_a_cluster(tmp_path: Path) -> None:
         (recordings / f"{i}.txt").write_text("a hiss")
     gcs, dashboard = free_port(), free_port()
     address = f"http://127.0.0.1:{dashboard}"
-    env = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": "", "RAY_TMPDIR": "/tmp"}
-    env.pop("RAY_ADDRESS")
+    env = os.environ | {"RAY_AUTH_MODE": "disabled", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    env.pop("RAY_ADDRESS", None)
     ray = [sys.executable, "-m", "ray.scripts.scripts"]
     head = subprocess.Popen(
         [*ray, "start", "--head", "--block", f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
@@ -153,7 +153,11 @@ def test_jobs_run_when_submitted_to_a_cluster(tmp_path: Path) -> None:
              "--set", "recipes.audiomae.global_batch=4"],
         ):  # fmt: skip
             submit = [*ray, "job", "submit", "--address", address, "--working-dir", str(REPO), "--", "python", "-m", *job]
-            done = subprocess.run(submit, env=env, capture_output=True, text=True, timeout=300)
+            for _ in range(30):  # the node's job agent comes up some time after the dashboard does
+                done = subprocess.run(submit, env=env, capture_output=True, text=True, timeout=300)
+                if "No available agent" not in done.stdout + done.stderr:
+                    break
+                time.sleep(2)
             assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
         assert json.loads((work / "stages" / "audiomae" / "stage.json").read_text())["steps"] == 3
     finally:

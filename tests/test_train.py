@@ -132,7 +132,7 @@ def test_tiny_twins_have_the_parts_of_their_big_ones(name: str) -> None:
     big, little = networks(full), networks(tiny)
     assert big.keys() == little.keys()
     assert all(parameters(little[k]) < parameters(big[k]) / 10 for k in big)
-    assert tiny.loa_tokens(tiny.translator.pooling) == (8 if tiny.phonemes is None else 128)
+    assert tiny.loa_tokens(tiny.translator.pooling) == (8 if tiny.phonemes is None else 256)
 
 
 def test_parameter_counts_are_the_published_ones() -> None:
