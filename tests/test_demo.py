@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -105,64 +102,3 @@ def test_other_settings_do_not_mix_into_a_demo(tmp_path: Path) -> None:
 def test_bad_input_gets_a_sentence(arguments: list[str], sentence: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, [*arguments, "--work", str(tmp_path / "w")])
     assert result.exit_code != 0 and sentence in result.output and "Traceback" not in result.output
-
-
-# ------------------------------------------------------------------------------------------------ through ray job submit
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-@pytest.mark.slow
-def test_jobs_run_when_submitted_to_a_cluster(tmp_path: Path) -> None:
-    """`ray job submit --working-dir . -- python -m pipelines.<job>`: the mel pass and one training job."""
-    import soundfile
-
-    recordings = tmp_path / "recordings"
-    recordings.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(40):
-        soundfile.write(recordings / f"{i}.wav", 0.1 * rng.standard_normal(40_960), 16_000)
-        (recordings / f"{i}.txt").write_text("a hiss")
-    gcs, dashboard = free_port(), free_port()
-    address = f"http://127.0.0.1:{dashboard}"
-    env = os.environ | {"RAY_AUTH_MODE": "disabled", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    env.pop("RAY_ADDRESS", None)
-    ray = [sys.executable, "-m", "ray.scripts.scripts"]
-    head = subprocess.Popen(
-        [*ray, "start", "--head", "--block", f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
-         "--num-cpus=4", "--object-store-memory=200000000", "--disable-usage-stats"],
-        env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 90
-        while time.monotonic() < deadline:
-            with socket.socket() as s:
-                if s.connect_ex(("127.0.0.1", dashboard)) == 0:
-                    break
-            time.sleep(0.5)
-        time.sleep(3)
-        work = tmp_path / "work"
-        for job in (
-            ["pipelines.ingest", "--data", str(recordings), "--work", str(work), "--tiny"],
-            ["pipelines.preprocess", "mel", "--work", str(work), "--tiny"],
-            ["pipelines.train", "audiomae", "--work", str(work), "--tiny", "--set", "recipes.audiomae.steps=3",
-             "--set", "recipes.audiomae.global_batch=4"],
-        ):  # fmt: skip
-            submit = [*ray, "job", "submit", "--address", address, "--working-dir", str(REPO), "--", "python", "-m", *job]
-            for _ in range(30):  # the node's job agent comes up some time after the dashboard does
-                done = subprocess.run(submit, env=env, capture_output=True, text=True, timeout=300)
-                if "No available agent" not in done.stdout + done.stderr:
-                    break
-                time.sleep(2)
-            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-        assert json.loads((work / "stages" / "audiomae" / "stage.json").read_text())["steps"] == 3
-    finally:
-        os.killpg(head.pid, signal.SIGTERM)
-        try:
-            head.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(head.pid, signal.SIGKILL)
