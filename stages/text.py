@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 
@@ -19,3 +20,20 @@ def _listed(row: Mapping[str, Any], name: str) -> Iterable[Any]:
     """A list column of the clip table, which may be absent or null and may arrive as an array."""
     values = row.get(name)
     return () if values is None else values
+
+
+def normalise_transcript(text: str) -> str:
+    """What was said, in the one spelling in which transcripts are compared; blanks separate words.
+
+    Whisper's English normaliser, the usual choice: lower case, no punctuation, no fillers, contractions and
+    abbreviations spelled out, number words as digits. Its table of British spellings belongs to Whisper's checkpoints
+    and is not used.
+    """
+    return str(_english()(text))
+
+
+@lru_cache(maxsize=1)
+def _english() -> Any:
+    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+
+    return EnglishTextNormalizer({})
