@@ -33,6 +33,7 @@ JOURNEY: dict[str, dict[str, Job]] = {
     "From features to a system": {
         "train": Job("pipelines.train:main", "Train one stage of a variant on this machine or a cluster."),
         "export": Job("pipelines.export:main", "Gather the trained stages into a bundle that diffusers loads, too."),
+        "judges": Job("pipelines.judges:main", "Check public weights of the networks behind FAD, FD, IS and KL."),
         "evaluate": Job("pipelines.evaluate:main", "Generate for held-out captions and score what is heard."),
     },
     "From a bundle to sound": {

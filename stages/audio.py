@@ -285,6 +285,25 @@ def slaney_filterbank(sample_rate: int, n_fft: int, mel_bins: int, fmin: float, 
     return filters
 
 
+def htk_filterbank(sample_rate: int, n_fft: int, mel_bins: int, fmin: float, fmax: float) -> NDArray[np.float64]:
+    """Triangular mel filters `[mel_bins, n_fft // 2 + 1]` on the scale 1127 ln(1 + f / 700) of HTK and Kaldi.
+
+    They are straight in mel, not in Hz, all of height 1; as in Kaldi the Nyquist bin has no share.
+    """
+
+    def to_mel(hz: NDArray[np.float64]) -> NDArray[np.float64]:
+        mel: NDArray[np.float64] = 1127.0 * np.log1p(hz / 700.0)
+        return mel
+
+    first, last = to_mel(np.array([fmin, fmax]))
+    edges = np.linspace(first, last, mel_bins + 2)
+    low, centre, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
+    mel = to_mel(np.arange(n_fft // 2 + 1) * sample_rate / n_fft)
+    filters: NDArray[np.float64] = np.maximum(0.0, np.minimum((mel - low) / (centre - low), (high - mel) / (high - centre)))
+    filters[:, -1] = 0.0
+    return filters
+
+
 def fbank(waveform: Tensor, audio: AudioConfig) -> Tensor:
     """The input of AudioMAE: Kaldi's log filterbank, normalised with the statistics of AudioSet.
 
@@ -317,17 +336,7 @@ def fbank(waveform: Tensor, audio: AudioConfig) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _fbank_constants(n_fft: int, frame: int, bins: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    def to_mel(hz: NDArray[np.float64]) -> NDArray[np.float64]:
-        mel: NDArray[np.float64] = 1127.0 * np.log1p(hz / 700.0)
-        return mel
-
-    # Kaldi's triangles are straight in mel, not in Hz, and carry no area weight; the Nyquist bin has no share
-    first, last = to_mel(np.array([20.0, FBANK_RATE / 2]))
-    edges = np.linspace(first, last, bins + 2)
-    low, centre, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
-    mel = to_mel(np.arange(n_fft // 2 + 1) * FBANK_RATE / n_fft)
-    filters = np.maximum(0.0, np.minimum((mel - low) / (centre - low), (high - mel) / (high - centre)))
-    filters[:, -1] = 0.0
+    filters = htk_filterbank(FBANK_RATE, n_fft, bins, 20.0, FBANK_RATE / 2)
     return _hann(frame, False, device), _constant(filters.T, device)
 
 

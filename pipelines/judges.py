@@ -1,0 +1,35 @@
+"""JOB: what public weights of the judges a folder holds: writes its manifest, checks every file, says what is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from stages.cli import friendly
+from stages.judges.judge import JUDGES, load_judge
+from stages.judges.weights import PUBLISHED, describe_folder
+
+
+@click.command()
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@friendly
+def main(folder: Path) -> None:
+    """Write FOLDER/judges.json for the judges' public weights in FOLDER, and load each once to see that it fits.
+
+    Nothing is downloaded: for weights that are not there it says where they come from.
+    """
+    entries = describe_folder(folder)
+    for name, published in PUBLISHED.items():
+        if name not in entries:
+            click.echo(f"{name:<12} missing: put {published.file} ({published.licence}) from {published.source} here")
+            continue
+        judges = [judge for judge, design in JUDGES.items() if design.weights == name]
+        load_judge(judges[0], folder)
+        click.echo(
+            f"{name:<12} {entries[name]['file']}, sha256 {entries[name]['sha256'][:12]}…, {entries[name]['licence']}: {', '.join(judges)}"
+        )
+
+
+if __name__ == "__main__":
+    main()
