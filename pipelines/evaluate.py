@@ -31,9 +31,10 @@ from stages.audio import AudioConfig, Waveform, load_audio, log_mel, normalise, 
 from stages.base import UserError, weights_hash, write_json
 from stages.bundle import read_info
 from stages.classifier.model import Classifier
-from stages.cli import friendly, tracking_option, work_option
+from stages.cli import friendly, sampling_options, tracking_option, work_option
 from stages.frozen import TextEncoders
-from stages.generator import DEFAULT_SCHEDULER, SCHEDULERS, AudioGenerator
+from stages.generator import AudioGenerator
+from stages.sampling import OPTIONS, resolve
 from stages.text import clip_texts
 
 if TYPE_CHECKING:
@@ -166,13 +167,12 @@ def evaluate(
     classifier: Path | None = None,
     num_clips: int = 100,
     split: str | None = None,
-    num_inference_steps: int = 50,
-    guidance_scale: float = 3.5,
-    scheduler: str = DEFAULT_SCHEDULER,
+    profile: str = "loa",
     seed: int = 0,
     batch: int = 8,
     device: str | None = None,
     tracker: Tracker | None = None,
+    **options: Any,
 ) -> Evaluation:
     """Generate one clip for each held-out caption, score all systems, and write `<work>/evaluation`.
 
@@ -184,6 +184,8 @@ def evaluate(
         classifier: folder of the classifier; `<work>/stages/classifier` by default.
         num_clips: how many captions, taken in turn from all classes.
         split: "test" if it has clips with captions, else "validation", by default.
+        profile: whose way of sampling, with `options` in place of its own (`stages.sampling.resolve`). Every clip is as long
+            as the real ones, whatever the profile's `length`.
         batch: clips at a time.
 
     Raises:
@@ -204,8 +206,8 @@ def evaluate(
     split, clips, others = choose_clips(opened.clips(), reader, split, num_clips, seed, info.speech)
 
     settings = {
-        "bundle_sha256": weights_hash(bundle), "seed": seed, "num_inference_steps": num_inference_steps,
-        "guidance_scale": guidance_scale, "scheduler": scheduler, "seconds": audio.clip_seconds,
+        "bundle_sha256": weights_hash(bundle), "seed": seed, "seconds": audio.clip_seconds,
+        **asdict(resolve(profile, **options | {"length": "loa"})),
     }  # fmt: skip
     place = work / "evaluation"
     sounds = Sounds(place, audio, generated=_digest(settings, 12), restored=_digest(settings["bundle_sha256"], 12))
@@ -336,9 +338,7 @@ class Sounds:
                     [clip.text for clip in group],
                     transcriptions=[clip.transcript for clip in group] if speech else None,
                     seconds=self.audio.clip_seconds,
-                    num_inference_steps=settings["num_inference_steps"],
-                    guidance_scale=settings["guidance_scale"],
-                    scheduler=settings["scheduler"],
+                    **{name: settings[name] for name in OPTIONS},
                     seed=[zlib.crc32(f"{settings['seed']}/{clip.clip_id}".encode()) for clip in group],
                 )
                 for clip, waveform in zip(group, waveforms, strict=True):
@@ -632,16 +632,14 @@ def _digest(value: Any, length: int) -> str:
 )
 @click.option("--num-clips", type=click.IntRange(min=2), default=100, show_default=True, help="Captions, taken in turn from all classes.")
 @click.option("--split", metavar="NAME", help="Split of the held-out clips.  [default: test, else validation]")
-@click.option("--steps", type=click.IntRange(min=1), default=50, show_default=True, help="Denoising steps.")
-@click.option("--guidance-scale", type=click.FloatRange(min=1.0), default=3.5, show_default=True)
-@click.option("--scheduler", type=click.Choice(list(SCHEDULERS)), default=DEFAULT_SCHEDULER, show_default=True)
+@sampling_options("length")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Clips at a time.")
 @tracking_option
 @friendly
 def main(
-    work: Path, bundle: Path | None, store: str | None, clap: Path | None, num_clips: int, split: str | None, steps: int,
-    guidance_scale: float, scheduler: str, seed: int, batch: int, tracking_uri: str | None,
+    work: Path, bundle: Path | None, store: str | None, clap: Path | None, num_clips: int, split: str | None,
+    sampling: dict[str, Any], seed: int, batch: int, tracking_uri: str | None,
 ) -> None:  # fmt: skip
     """Generate for held-out captions and score what is heard.
 
@@ -649,11 +647,11 @@ def main(
     """
     variant = read_info(bundle or work / "bundle").variant
     # Each bundle and setting has a run of its own, so that MLflow can compare them.
-    settings = [weights_hash(bundle or work / "bundle"), num_clips, split, steps, guidance_scale, scheduler, seed]
+    settings = [weights_hash(bundle or work / "bundle"), num_clips, split, asdict(resolve(**sampling)), seed]
     with Tracker.open(tracking_uri, work=work, job=f"evaluate-{_digest(settings, 8)}", name="evaluate", variant=variant) as tracker:
         found = evaluate(
-            work, bundle=bundle, store=store, clap=clap, num_clips=num_clips, split=split, num_inference_steps=steps,
-            guidance_scale=guidance_scale, scheduler=scheduler, seed=seed, batch=batch, tracker=tracker,
+            work, bundle=bundle, store=store, clap=clap, num_clips=num_clips, split=split, seed=seed, batch=batch,
+            tracker=tracker, **sampling,
         )  # fmt: skip
     click.echo(found.table())
     click.echo(f"sounds and scores: {os.path.relpath(work / 'evaluation')}")

@@ -229,7 +229,8 @@ def _listen(project: Project, found: Evaluation, num_clips: int) -> str:
     every = "all" if len(cards) == len(found.clips) else f"the first {len(cards)} of"
     return (
         f"<p>These are {every} {len(found.clips)} evaluated captions, in the order of the list, not chosen by ear. "
-        f"{found.protocol['num_inference_steps']} steps, guidance {found.protocol['guidance_scale']:g}, one candidate per caption. "
+        f"{found.protocol['num_inference_steps']} steps, guidance {found.protocol['guidance_scale']:g}, "
+        f"candidates per caption: {found.protocol['candidates']}. "
         f"Click a spectrogram to hear it.</p>{''.join(cards)}"
     )
 

@@ -6,13 +6,15 @@ import os
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 from tqdm import tqdm
 
 from stages.base import UserError
-from stages.cli import friendly
+from stages.cli import friendly, sampling_options
+from stages.sampling import resolve
 
 FORMATS = {".wav": "WAV", ".flac": "FLAC"}
 
@@ -61,41 +63,38 @@ def write_sound(path: Path, waveform: np.ndarray, sample_rate: int) -> None:
     "--bundle", type=click.Path(path_type=Path), metavar="DIR", help="The model.  [default: $LOA_BUNDLE, or the newest under ./outputs]"
 )
 @click.option("--seconds", type=float, help="Length.  [default: the model's clips]")
-@click.option("--steps", type=int, default=50, show_default=True, help="Denoising steps: more take longer and sound better.")
-@click.option("--guidance-scale", type=float, default=3.5, show_default=True, help="How closely to follow the prompt; 1 means freely.")
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same sound.")
 @click.option("--negative-prompt", metavar="TEXT", help="What to steer away from.")
 @click.option("--transcription", metavar="TEXT", help="Words to say, with a speech model; the prompt then describes the voice.")
 @click.option("--num", type=click.IntRange(1), default=1, show_default=True, help="How many sounds to write.")
-@click.option("--candidates", type=click.IntRange(1), help="Generate this many and keep the --num that CLAP finds most fitting.")
-@click.option("--scheduler", default="dpm-solver++", show_default=True, help="dpm-solver++, ddim, unipc, euler or plms.")
-@click.option("--eta", type=float, default=0.0, show_default=True, help="Fresh noise per step, 0 to 1; ddim only.")
+@sampling_options()
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, …  [default: a GPU if there is one]")
 @click.option("--force", is_flag=True, help="Overwrite files.")
 @friendly
 def main(
-    prompt: str, out: Path | None, bundle: Path | None, seconds: float | None, steps: int, guidance_scale: float, seed: int,
-    negative_prompt: str | None, transcription: str | None, num: int, candidates: int | None, scheduler: str, eta: float,
-    device: str | None, force: bool,
+    prompt: str, out: Path | None, bundle: Path | None, seconds: float | None, seed: int, negative_prompt: str | None,
+    transcription: str | None, num: int, sampling: dict[str, Any], device: str | None, force: bool,
 ) -> None:  # fmt: skip
     """Write the sound of PROMPT to a file.
 
     \b
       loa generate "a dog barks in the rain" -o dog.wav
       loa generate "calm piano" --seconds 20 --num 2 --candidates 6
+      loa generate "rain" --profile authors --steps 100
     """
     from stages.bundle import find_bundle
 
-    count = candidates or num
-    if count < num:
-        raise UserError(f"{num} sounds cannot be chosen from {count} candidates; raise --candidates")
+    candidates = sampling.get("candidates", num)
+    if candidates < num:
+        raise UserError(f"{num} sounds cannot be chosen from {candidates} candidates; raise --candidates")
+    chosen = resolve(**sampling)
     files = output_files(out, prompt, num, force)
     folder = find_bundle(bundle)
 
     from stages.generator import AudioGenerator
 
     generator = AudioGenerator.load(folder, device)
-    with tqdm(total=steps, unit="step", desc=generator.info.variant, leave=False) as bar:
+    with tqdm(total=chosen.num_inference_steps, unit="step", desc=generator.info.variant, leave=False) as bar:
 
         def progress(step: int, total: int) -> None:
             bar.total = total
@@ -103,17 +102,14 @@ def main(
 
         began = time.monotonic()
         waveforms = generator.generate(
-            prompt, negative_prompts=negative_prompt, transcriptions=transcription, seconds=seconds, num_inference_steps=steps,
-            guidance_scale=guidance_scale, eta=eta, seed=seed, num_waveforms_per_prompt=count, scheduler=scheduler, progress=progress,
+            prompt, negative_prompts=negative_prompt, transcriptions=transcription, seconds=seconds, seed=seed,
+            num_waveforms_per_prompt=num, progress=progress, **sampling,
         )  # fmt: skip
-    if count > num:
-        fitting = generator.similarity([prompt] * count, waveforms)
-        waveforms = waveforms[np.argsort(-fitting, kind="stable")[:num]]
     took = time.monotonic() - began
     for file, waveform in zip(files, waveforms, strict=True):
         write_sound(file, waveform, generator.sample_rate)
         click.echo(f"{file}: {len(waveform) / generator.sample_rate:.2f} s at {generator.sample_rate} Hz, seed {seed}")
-    click.echo(f"{count} generated in {took:.1f} s")
+    click.echo(f"{max(num, chosen.candidates)} generated in {took:.1f} s")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ from ray.serve.handle import DeploymentHandle
 
 from stages.base import UserError
 from stages.bundle import BundleInfo, read_info
-from stages.generator import DEFAULT_SCHEDULER, SCHEDULERS, AudioGenerator
+from stages.generator import AudioGenerator
+from stages.sampling import PROFILES, SCHEDULERS, Sampling, resolve
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +61,11 @@ class GenerationRequest(BaseModel):
     negative_prompt: str | None = Field(None, description="What to steer away from.")
     transcription: str | None = Field(None, description="Words to say; speech models only.")
     seconds: float | None = Field(None, gt=0, description="Length; the model's clip length by default.")
-    guidance_scale: float = Field(3.5, ge=1, description="How closely to follow the prompt; 1 means freely.")
-    num_inference_steps: int = Field(50, ge=1, description="Denoising steps: more take longer and sound better.")
-    scheduler: str = Field(DEFAULT_SCHEDULER, description=f"One of {', '.join(SCHEDULERS)}.")
+    profile: str = Field("loa", description=f"Whose way of sampling: {', '.join(PROFILES)}. What is given beside it takes precedence.")
+    guidance_scale: float | None = Field(None, ge=1, description="How closely to follow the prompt; 1 means freely.")
+    num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps: more take longer and sound better.")
+    scheduler: str | None = Field(None, description=f"One of {', '.join(SCHEDULERS)}.")
+    eta: float | None = Field(None, ge=0, le=1, description="Fresh noise per step; ddim only.")
     seed: int | None = Field(None, ge=0, lt=2**63, description="Repeats a result; drawn if absent and told in X-Loa-Seed.")
     format: str = Field("wav", description="wav or flac, 16 bits.")
 
@@ -92,16 +95,14 @@ class Job:
     negative_prompt: str | None
     transcription: str | None
     seconds: float
-    guidance_scale: float
-    num_inference_steps: int
-    scheduler: str
+    sampling: Sampling
     seed: int
     format: str
 
     @property
     def batch_key(self) -> tuple[Any, ...]:
         """Jobs with equal keys can be generated together."""
-        return self.seconds, self.guidance_scale, self.num_inference_steps, self.scheduler
+        return self.seconds, self.sampling
 
 
 # What a replica tells of a job: {"step", "total"} after every step, then {"audio"} (bytes) or {"error", "status"}.
@@ -125,10 +126,14 @@ def check(request: GenerationRequest, limits: Limits, speech: bool) -> Job:
     seconds = limits.default_seconds if request.seconds is None else request.seconds
     if seconds > limits.max_seconds:
         raise UserError(f"seconds is {seconds:g}; this server makes at most {limits.max_seconds:g}")
-    if request.num_inference_steps > limits.max_steps:
-        raise UserError(f"num_inference_steps is {request.num_inference_steps}; this server takes at most {limits.max_steps}")
-    if request.guidance_scale > limits.max_guidance_scale:
-        raise UserError(f"guidance_scale is {request.guidance_scale:g}; this server takes at most {limits.max_guidance_scale:g}")
+    # A server gives the seconds asked for, once, and nobody's sound depends on who else asks at that moment.
+    fixed = {"length": "loa", "candidates": 1, "padding": "prompt"}
+    chosen = {name: getattr(request, name) for name in ("guidance_scale", "num_inference_steps", "scheduler", "eta")}
+    sampling = resolve(request.profile, **chosen, **fixed)
+    if sampling.num_inference_steps > limits.max_steps:
+        raise UserError(f"num_inference_steps is {sampling.num_inference_steps}; this server takes at most {limits.max_steps}")
+    if sampling.guidance_scale > limits.max_guidance_scale:
+        raise UserError(f"guidance_scale is {sampling.guidance_scale:g}; this server takes at most {limits.max_guidance_scale:g}")
     for name in ("prompt", "negative_prompt", "transcription"):
         text = getattr(request, name) or ""
         if len(text) > limits.max_characters:
@@ -139,16 +144,18 @@ def check(request: GenerationRequest, limits: Limits, speech: bool) -> Job:
         raise UserError("this is a speech model: give the words to say as transcription")
     if not speech and request.transcription:
         raise UserError("this model makes sounds, not speech: leave transcription out")
-    if request.guidance_scale == 1 and request.negative_prompt:
+    if sampling.guidance_scale == 1 and request.negative_prompt:
         raise UserError("a negative_prompt needs guidance: raise guidance_scale above 1 or leave it out")
-    _one_of("scheduler", request.scheduler, SCHEDULERS)
     _one_of("format", request.format, MEDIA_TYPES)
-    values = request.model_dump() | {
-        "seconds": seconds,
-        "seed": secrets.randbelow(2**32) if request.seed is None else request.seed,
-        "transcription": request.transcription if speech else None,
-    }
-    return Job(**values)
+    return Job(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        transcription=request.transcription if speech else None,
+        seconds=seconds,
+        sampling=sampling,
+        seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
+        format=request.format,
+    )
 
 
 def _one_of(name: str, value: str, allowed: Iterable[str]) -> None:
@@ -181,6 +188,7 @@ def create_api(backend: Callable[[], Backend], info: BundleInfo, limits: Limits)
             "sample_rate": info.audio.sample_rate,
             "limits": asdict(limits),
             "schedulers": list(SCHEDULERS),
+            "profiles": {name: asdict(profile) for name, profile in PROFILES.items()},
             "formats": list(MEDIA_TYPES),
             "provenance": info.provenance,
         }
@@ -283,10 +291,8 @@ def run_jobs(
                 transcriptions=[job.transcription for job in chosen],
                 seed=[job.seed for job in chosen],
                 seconds=chosen[0].seconds,
-                guidance_scale=chosen[0].guidance_scale,
-                num_inference_steps=chosen[0].num_inference_steps,
-                scheduler=chosen[0].scheduler,
                 progress=step,
+                **asdict(chosen[0].sampling),
             )
             results = [{"audio": encode(w, generator.sample_rate, job.format)} for w, job in zip(waveforms, chosen, strict=True)]
         except Abandoned:

@@ -37,7 +37,6 @@ from stages.base import UserError, weights_hash, whole_folder, write_json
 
 BUNDLE_FORMAT = 1
 PIPELINE = "AudioLDM2Pipeline"
-UNCONDITIONAL = ("zeros", "diffusers")
 
 # Which released stage a component comes from; for speech the translator brings text_encoder_2 and tokenizer_2.
 SOURCE = {

@@ -18,7 +18,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 import psutil
@@ -26,6 +26,7 @@ from click.shell_completion import CompletionItem
 
 from stages.audio import AudioError
 from stages.base import UserError
+from stages.sampling import CHOICES, OPTIONS, PROFILES
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -166,6 +167,43 @@ tracking_option = click.option(
     metavar="URI",
     help="MLflow server or database to write to.  [default: mlflow.db in --work]",
 )
+
+_SAMPLING: dict[str, Any] = {
+    "num_inference_steps": (("--steps",), click.IntRange(1), "Denoising steps: more take longer and sound better."),
+    "guidance_scale": ((), float, "How closely to follow the prompt; 1 means freely."),
+    "scheduler": ((), click.Choice(CHOICES["scheduler"]), "Who walks from noise to sound."),
+    "eta": ((), float, "Fresh noise per step, 0 to 1; ddim only."),
+    "timesteps": ((), click.Choice(CHOICES["timesteps"]), "Whose walk where steps do not divide 1000."),
+    "unconditional": ((), click.Choice(CHOICES["unconditional"]), "What guidance steers away from: no LOA, or GPT-2's of no prompt."),
+    "padding": ((), click.Choice(CHOICES["padding"]), "Read each prompt at its own length, or all at the longest's."),
+    "length": ((), click.Choice(CHOICES["length"]), "Whose rule from seconds to frames and samples."),
+    "candidates": ((), click.IntRange(1), "Generate this many and keep what CLAP finds most fitting."),
+}
+
+
+def sampling_options(*left_out: str) -> Callable[[Function], Function]:
+    """Options for all of `stages.sampling.resolve`, save those `left_out`.
+
+    What was given arrives as one argument, `sampling`, a dict for `resolve`.
+    """
+    names = [name for name in ("profile", *OPTIONS) if name not in left_out]
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def command(*args: Any, **kwargs: Any) -> Any:
+            given = {name: kwargs.pop(name) for name in names}
+            return function(*args, sampling={name: value for name, value in given.items() if value is not None}, **kwargs)
+
+        decorated: Any = command
+        for name in reversed(OPTIONS):
+            if name in names:
+                flags, kind, text = _SAMPLING[name]
+                decorated = click.option(*(flags or (f"--{name.replace('_', '-')}",)), name, type=kind, help=text)(decorated)
+        whose = "Whose way of sampling; the options below change it in single points."
+        decorated = click.option("--profile", type=click.Choice(list(PROFILES)), default="loa", show_default=True, help=whose)(decorated)
+        return cast(Function, decorated)
+
+    return decorate
 
 
 # ------------------------------------------------------------------------------------------ is there room for this?

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -13,37 +11,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    PNDMScheduler,
-    UniPCMultistepScheduler,
-)
 from numpy.typing import NDArray
 from torch import Tensor
 
 from stages.base import UserError
-from stages.bundle import UNCONDITIONAL, Components, load
+from stages.bundle import Components, load
 from stages.clap.model import clap_mel
+from stages.diffusion.solvers import make_solver
 from stages.frozen import resample
 from stages.phonemes import phoneme_ids
+from stages.sampling import Sampling, resolve
 from stages.translator.model import generate_loa
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 Waveforms = NDArray[np.float32]
-
-# DDIM and PLMS walk the timesteps of the reference; the others start at the very last one, which matters for few steps.
-SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "dpm-solver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "timestep_spacing": "trailing"}),
-    "ddim": (DDIMScheduler, {}),
-    "unipc": (UniPCMultistepScheduler, {"timestep_spacing": "trailing"}),
-    "euler": (EulerDiscreteScheduler, {"timestep_spacing": "trailing"}),
-    "plms": (PNDMScheduler, {"skip_prk_steps": True}),
-}
-DEFAULT_SCHEDULER = "dpm-solver++"
 
 
 class Conditioning(NamedTuple):
@@ -64,7 +47,7 @@ class AudioGenerator:
 
     A prompt's result depends on its own seed and settings alone, not on the prompts it shares a batch with: prompts of
     different length never pad each other on the way to the LOA (GPT-2 counts padded places, facts 5.5), and every
-    waveform has a random generator of its own. What remains is rounding.
+    waveform has a random generator of its own. What remains is rounding. Only `padding="batch"` gives that up.
     """
 
     def __init__(self, components: Components) -> None:
@@ -105,37 +88,31 @@ class AudioGenerator:
         self,
         prompts: str | Sequence[str],
         *,
+        profile: str = "loa",
         negative_prompts: str | Sequence[str | None] | None = None,
         seconds: float | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 3.5,
-        eta: float = 0.0,
         seed: int | Sequence[int] = 0,
         num_waveforms_per_prompt: int = 1,
         transcriptions: str | Sequence[str | None] | None = None,
         latents: Tensor | NDArray[np.float32] | None = None,
-        scheduler: str = DEFAULT_SCHEDULER,
-        unconditional: str | None = None,
         progress: Progress | None = None,
+        **options: Any,
     ) -> Waveforms:
         """Generate waveforms for prompts.
 
         Args:
             prompts: what to hear; for speech, the voice to hear it in.
+            profile: whose way of sampling to take, a name of `stages.sampling.PROFILES`.
             negative_prompts: what to steer away from, one for all or one per prompt; needs guidance.
             seconds: length; the bundle's clip length by default.
-            num_inference_steps: denoising steps.
-            guidance_scale: weight of the condition against no condition; 1 means no guidance.
-            eta: DDIM's share of fresh noise in [0, 1]; other schedulers have none.
             seed: one for every prompt, or one per prompt. The first waveform of a prompt starts from
                 `torch.Generator().manual_seed(seed)`.
             num_waveforms_per_prompt: variations of each prompt, next to each other in the result.
             transcriptions: what is said, one for all or one per prompt; speech bundles only.
-            latents: initial noise `[N, C, T', F']` instead of the seeds'.
-            scheduler: a name of `SCHEDULERS`.
-            unconditional: "zeros" (as in training: no LOA at all) or "diffusers" (the LOA of an empty prompt); the
-                bundle's own choice by default.
+            latents: initial noise `[N, C, T', F']` instead of the seeds', N counting the candidates.
             progress: called with (step, steps) after every step.
+            **options: fields of `stages.sampling.Sampling` to put in place of the profile's: scheduler,
+                num_inference_steps, guidance_scale, eta, timesteps, unconditional, padding, length, candidates.
 
         Returns:
             float32 `[N, samples]` at `sample_rate`, N = prompts x num_waveforms_per_prompt.
@@ -143,22 +120,19 @@ class AudioGenerator:
         Raises:
             UserError: an argument is out of range or does not fit the others.
         """
+        sampling = resolve(profile, **options)
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         negatives = _per_prompt("negative_prompts", negative_prompts, len(prompts))
         spoken = _per_prompt("transcriptions", transcriptions, len(prompts))
         seeds = _per_prompt("seed", seed, len(prompts))
-        seconds = self.clip_seconds if seconds is None else seconds
-        unconditional = unconditional or self.info.unconditional
-        self._check(prompts, spoken, seconds, num_inference_steps, guidance_scale, eta, seeds, num_waveforms_per_prompt, scheduler)
-        if unconditional not in UNCONDITIONAL:
-            raise UserError(f"unconditional is {unconditional!r}; expected {' or '.join(UNCONDITIONAL)}")
-        if guidance_scale == 1 and any(negatives):
+        self._check(prompts, spoken, seconds, sampling, seeds, num_waveforms_per_prompt)
+        if sampling.guidance_scale == 1 and any(negatives):
             raise UserError("negative prompts need guidance; raise guidance_scale above 1 or leave them out")
 
-        samples = round(seconds * self.sample_rate)
-        frames = -(-samples // (self.hop_length * self.compression))  # of the latent
+        frames, samples = self.length(seconds, sampling.length)
         shape = (self.parts.unet.config.in_channels, frames, self.mel_bins // self.compression)
-        generators = [g for s in seeds for g in _generators(s, num_waveforms_per_prompt)]
+        count = max(num_waveforms_per_prompt, sampling.candidates)
+        generators = [g for s in seeds for g in _generators(s, count)]
         if latents is None:
             noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
         else:
@@ -166,25 +140,44 @@ class AudioGenerator:
             if noise.shape != (len(generators), *shape):
                 raise UserError(f"latents have the shape {tuple(noise.shape)}; these prompts and seconds need {(len(generators), *shape)}")
 
-        conditioning = self.encode_prompts(prompts, spoken)
+        conditioning = self.encode_prompts(prompts, spoken, sampling.padding)
         without = None
-        if guidance_scale != 1:
-            without = self._without(conditioning, negatives, unconditional).repeat(num_waveforms_per_prompt)
-        latent = self.denoise(
-            conditioning.repeat(num_waveforms_per_prompt), noise, without=without, num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale, eta=eta, scheduler=scheduler, generators=generators, progress=progress,
-        )  # fmt: skip
-        return self.decode(latent, samples)
+        if sampling.guidance_scale != 1:
+            rule = sampling.unconditional or self.info.unconditional
+            without = self._without(conditioning, negatives, rule, sampling.padding).repeat(count)
+        latent = self.denoise(conditioning.repeat(count), noise, sampling, without=without, generators=generators, progress=progress)
+        waveforms = self.decode(latent, samples)
+        return waveforms if sampling.candidates == 1 else self.best(prompts, waveforms, num_waveforms_per_prompt)
+
+    def length(self, seconds: float | None = None, rule: str = "loa") -> tuple[int, int | None]:
+        """Latent frames, and samples to cut to (None: all that the vocoder gives), for a length in seconds.
+
+        The rules are those of `Sampling.length`; without `seconds` every rule gives the frames of the bundle's clips.
+        """
+        if rule == "authors":  # 25.6 latent frames per second of nominal time at 16 kHz: 10 s are 256, which last 10.24 s
+            nominal = 1.024 * self.sample_rate / (self.hop_length * self.compression)
+            return self.parts.unet.config.sample_size if seconds is None else int(seconds * nominal), None
+        seconds = self.clip_seconds if seconds is None else seconds
+        if rule == "diffusers":
+            mel_frames, samples = int(seconds / (self.hop_length / self.sample_rate)), int(seconds * self.sample_rate)
+            return -(-mel_frames // self.compression), samples
+        samples = round(seconds * self.sample_rate)
+        return -(-samples // (self.hop_length * self.compression)), samples
 
     # ------------------------------------------------------------------------------------------------ conditions
 
     @torch.inference_mode()
-    def encode_prompts(self, prompts: Sequence[str], transcriptions: Sequence[str | None] | None = None) -> Conditioning:
-        """LOA and text states of prompts; for speech, of the voices described by `prompts` saying `transcriptions`."""
+    def encode_prompts(
+        self, prompts: Sequence[str], transcriptions: Sequence[str | None] | None = None, padding: str = "prompt"
+    ) -> Conditioning:
+        """LOA and text states of prompts; for speech, of the voices described by `prompts` saying `transcriptions`.
+
+        With `padding="batch"` GPT-2 sees every prompt padded to the longest (see `Sampling.padding`).
+        """
         if self.info.speech:
             ids = torch.stack([self._phonemes(text or "") for text in transcriptions or []])
             return Conditioning(self.loa(self._clap(prompts), *self._speak(ids)), None, None)
-        lengths = self._lengths(prompts)
+        lengths = self._lengths(prompts, padding)
         text, mask = self._read(prompts, lengths)
         return Conditioning(self._translate(prompts, text, mask, lengths), text, mask)
 
@@ -203,14 +196,15 @@ class AudioGenerator:
         embedding: Tensor = self.parts.text_encoder.get_text_features(tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
         return embedding
 
-    def _lengths(self, texts: Sequence[str]) -> list[int]:
-        """T5 tokens of each text, at most what T5 reads."""
+    def _lengths(self, texts: Sequence[str], padding: str) -> list[int]:
+        """Places of each text for T5, at most what T5 reads: its tokens, or those of the longest text of the batch."""
         limit = self.parts.tokenizer_2.model_max_length
         rows = self.parts.tokenizer_2(list(texts), verbose=False).input_ids
         for text, row in zip(texts, rows, strict=True):
             if len(row) > limit:
                 log.warning("T5 reads %d tokens and this text has %d, its end is not heard: %s", limit, len(row), text)
-        return [min(len(row), limit) for row in rows]
+        lengths = [min(len(row), limit) for row in rows]
+        return lengths if padding == "prompt" else [max(lengths)] * len(lengths)
 
     def _read(self, texts: Sequence[str], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
         """T5 states [B, L, D] and mask [B, L] of texts cut to `lengths` tokens; L is the greatest of these."""
@@ -243,7 +237,9 @@ class AudioGenerator:
         padding = mask[..., None].to(self.parts.projection_model.dtype)
         return encoder(ids, padding_mask=padding, attention_mask=mask).last_hidden_state, mask
 
-    def _without(self, conditioning: Conditioning, negatives: Sequence[str | None], unconditional: str) -> Conditioning:
+    def _without(
+        self, conditioning: Conditioning, negatives: Sequence[str | None], unconditional: str, padding: str = "prompt"
+    ) -> Conditioning:
         """The condition that guidance steers away from, one row per prompt.
 
         "zeros": what condition dropout showed the T-UNet, no LOA and an empty text (facts 7.4); a negative prompt that
@@ -257,7 +253,11 @@ class AudioGenerator:
             loa = torch.zeros_like(conditioning.loa) if silent.all() else self._silent_voice(texts)
             return Conditioning(loa.masked_fill(silent, 0.0), None, None)
         assert conditioning.text_mask is not None
-        lengths = self._lengths(texts) if zeros else conditioning.text_mask.sum(1).tolist()
+        if zeros:
+            lengths = self._lengths(texts, padding)
+        else:
+            mask = conditioning.text_mask
+            lengths = mask.sum(1).tolist() if padding == "prompt" else [mask.shape[1]] * len(texts)
         text, mask = self._read(texts, lengths)
         loa = torch.zeros_like(conditioning.loa) if silent.all() else self._translate(texts, text, mask, lengths)
         return Conditioning(loa.masked_fill(silent, 0.0), text, mask)
@@ -276,13 +276,10 @@ class AudioGenerator:
         self,
         conditioning: Conditioning,
         noise: Tensor,
+        sampling: Sampling,
         *,
         without: Conditioning | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 3.5,
-        eta: float = 0.0,
-        scheduler: str = DEFAULT_SCHEDULER,
-        generators: list[torch.Generator] | None = None,
+        generators: Sequence[torch.Generator] = (),
         progress: Progress | None = None,
     ) -> Tensor:
         """Scaled latents `[N, C, T', F']` from standard normal `noise` of that shape.
@@ -290,11 +287,7 @@ class AudioGenerator:
         With `without`, every step asks the T-UNet both with and without the condition and follows
         ε_without + guidance_scale · (ε_with - ε_without). `generators` (one per row) give the noise of eta > 0.
         """
-        cls, settings = SCHEDULERS[scheduler]
-        solver = cls.from_config(self.parts.scheduler.config, **settings)
-        solver.set_timesteps(num_inference_steps, device=self.device)
-        takes = inspect.signature(solver.step).parameters
-        extra = {name: value for name, value in {"eta": eta, "generator": generators}.items() if name in takes}
+        solver = make_solver(self.parts.scheduler, sampling, self.device, generators)
         both = conditioning if without is None else _stack(without, conditioning)
         text = {} if both.text is None else {"encoder_hidden_states_1": both.text, "encoder_attention_mask_1": both.text_mask}
         unet = self.parts.unet
@@ -305,8 +298,8 @@ class AudioGenerator:
             predicted = unet(seen, timestep, encoder_hidden_states=both.loa, **text).sample.float()
             if without is not None:
                 free, guided = predicted.chunk(2)
-                predicted = free + guidance_scale * (guided - free)
-            latent = solver.step(predicted, timestep, latent, **extra).prev_sample
+                predicted = free + sampling.guidance_scale * (guided - free)
+            latent = solver.step(predicted, timestep, latent).prev_sample
             if progress is not None:
                 progress(step + 1, len(solver.timesteps))
         return latent
@@ -348,6 +341,16 @@ class AudioGenerator:
         result: NDArray[np.float32] = F.cosine_similarity(sound.float(), self._clap(prompts).float()).cpu().numpy()
         return result
 
+    def best(self, prompts: Sequence[str], waveforms: Waveforms, keep: int) -> Waveforms:
+        """The `keep` waveforms of each prompt that CLAP finds most fitting, best first: `[P · K, T]` → `[P · keep, T]`.
+
+        Candidates compete within their prompt; diffusers sorts over all prompts at once and mixes them (facts 11.6).
+        """
+        count = len(waveforms) // len(prompts)
+        scores = self.similarity([prompt for prompt in prompts for _ in range(count)], waveforms).reshape(len(prompts), count)
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :keep] + count * np.arange(len(prompts))[:, None]
+        return waveforms[order.ravel()]
+
     def _mel(self, mel: Tensor | NDArray[np.float32]) -> Tensor:
         given = torch.as_tensor(mel, dtype=torch.float32, device=self.device)
         if given.dim() != 3 or given.shape[2] != self.mel_bins:
@@ -357,9 +360,8 @@ class AudioGenerator:
     # ---------------------------------------------------------------------------------------------------- checks
 
     def _check(
-        self, prompts: list[str], spoken: list[Any], seconds: float, steps: int, guidance: float, eta: float, seeds: list[Any],
-        waveforms: int, scheduler: str,
-    ) -> None:  # fmt: skip
+        self, prompts: list[str], spoken: list[Any], seconds: float | None, sampling: Sampling, seeds: list[Any], waveforms: int
+    ) -> None:
         if not prompts:
             raise UserError("there is no prompt; give at least one")
         for prompt in prompts:
@@ -370,20 +372,10 @@ class AudioGenerator:
         if not self.info.speech and any(t is not None for t in spoken):
             raise UserError(f"{self.info.variant} makes sounds, not speech: leave the transcription out or load a speech bundle")
         shortest = self.compression * self.hop_length / self.sample_rate
-        if not (math.isfinite(seconds) and seconds >= shortest):
+        if seconds is not None and not (math.isfinite(seconds) and seconds >= shortest):
             raise UserError(f"seconds is {seconds}; expected at least {shortest:g}")
-        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= self.max_steps:
-            raise UserError(f"num_inference_steps is {steps!r}; expected a whole number from 1 to {self.max_steps}")
-        if not (math.isfinite(guidance) and guidance >= 1):
-            raise UserError(f"guidance_scale is {guidance}; expected 1 (no guidance) or more")
-        if scheduler not in SCHEDULERS:
-            near = difflib.get_close_matches(scheduler, SCHEDULERS, 1, 0.4)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UserError(f"unknown scheduler {scheduler!r}; {hint}there are: {', '.join(SCHEDULERS)}")
-        if not 0 <= eta <= 1:
-            raise UserError(f"eta is {eta}; expected a number from 0 to 1")
-        if eta and scheduler != "ddim":
-            raise UserError(f"eta is {eta}, but only the scheduler 'ddim' has one, not {scheduler!r}")
+        if sampling.num_inference_steps > self.max_steps:
+            raise UserError(f"num_inference_steps is {sampling.num_inference_steps}; expected a whole number from 1 to {self.max_steps}")
         for seed in seeds:
             if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
                 raise UserError(f"seed is {seed!r}; expected a whole number from 0 to 2^63 - 1")

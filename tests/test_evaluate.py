@@ -59,7 +59,7 @@ class FakeGenerator:
     def load(cls, bundle, device=None):
         return cls()
 
-    def generate(self, prompts, *, seed, transcriptions=None, seconds, num_inference_steps, guidance_scale, scheduler):
+    def generate(self, prompts, *, seed, transcriptions=None, seconds, **sampling):
         if self.stop_after is not None and len(self.seen) >= self.stop_after:
             raise KeyboardInterrupt
         self.seen.extend(zip(prompts, seed, transcriptions or [None] * len(prompts), strict=True))

@@ -6,7 +6,8 @@ import torch
 from tiny_bundle import AUDIO, LOA_TOKENS, LOA_WIDTH, make_bundle
 
 from stages.base import UserError
-from stages.generator import SCHEDULERS, AudioGenerator
+from stages.generator import AudioGenerator
+from stages.sampling import SCHEDULERS
 
 FEW = {"num_inference_steps": 4}
 
@@ -162,7 +163,7 @@ def test_every_scheduler_reaches_finite_sound(generator, scheduler):
     steps = []
     waveform = generator.generate("rain", scheduler=scheduler, num_inference_steps=8, progress=lambda *news: steps.append(news))
     assert waveform.dtype == np.float32 and np.isfinite(waveform).all()
-    assert steps[-1][0] == steps[-1][1] == len(steps) and len(steps) in (8, 9)  # PLMS asks twice at its first step
+    assert steps[-1][0] == steps[-1][1] == len(steps) and len(steps) == 8 + (scheduler == "pndm")  # PNDM asks twice at its first step
 
 
 @pytest.mark.parametrize("seconds", [0.04, 0.29, 0.333, 1.15, 2.0])
@@ -204,7 +205,7 @@ def test_bfloat16_is_near(bundle, generator):
         ({"prompts": [3]}, "a prompt is text, got 3"),
         ({"seconds": 0.0}, "seconds is 0.0; expected at least 0.04"),
         ({"seconds": float("nan")}, "seconds is nan"),
-        ({"num_inference_steps": 0}, "from 1 to 999"),
+        ({"num_inference_steps": 0}, "from 1 on"),
         ({"num_inference_steps": 1000}, "from 1 to 999"),
         ({"guidance_scale": 0.5}, "guidance_scale is 0.5"),
         ({"guidance_scale": 1.0, "negative_prompts": "wind"}, "negative prompts need guidance"),
@@ -217,7 +218,7 @@ def test_bfloat16_is_near(bundle, generator):
         ({"num_waveforms_per_prompt": 0}, "at least 1"),
         ({"transcriptions": "hello"}, "makes sounds, not speech"),
         ({"latents": np.zeros((1, 4, 3, 3), np.float32)}, r"\(1, 4, 3, 3\).*\(1, 4, 16, 16\)"),
-        ({"unconditional": "ones"}, "zeros or diffusers"),
+        ({"unconditional": "ones"}, "zeros, diffusers"),
     ],
 )
 def test_wrong_arguments_are_explained(generator, wrong, message):

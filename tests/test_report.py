@@ -33,7 +33,14 @@ def evaluation(tmp_path):
     accuracy = {"chance": 0.5, "generated": 2 / 3, "vae": 1.0, "vocoder": 1.0, "real": 1.0}
     shares = {k: v for k, v in accuracy.items() if k != "chance"}
     return Evaluation(
-        protocol={"variant": "tones", "sample_rate": 16_000, "seconds": 0.32, "num_inference_steps": 25, "guidance_scale": 3.5},
+        protocol={
+            "variant": "tones",
+            "sample_rate": 16_000,
+            "seconds": 0.32,
+            "num_inference_steps": 25,
+            "guidance_scale": 3.5,
+            "candidates": 1,
+        },
         scores={"accuracy": accuracy, "mel_l1": {"vae": 0.4, "vocoder": 0.2}},
         intervals={"accuracy": {"generated": [0.2, 0.9]}},
         missing={"clap_score": "the clips have no captions"},

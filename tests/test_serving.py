@@ -29,6 +29,7 @@ from serving.service import NDJSON, Busy, Job, Limits, ServeArgs, build, create_
 from stages.base import UserError
 from stages.bundle import read_info
 from stages.generator import AudioGenerator
+from stages.sampling import Sampling
 
 ROUTE = "/v1/audio/generations"
 
@@ -126,7 +127,10 @@ def test_progress_comes_in_lines(client):
         ),
         ({"prompt": "x" * 1001}, "prompt has 1001 characters; this server reads at most 1000"),
         ({"prompt": "x", "format": "mp3"}, "format is 'mp3'; expected one of wav, flac"),
-        ({"prompt": "x", "scheduler": "dim"}, "scheduler is 'dim'; expected one of dpm-solver++, ddim, unipc, euler, plms"),
+        (
+            {"prompt": "x", "scheduler": "dim"},
+            "scheduler is 'dim'; did you mean 'ddim'? expected one of dpm-solver++, ddim, unipc, pndm, euler",
+        ),
         ({"prompt": "x", "transcription": "y"}, "this model makes sounds, not speech: leave transcription out"),
         ({"prompt": "x", "seed": "s"}, "seed: input should be a valid integer, unable to parse string as an integer"),
     ],
@@ -171,8 +175,8 @@ def test_speech_models_want_words(tmp_path, generator):
 
 
 def job(**changes):
-    values = {"negative_prompt": None, "transcription": None, "seconds": 0.64, "guidance_scale": 3.5, "num_inference_steps": 2,
-              "scheduler": "ddim", "seed": 0, "format": "wav", "prompt": "rain"}  # fmt: skip
+    values = {"negative_prompt": None, "transcription": None, "seconds": 0.64, "sampling": Sampling(num_inference_steps=2),
+              "seed": 0, "format": "wav", "prompt": "rain"}  # fmt: skip
     return Job(**(values | changes))
 
 
@@ -191,7 +195,7 @@ def test_fitting_jobs_share_a_batch_and_failures_stay_apart(generator, monkeypat
 
 def test_work_that_nobody_waits_for_is_given_up(generator):
     told = []
-    jobs = [job(num_inference_steps=50), job(num_inference_steps=2)]
+    jobs = [job(sampling=Sampling(num_inference_steps=50)), job()]
     run_jobs(generator, jobs, told.append, wanted=lambda i: i == 1 or len(told) < 3)
     assert [list(events) for events in told] == [[0], [0], [0], [1], [1], [1]] and "audio" in told[-1][1]
 
