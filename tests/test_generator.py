@@ -1,4 +1,4 @@
-"""The generator against diffusers' pipeline, and the properties that users rely on."""
+"""The generator: the properties that users rely on. How it compares with the references is in test_sampling.py."""
 
 import numpy as np
 import pytest
@@ -41,61 +41,6 @@ def phonemes(speaker):
         return pronounce("Hello there.")
     except UserError as error:
         pytest.skip(str(error))
-
-
-def pipeline(bundle):
-    from diffusers import AudioLDM2Pipeline
-
-    loaded = AudioLDM2Pipeline.from_pretrained(bundle)
-    loaded.set_progress_bar_config(disable=True)
-    return loaded
-
-
-@pytest.fixture(scope="module")
-def reference(bundle):
-    return pipeline(bundle)
-
-
-# --------------------------------------------------------------------------------------------- parity with diffusers
-
-
-@pytest.mark.parametrize(
-    ("prompt", "negative", "guidance"),
-    [
-        ("a dog barks", None, 3.5),
-        ("rain", "a negative prompt longer than the prompt", 3.5),
-        ("a long prompt about rain", "dog", 7.0),
-        ("dog", None, 1.0),
-    ],
-)
-def test_equals_diffusers(generator, reference, prompt, negative, guidance):
-    same = {"guidance_scale": guidance, "num_inference_steps": 10}
-    theirs = reference(prompt, negative_prompt=negative, generator=torch.Generator().manual_seed(3), **same).audios
-    ours = generator.generate(prompt, negative_prompts=negative, seed=3, scheduler="ddim", unconditional="diffusers", **same)
-    assert ours.shape == theirs.shape == (1, AUDIO.clip_samples)
-    np.testing.assert_allclose(ours, theirs, atol=1e-4)
-    assert theirs.std() > 0.01  # the comparison is of sound, not of silence
-
-
-def test_given_noise_equals_diffusers(generator, reference):
-    latents = torch.randn(1, 4, 20, 16, generator=torch.Generator().manual_seed(8))
-    theirs = reference("rain", latents=latents.clone(), num_inference_steps=5, audio_length_in_s=0.8).audios
-    ours = generator.generate("rain", latents=latents, num_inference_steps=5, seconds=0.8, scheduler="ddim", unconditional="diffusers")
-    np.testing.assert_allclose(ours, theirs, atol=1e-4)
-
-
-def test_eta_one_equals_diffusers(generator, reference):
-    theirs = reference("rain", num_inference_steps=5, eta=1.0, generator=torch.Generator().manual_seed(1)).audios
-    ours = generator.generate("rain", num_inference_steps=5, eta=1.0, seed=1, scheduler="ddim", unconditional="diffusers")
-    np.testing.assert_allclose(ours, theirs, atol=1e-4)
-
-
-def test_speech_equals_diffusers(speaker, speech_bundle, phonemes):
-    noise = torch.Generator().manual_seed(3)
-    theirs = pipeline(speech_bundle)("a woman", transcription=phonemes, num_inference_steps=5, generator=noise).audios
-    same = {"seed": 3, "num_inference_steps": 5, "scheduler": "ddim", "unconditional": "diffusers"}
-    ours = speaker.generate("a woman", transcriptions="Hello there.", **same)
-    np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
 # -------------------------------------------------------------------------------------------------------- conditions

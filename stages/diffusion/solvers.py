@@ -119,9 +119,9 @@ class DDIM:
 
 
 class PNDM(DDIM):
-    """PNDM without Runge-Kutta steps (the authors' "PLMS"): DDIM's move along a linear multistep of the last four ε̂.
+    """PNDM without Runge-Kutta steps (the authors' "PLMS"): DDIM's move along a linear multistep of the last four outputs.
 
-    The first move is made twice, the second time along the mean of ε̂ at both of its ends: one call of the network more.
+    The first move is made twice, the second time along the mean of the outputs at its ends: one call of the network more.
     """
 
     weights = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))  # Adams-Bashforth
@@ -129,19 +129,18 @@ class PNDM(DDIM):
     def __init__(self, schedule: DDIMScheduler, walk: list[int], device: torch.device) -> None:
         super().__init__(schedule, walk, device)
         self.timesteps = torch.tensor([*walk[:1], *walk[1:2], *walk[1:]], device=device)
-        self.past: list[Tensor] = []  # ε̂, latest first
+        self.past: list[Tensor] = []  # outputs of the network, latest first
         self.start: Tensor | None = None  # of the move before this call
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor) -> Step:
         """The latent at the next timestep, from the network's output at this one."""
         again, move = self.done == 1, max(self.done - 1, 0)
         self.done += 1
-        noise = self.split(model_output, sample, self.signal[1 if again else move])[1]
         if again and self.start is not None:
-            noise, sample = (noise + self.past[0]) / 2, self.start
+            output, sample = (model_output + self.past[0]) / 2, self.start
         else:
-            self.start, self.past = sample, [noise, *self.past[:3]]
-            noise = sum((w * e for w, e in zip(self.weights[len(self.past) - 1], self.past, strict=True)), torch.zeros(()))
+            self.start, self.past = sample, [model_output, *self.past[:3]]
+            output = sum((w * e for w, e in zip(self.weights[len(self.past) - 1], self.past, strict=True)), torch.zeros(()))
         here, there = self.signal[move], self.signal[move + 1]
-        sound = (sample - (1 - here).sqrt() * noise) / here.sqrt()
+        sound, noise = self.split(output, sample, here)
         return Step(there.sqrt() * sound + (1 - there).sqrt() * noise)
