@@ -20,6 +20,7 @@ from stages.judges.panns import CNN14_16K, CNN14_32K, Cnn14, fourier_kernels
 from stages.judges.passt import PaSST, PaSSTConfig
 from stages.judges.vggish import VGGish, VGGishConfig
 from stages.judges.weights import PUBLISHED, describe_folder, load_state, read_manifest, read_weights
+from stages.judges.winograd import WinogradConv2d
 
 TINY_CNN14 = replace(CNN14_16K, widths=(4, 5, 6, 7, 8, 9), classes=11)
 
@@ -201,7 +202,8 @@ def test_vggish_layer_by_layer() -> None:
 
 @pytest.mark.parametrize("config", [TINY_CNN14, replace(CNN14_32K, widths=TINY_CNN14.widths, classes=11)])
 @pytest.mark.parametrize("fused", [False, True])
-def test_cnn14_layer_by_layer(config, fused) -> None:
+def test_cnn14_layer_by_layer(config, fused, monkeypatch) -> None:
+    monkeypatch.setattr(panns, "WINOGRAD_WIDTH", 7)  # blocks 4 to 6 of these small ones
     network = with_statistics(Cnn14(config))
     w = values(network)
 
@@ -228,6 +230,16 @@ def test_cnn14_layer_by_layer(config, fused) -> None:
     x = np.maximum((x.max(2) + x.mean(2)) @ w["fc1.weight"].T + w["fc1.bias"], 0)
     np.testing.assert_allclose(embedding.numpy(), x, atol=1e-5)
     np.testing.assert_allclose(logits.numpy(), x @ w["fc_audioset.weight"].T + w["fc_audioset.bias"], atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(31, 2), (62, 4), (125, 8), (1, 1), (7, 5)])
+def test_winograd_is_the_convolution(size) -> None:
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(6, 5, 3, padding=1)
+    x = torch.randn(3, 6, *size)
+    expected = convolved(x.double().numpy(), conv.weight.detach().double().numpy(), conv.bias.detach().double().numpy())
+    for layout in (torch.contiguous_format, torch.channels_last):
+        np.testing.assert_allclose(WinogradConv2d(conv)(x.to(memory_format=layout)).numpy(), expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("samples", [320_000, 100_000])

@@ -104,16 +104,28 @@ class Judge:
         name: one of `JUDGES`.
         sample_rate: what the network hears, in Hz; other rates are resampled.
         embedding_width: D.
+        device: where the network runs; what was heard comes back to the CPU.
         has_logits: whether `Judgement.logits` is given.
         weights_hash: sha256 of the weights' file, or of the weights themselves where there is no file.
     """
 
-    def __init__(self, name: str, network: Network, weights_hash: str, provenance: Provenance, listening: Listening, batch: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        network: Network,
+        weights_hash: str,
+        provenance: Provenance,
+        listening: Listening,
+        batch: int,
+        device: str | torch.device = "cpu",
+    ) -> None:
         if batch < 1:
             raise UserError(f"batch is {batch}; expected a positive number of clips")
         self.name = name
-        self.network = network.eval().requires_grad_(False)
-        self.network.fuse()
+        self.device = torch.device(device)
+        self.network = network.eval().requires_grad_(False).to(self.device)
+        if self.device.type == "cpu":  # cuDNN chooses such forms by itself
+            self.network.fuse()
         self.weights_hash = weights_hash
         self.provenance = provenance
         self.listening = listening
@@ -146,11 +158,10 @@ class Judge:
             by_length.setdefault(len(clip), []).append(index)
         embeddings: list[Tensor] = [torch.empty(0)] * len(clips)
         logits: list[Tensor] = [torch.empty(0)] * len(clips)
-        device = next(self.network.parameters()).device
         for indices in by_length.values():
             for first in range(0, len(indices), self.batch):
                 chosen = indices[first : first + self.batch]
-                embedding, named = self._forward(torch.stack([clips[i] for i in chosen]).to(device), chosen)
+                embedding, named = self._forward(torch.stack([clips[i] for i in chosen]).to(self.device), chosen)
                 for place, index in enumerate(chosen):
                     embeddings[index] = embedding[place]
                     if named is not None:
@@ -172,11 +183,6 @@ class Judge:
             "dtype": "float32",
             "listening": asdict(self.listening),
         }
-
-    def to(self, device: str | torch.device) -> Judge:
-        """Move the network; waveforms follow it, and what was heard comes back to the CPU."""
-        self.network.to(device)
-        return self
 
     @torch.inference_mode()
     def _forward(self, waveform: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
@@ -229,7 +235,7 @@ def load_judge(
     with torch.device("meta"):
         network = design.published()
     load_weights(network.to_empty(device="cpu"), network.published(weights.state, weights.path), weights.path)
-    return Judge(name, network, weights.sha256, weights.provenance, listening or Listening(), batch).to(device)
+    return Judge(name, network, weights.sha256, weights.provenance, listening or Listening(), batch, device)
 
 
 def random_judge(name: str, seed: int = 0, tiny: bool = True, listening: Listening | None = None, batch: int = 8) -> Judge:
@@ -238,6 +244,13 @@ def random_judge(name: str, seed: int = 0, tiny: bool = True, listening: Listeni
     Args:
         tiny: a network of a few thousand weights with the same front end and classes; otherwise the published size.
     """
+    network = random_network(name, seed, tiny)
+    provenance = Provenance(file="", licence="", source=f"random weights, seed {seed}")
+    return Judge(name, network, state_hash(network.state_dict()), provenance, listening or Listening(), batch)
+
+
+def random_network(name: str, seed: int = 0, tiny: bool = True) -> Network:
+    """The network of a judge with random weights, equal for equal seeds."""
     design = _design(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -245,8 +258,7 @@ def random_judge(name: str, seed: int = 0, tiny: bool = True, listening: Listeni
         for module in network.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):  # PyTorch's own start lets differences between clips fade layer by layer
                 nn.init.kaiming_normal_(module.weight)
-    provenance = Provenance(file="", licence="", source=f"random weights, seed {seed}")
-    return Judge(name, network, state_hash(network.state_dict()), provenance, listening or Listening(), batch)
+    return network
 
 
 def _design(name: str) -> Design:

@@ -22,4 +22,4 @@ class Network(nn.Module):
         return state
 
     def fuse(self) -> None:
-        """Make evaluation faster without changing its results; afterwards the weights may have other names."""
+        """Make evaluation on a CPU faster with the same results, up to rounding; afterwards the weights may have other names."""

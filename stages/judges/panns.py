@@ -20,9 +20,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from stages.audio import slaney_filterbank
 from stages.base import UserError
 from stages.judges.network import Network
+from stages.judges.winograd import WinogradConv2d
 
 POWER_FLOOR = 1e-10  # of the mel spectrogram before its logarithm, -100 dB
 MEL_MEAN, MEL_STD = -40.0, 20.0  # rough level and spread in dB, so that random weights hear something; a checkpoint has its own
+WINOGRAD_WIDTH = 512  # channels from which WinogradConv2d is the faster convolution here (docs/evaluation.md)
 FRONT_END = ("spectrogram_extractor.stft.conv_real.weight", "spectrogram_extractor.stft.conv_imag.weight", "logmel_extractor.melW")
 
 
@@ -106,11 +108,12 @@ class Cnn14(Network):
         return drop_front_end(state, self.config, source)
 
     def fuse(self) -> None:
-        """Put the normalisations into the convolutions and lay the channels innermost."""
+        """Put the normalisations into the convolutions, and give each block the form of convolution that suits its size."""
         for block in self.blocks:
             for conv, norm in (("conv1", "bn1"), ("conv2", "bn2")):
                 fused = fuse_conv_bn_eval(getattr(block, conv), getattr(block, norm))
-                setattr(block, conv, fused.to(memory_format=torch.channels_last))
+                wide = fused.out_channels >= WINOGRAD_WIDTH
+                setattr(block, conv, WinogradConv2d(fused) if wide else fused.to(memory_format=torch.channels_last))
                 setattr(block, norm, nn.Identity())
 
 
