@@ -43,22 +43,18 @@ def with_statistics(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return network.eval()
 
 
-def outputs_of(
-    network: torch.nn.Module, names: list[str], waveform: torch.Tensor
-) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], tuple]:
-    """(input, output) of the named modules in one pass, and the pass's result."""
-    seen: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+def outputs_of(network: torch.nn.Module, names: list[str], waveform: torch.Tensor) -> tuple[dict[str, tuple], tuple]:
+    """(input, output) of the named modules in one pass, the clips of several calls put together, and the pass's result."""
+    calls: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in names}
     hooks = [
-        network.get_submodule(name).register_forward_hook(
-            lambda module, inputs, output, name=name: seen.__setitem__(name, (inputs[0].double().numpy(), output.double().numpy()))
-        )
+        network.get_submodule(name).register_forward_hook(lambda module, given, got, name=name: calls[name].append((given[0], got)))
         for name in names
     ]
     with torch.no_grad():
         result = network(waveform)
     for hook in hooks:
         hook.remove()
-    return seen, result
+    return {name: tuple(torch.cat(parts).double().numpy() for parts in zip(*calls[name], strict=True)) for name in names}, result
 
 
 # ----------------------------------------------------------------------------------------------- NumPy's versions

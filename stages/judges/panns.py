@@ -6,6 +6,7 @@ here: they are computed, and `drop_front_end` compares what a checkpoint stores 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +25,7 @@ from stages.judges.winograd import WinogradConv2d
 
 POWER_FLOOR = 1e-10  # of the mel spectrogram before its logarithm, -100 dB
 MEL_MEAN, MEL_STD = -40.0, 20.0  # rough level and spread in dB, so that random weights hear something; a checkpoint has its own
-WINOGRAD_WIDTH = 512  # channels from which WinogradConv2d is the faster convolution here (docs/evaluation.md)
+WINOGRAD_WIDTH = 512  # channels from which WinogradConv2d is the faster convolution for ten-second clips
 FRONT_END = ("spectrogram_extractor.stft.conv_real.weight", "spectrogram_extractor.stft.conv_imag.weight", "logmel_extractor.melW")
 
 
@@ -86,6 +87,7 @@ class Cnn14(Network):
             self.add_module(f"conv_block{k}", ConvBlock(channels[k - 1], width, 2 if k < len(config.widths) else 1))
         self.fc1 = nn.Linear(config.widths[-1], config.widths[-1])
         self.fc_audioset = nn.Linear(config.widths[-1], config.classes)
+        self.singly = 0  # leading blocks that run clip by clip
 
     @property
     def blocks(self) -> list[ConvBlock]:
@@ -97,8 +99,10 @@ class Cnn14(Network):
         Raises ValueError for fewer than `config.min_samples` samples.
         """
         x = self.bn0(log_mel(waveform, self.config).transpose(1, 2)).transpose(1, 2)[:, None]
-        for block in self.blocks:
-            x = block(x)
+        singly, together = self.blocks[: self.singly], self.blocks[self.singly :]
+        if singly:
+            x = torch.cat([functools.reduce(lambda y, block: block(y), singly, clip) for clip in x.split(1)])
+        x = functools.reduce(lambda y, block: block(y), together, x)
         x = x.mean(3)  # over frequency: [B, D, F]
         embedding = F.relu(self.fc1(x.amax(2) + x.mean(2)))
         return embedding, self.fc_audioset(embedding)
@@ -108,12 +112,16 @@ class Cnn14(Network):
         return drop_front_end(state, self.config, source)
 
     def fuse(self) -> None:
-        """Put the normalisations into the convolutions, and give each block the form of convolution that suits its size."""
-        for block in self.blocks:
+        """Put the normalisations into the convolutions, and run each block as suits its size on a CPU.
+
+        The first blocks have large images and few weights: clip by clip they stay in the cache. The last have small images
+        and most of the weights: a batch shares the reading of those, and Winograd's form saves over half of the products.
+        """
+        self.singly = sum(block.conv1.out_channels < WINOGRAD_WIDTH for block in self.blocks)
+        for place, block in enumerate(self.blocks):
             for conv, norm in (("conv1", "bn1"), ("conv2", "bn2")):
                 fused = fuse_conv_bn_eval(getattr(block, conv), getattr(block, norm))
-                wide = fused.out_channels >= WINOGRAD_WIDTH
-                setattr(block, conv, WinogradConv2d(fused) if wide else fused.to(memory_format=torch.channels_last))
+                setattr(block, conv, fused if place < self.singly else WinogradConv2d(fused))
                 setattr(block, norm, nn.Identity())
 
 
