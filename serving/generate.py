@@ -68,12 +68,14 @@ def write_sound(path: Path, waveform: np.ndarray, sample_rate: int) -> None:
 @click.option("--transcription", metavar="TEXT", help="Words to say, with a speech model; the prompt then describes the voice.")
 @click.option("--num", type=click.IntRange(1), default=1, show_default=True, help="How many sounds to write.")
 @sampling_options()
+@click.option("--peak", type=click.FloatRange(0, 1, min_open=True), help="Scale every sound to this peak.  [default: as loud as generated]")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, …  [default: a GPU if there is one]")
 @click.option("--force", is_flag=True, help="Overwrite files.")
 @friendly
 def main(
     prompt: str, out: Path | None, bundle: Path | None, seconds: float | None, seed: int, negative_prompt: str | None,
-    transcription: str | None, num: int, sampling: dict[str, Any], device: str | None, force: bool,
+    transcription: str | None, num: int, sampling: dict[str, Any], peak: float | None,
+    device: str | None, force: bool,
 ) -> None:  # fmt: skip
     """Write the sound of PROMPT to a file.
 
@@ -107,6 +109,8 @@ def main(
         )  # fmt: skip
     took = time.monotonic() - began
     for file, waveform in zip(files, waveforms, strict=True):
+        if peak is not None:
+            waveform = waveform * (peak / max(float(np.abs(waveform).max()), 1e-8))
         write_sound(file, waveform, generator.sample_rate)
         click.echo(f"{file}: {len(waveform) / generator.sample_rate:.2f} s at {generator.sample_rate} Hz, seed {seed}")
     click.echo(f"{max(num, chosen.candidates)} generated in {took:.1f} s")

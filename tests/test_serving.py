@@ -297,6 +297,25 @@ def test_generate_keeps_the_most_fitting(tmp_path, bundle, generator):
         np.testing.assert_allclose(soundfile.read(tmp_path / f"dog-{i + 1}.flac")[0], np.clip(candidates[row], -1, 1), atol=1e-4)
 
 
+def test_generate_takes_profiles_and_peaks(tmp_path, bundle, generator):
+    """Raw by default; the authors' training code saves its samples at a peak of 0.8 (register 23)."""
+    options = ["--profile", "authors", "--candidates", "1", "--steps", "2", "--eta", "0.5", "--device", "cpu", "--bundle", str(bundle)]
+    expected = generator.generate("rain", profile="authors", candidates=1, num_inference_steps=2, eta=0.5)[0]
+    for name, more, scale in (("raw", [], 1.0), ("loud", ["--peak", "0.8"], 0.8 / np.abs(expected).max())):
+        result = CliRunner().invoke(generate_command, ["rain", "-o", str(tmp_path / f"{name}.wav"), *options, *more])
+        assert result.exit_code == 0, result.output
+        np.testing.assert_allclose(soundfile.read(tmp_path / f"{name}.wav")[0], np.clip(scale * expected, -1, 1), atol=1e-4)
+
+
+def test_requests_name_a_profile_and_change_it(client, generator):
+    """Neighbours and length stay the server's: nobody's sound depends on who else asks."""
+    answer = client.post(ROUTE, json={"prompt": "a dog", "profile": "diffusers", "num_inference_steps": 2, "seed": 5})
+    expected = generator.generate("a dog", profile="diffusers", num_inference_steps=2, seed=5, padding="prompt", length="loa")[0]
+    np.testing.assert_allclose(read(answer.content)[0], expected, atol=1e-4)
+    assert set(client.get("/v1/model").json()["profiles"]) == {"loa", "diffusers", "authors"}
+    assert "did you mean 'authors'" in client.post(ROUTE, json={"prompt": "x", "profile": "author"}).json()["detail"]
+
+
 def test_output_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert [p.name for p in output_files(None, "A dog, barking!", 1, False)] == ["a-dog-barking.wav"]
