@@ -21,7 +21,7 @@ from stages.diffusion.training import LatentDiffusion, TUNet, load_latents, prep
 from stages.frozen import SoundDecoder
 from stages.text import clip_texts
 from stages.translator.model import PhonemeEncoderConfig, Translator
-from stages.translator.training import build_translator, condition_example, cut_padding, translation_loss
+from stages.translator.training import ClapDropout, build_translator, condition_example, cut_padding, translation_loss
 
 if TYPE_CHECKING:
     from stages.variants import Variant
@@ -76,8 +76,10 @@ class JointStage(Stage):
         loss: str,
         text_length: int,
         phonemes: PhonemeEncoderConfig | None,
+        drop_clap: ClapDropout,
     ) -> None:
         super().__init__()
+        self.drop_clap = drop_clap
         self.system, self.process, self.config = system, process, config
         self.loss, self.text_length, self.phonemes = loss, text_length, phonemes
         self.decoder = decoder
@@ -90,6 +92,7 @@ class JointStage(Stage):
     def prepare(cls, variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path) -> None:
         """Take over the scale factor of the diffusion stage; a fresh one would shift what it learned."""
         prepare_latents(variant, released, dataset, folder)
+        ClapDropout.prepare(variant, released, folder)
         (folder / "scale.json").write_bytes((released("diffusion") / "scale.json").read_bytes())
 
     @classmethod
@@ -105,6 +108,7 @@ class JointStage(Stage):
             variant.translator.loss,
             variant.text_length,
             variant.phonemes,
+            ClapDropout.load(variant, released),
         )
 
     @classmethod
@@ -117,7 +121,8 @@ class JointStage(Stage):
     def example(self, clip: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Tensor]:
         caption = 0 if self.phonemes else int(rng.integers(len(clip["t5"])))
         loa = torch.from_numpy(np.asarray(clip["loa"], np.float32))
-        return self.process.example(clip, rng) | condition_example(clip, caption, self.text_length) | {"loa": loa}
+        example = self.process.example(clip, rng) | condition_example(clip, caption, self.text_length) | {"loa": loa}
+        return self.drop_clap(example, rng)
 
     def losses(self, batch: dict[str, Any]) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         rng = batch["step_rng"]

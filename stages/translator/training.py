@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
-from stages.base import Stage, UserError
+from stages.base import ClipSource, Stage, UserError
+from stages.frozen import TextEncoders
 from stages.text import clip_texts
 from stages.translator.model import PhonemeEncoderConfig, Translator
 
@@ -45,6 +46,33 @@ def condition_example(clip: Mapping[str, Any], caption: int, text_length: int) -
     }
 
 
+class ClapDropout:
+    """Puts CLAP's embedding of the empty text in place of a clip's own, with a probability and per clip (facts 5.1)."""
+
+    def __init__(self, probability: float, null_clap: Tensor | None) -> None:
+        self.probability, self.null_clap = probability, null_clap
+
+    @classmethod
+    def prepare(cls, variant: Variant, released: Callable[[str], Path], folder: Path) -> None:
+        """Keep CLAP("") in `folder`, for `load`."""
+        if variant.translator.clap_dropout:
+            null = TextEncoders.load(released("clap")).clap_text([""])[0].numpy()
+            np.save(folder / "null_clap.npy", null.astype(np.float32), allow_pickle=False)
+
+    @classmethod
+    def load(cls, variant: Variant, released: Callable[[str], Path]) -> ClapDropout:
+        """As the variant has it, with what `prepare` kept."""
+        probability = variant.translator.clap_dropout
+        return cls(
+            probability, torch.from_numpy(np.load(released("prepared") / "null_clap.npy", allow_pickle=False)) if probability else None
+        )
+
+    def __call__(self, example: dict[str, Tensor], rng: np.random.Generator) -> dict[str, Tensor]:
+        if self.null_clap is None or rng.random() >= self.probability:
+            return example
+        return example | {"clap": self.null_clap}
+
+
 def cut_padding(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """text and text_mask of a batch without the columns that are padding for everyone.
 
@@ -70,17 +98,25 @@ class TranslatorStage(Stage):
     any_corpus = False
     blocks = (GPT2Block,)
 
-    def __init__(self, translator: Translator, loss: str, text_length: int, phonemes: PhonemeEncoderConfig | None) -> None:
+    def __init__(
+        self, translator: Translator, loss: str, text_length: int, phonemes: PhonemeEncoderConfig | None, drop_clap: ClapDropout
+    ) -> None:
         super().__init__()
         self.translator, self.loss, self.text_length, self.phonemes = translator, loss, text_length, phonemes
+        self.drop_clap = drop_clap
 
     @classmethod
     def reads(cls, variant: Variant) -> tuple[str, ...]:
         return f"loa-{variant.translator.pooling}", "speech" if variant.phonemes else "text"
 
     @classmethod
+    def prepare(cls, variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path) -> None:
+        ClapDropout.prepare(variant, released, folder)
+
+    @classmethod
     def build(cls, variant: Variant, released: Callable[[str], Path]) -> TranslatorStage:
-        return cls(build_translator(variant), variant.translator.loss, variant.text_length, variant.phonemes)
+        drop_clap = ClapDropout.load(variant, released)
+        return cls(build_translator(variant), variant.translator.loss, variant.text_length, variant.phonemes, drop_clap)
 
     @classmethod
     def wants(cls, row: Mapping[str, Any]) -> bool:
@@ -91,7 +127,8 @@ class TranslatorStage(Stage):
 
     def example(self, clip: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Tensor]:
         caption = 0 if "phonemes" in clip else int(rng.integers(len(clip["t5"])))
-        return condition_example(clip, caption, self.text_length) | {"loa": torch.from_numpy(np.asarray(clip["loa"], np.float32))}
+        conditions = self.drop_clap(condition_example(clip, caption, self.text_length), rng)
+        return conditions | {"loa": torch.from_numpy(np.asarray(clip["loa"], np.float32))}
 
     def losses(self, batch: dict[str, Any]) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         predicted = self.translator(batch["clap"], *cut_padding(batch), loa=batch["loa"])
