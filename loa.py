@@ -31,6 +31,7 @@ JOURNEY: dict[str, dict[str, Job]] = {
         "preprocess": Job("pipelines.preprocess:main", "Clip table -> shards of mel, loa, latent, text or speech features."),
     },
     "From features to a system": {
+        "import": Job("pipelines.import_weights:main", "Public weights in: diffusers folders, the authors' checkpoints, CLAP, AudioMAE."),
         "train": Job("pipelines.train:main", "Train one stage of a variant on this machine or a cluster."),
         "export": Job("pipelines.export:main", "Gather the trained stages into a bundle that diffusers loads, too."),
         "judges": Job("pipelines.judges:main", "Check public weights of the networks behind FAD, FD, IS and KL."),

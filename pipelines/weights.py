@@ -43,16 +43,23 @@ def released_folders(work: Path, given: Mapping[str, str]) -> dict[str, Path]:
 
 def _from_hub(stage: str, name: str) -> Path:
     """Fetch what the stage needs from the hub; only ever called with an id the user typed."""
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"--with {stage}={name}: there is no such folder, and a hub id looks like owner/name")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     also = ("text_encoder_2", "tokenizer_2") if stage in ("clap", "translator", "joint") else ()
-    patterns = [f"{part}*/*" if "." not in part else part for part in (*NEEDS[stage], *also)]
+    return from_hub(name, [f"{part}*/*" if "." not in part else part for part in (*NEEDS[stage], *also)], f"--with {stage}={name}")
+
+
+def from_hub(name: str, patterns: list[str], said: str) -> Path:
+    """The folder of the hub's `name` (an id the user typed), files of `patterns` alone; `said` is how the user named it.
+
+    Raises UserError when `name` is no id, or the hub does not give it.
+    """
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"{said}: there is no such folder, and a hub id looks like owner/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*.bin", "*.pt", "*.ckpt", "*.pkl"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"--with {stage}={name}: no such folder, and the hub did not give it ({type(error).__name__}); download it and name the folder"
+            f"{said}: no such folder, and the hub did not give it ({type(error).__name__}); download it and name the folder"
         ) from error

@@ -125,7 +125,7 @@ def assemble(stages: Mapping[str, Path], out: Path, meta: Mapping[str, Any], for
     folders |= {name: stages.get(name) for name in ("clap", "vae", "vocoder")}
     _require_stages(folders)
     where = {name: Path(folders[stage] or "") for name, stage in SOURCE.items()}
-    speech = _model_type(where["language_model"] / "text_encoder_2") == "vits"
+    speech = model_type(where["language_model"] / "text_encoder_2") == "vits"
     if speech:
         where["text_encoder_2"] = where["tokenizer_2"] = where["language_model"]
     _require_files(where)
@@ -179,7 +179,7 @@ def _require_files(where: Mapping[str, Path]) -> None:
 
 def _require_fit(bundle: Path) -> None:
     """Refuse networks whose shapes do not meet: they come from different variants."""
-    told = {name: _read(bundle / name / "config.json") for name in FILES if (bundle / name / "config.json").is_file()}
+    told = {name: read_json(bundle / name / "config.json") for name in FILES if (bundle / name / "config.json").is_file()}
     place = told["unet"]["cross_attention_dim"][0]
     text = told["text_encoder_2"].get("d_model", told["text_encoder_2"].get("hidden_size"))
     pairs = [
@@ -226,7 +226,8 @@ def _set_config(path: Path, **values: Any) -> None:
     write_json(path, json.loads(path.read_text(encoding="utf-8")) | values)
 
 
-def _model_type(folder: Path) -> str | None:
+def model_type(folder: Path) -> str | None:
+    """What a component's configuration calls its network; None where there is no component."""
     path = folder / "config.json"
     return json.loads(path.read_text(encoding="utf-8")).get("model_type") if path.is_file() else None
 
@@ -254,7 +255,7 @@ def _model_index(bundle: Path) -> dict[str, Any]:
         "projection_model": ["audioldm2", "AudioLDM2ProjectionModel"],
         "scheduler": ["diffusers", said("scheduler", "scheduler_config.json", "_class_name")],
         "text_encoder": ["transformers", "ClapModel"],
-        "text_encoder_2": ["transformers", "VitsModel" if _model_type(bundle / "text_encoder_2") == "vits" else "T5EncoderModel"],
+        "text_encoder_2": ["transformers", "VitsModel" if model_type(bundle / "text_encoder_2") == "vits" else "T5EncoderModel"],
         "tokenizer": ["transformers", said("tokenizer", "tokenizer_config.json", "tokenizer_class")],
         "tokenizer_2": ["transformers", said("tokenizer_2", "tokenizer_config.json", "tokenizer_class")],
         "unet": ["audioldm2", "AudioLDM2UNet2DConditionModel"],
@@ -295,18 +296,18 @@ def read_info(bundle: Path) -> BundleInfo:
         raise UserError(f"there is no bundle at {bundle}; make one with `loa export` or name another folder with --bundle")
     if not (bundle / "model_index.json").is_file():
         raise UserError(f"{bundle} is no bundle: it has no model_index.json; `loa export` makes one")
-    index = _read(bundle / "model_index.json")
+    index = read_json(bundle / "model_index.json")
     if index.get("_class_name") != PIPELINE:
         raise UserError(f"{bundle} holds a {index.get('_class_name')}, expected an {PIPELINE}")
-    card = _read(bundle / "loa.json") if (bundle / "loa.json").is_file() else None
+    card = read_json(bundle / "loa.json") if (bundle / "loa.json").is_file() else None
     if card is not None and card.get("format") != BUNDLE_FORMAT:
         raise UserError(f"{bundle} has bundle format {card.get('format')}, this version of loa reads {BUNDLE_FORMAT}; export it again")
     missing = [f"{name}/{file}" for name, files in FILES.items() for file in _missing(bundle / name, files)]
     if missing:
         raise UserError(f"{bundle} is not a whole bundle: it lacks {', '.join(missing)}; export it again with `loa export`")
-    speech = _model_type(bundle / "text_encoder_2") == "vits"
+    speech = model_type(bundle / "text_encoder_2") == "vits"
     if card is None:
-        return BundleInfo(bundle.resolve().name, _audio_of(bundle), _loa_tokens(bundle, speech), "diffusers", speech)
+        return BundleInfo(bundle.resolve().name, audio_of(bundle), _loa_tokens(bundle, speech), "diffusers", speech)
     return BundleInfo(
         variant=card["variant"],
         audio=AudioConfig.from_dict(card["audio"]),
@@ -318,15 +319,16 @@ def read_info(bundle: Path) -> BundleInfo:
     )
 
 
-def _audio_of(bundle: Path) -> AudioConfig:
+def audio_of(bundle: Path) -> AudioConfig:
     """The audio settings of a folder without `loa.json`, from the networks' own configurations."""
-    vocoder, vae, unet = (_read(bundle / name / "config.json") for name in ("vocoder", "vae", "unet"))
+    vocoder, vae, unet = (read_json(bundle / name / "config.json") for name in ("vocoder", "vae", "unet"))
     rate, hop = int(vocoder["sampling_rate"]), math.prod(vocoder["upsample_rates"])
     frames = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
     return AudioConfig(sample_rate=rate, clip_seconds=frames * hop / rate, hop_length=hop, mel_bins=vocoder["model_in_dim"])
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A component's configuration. Raises UserError when it is no JSON."""
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -357,7 +359,7 @@ def load(bundle: Path, device: str | torch.device = "cpu", dtype: torch.dtype = 
             raise UserError(f"the weights of {bundle / name} are not whole: {len(told['missing_keys'])} are missing ({some}, …)")
         return model.to(device).eval().requires_grad_(False)
 
-    with _quiet():
+    with quiet():
         return Components(
             info=info,
             text_encoder=network(ClapModel, "text_encoder", dtype),
@@ -391,7 +393,7 @@ def find_bundle(given: Path | None) -> Path:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and no chatter of the libraries while weights load."""
     loggers = transformers.utils.logging, diffusers.utils.logging
     levels = [logger.get_verbosity() for logger in loggers]

@@ -13,13 +13,14 @@ from click.testing import CliRunner
 from pipelines.judges import main as judges_command
 from stages.audio import slaney_filterbank
 from stages.base import UserError
+from stages.checkpoints import read_checkpoint
 from stages.judges import panns, passt, vggish
 from stages.judges.judge import AUDIOLDM_EVAL, JUDGES, Judgement, Listening, load_judge, random_judge
 from stages.judges.network import Network
 from stages.judges.panns import CNN14_16K, CNN14_32K, Cnn14, fourier_kernels
 from stages.judges.passt import PaSST, PaSSTConfig
 from stages.judges.vggish import VGGish, VGGishConfig
-from stages.judges.weights import PUBLISHED, describe_folder, load_state, read_manifest, read_weights
+from stages.judges.weights import PUBLISHED, describe_folder, read_manifest, read_weights
 from stages.judges.winograd import WinogradConv2d
 
 TINY_CNN14 = replace(CNN14_16K, widths=(4, 5, 6, 7, 8, 9), classes=11)
@@ -432,7 +433,7 @@ def test_code_in_a_checkpoint_does_not_run(small) -> None:
     for path, write in ((small / "a.pth", torch.save), (small / "b.pth", lambda value, path: path.write_bytes(pickle.dumps(value)))):
         write({"model": published_state("vggish", JUDGES["vggish"].tiny()), "extra": Malicious(marker)}, path)
         with pytest.raises(UserError, match="no file of plain weights, so it was not loaded"):
-            load_state(path)
+            read_checkpoint(path)
         assert not marker.exists()
     pickle.loads((small / "b.pth").read_bytes())
     assert marker.exists()  # so it would have

@@ -5,10 +5,7 @@ Parameters carry the names of the published checkpoint, so `pretrained.pth` of f
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import json
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stages.base import UserError, from_dict, to_dict, write_json
+from stages.checkpoints import load_weights, read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -352,11 +350,7 @@ class AudioMAE(nn.Module):
         path = Path(path)
         if not path.is_file():
             raise UserError(f"no AudioMAE checkpoint at {path}; pretrained.pth is linked from github.com/facebookresearch/AudioMAE")
-        try:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # the training arguments stored beside the weights
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise UserError(f"{path} is not a PyTorch checkpoint of plain weights: {str(error).splitlines()[0]}") from error
+        checkpoint = read_checkpoint(path)
         if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get("model"), Mapping):
             held = f"the keys {', '.join(map(str, list(checkpoint)[:5]))}" if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
             raise UserError(f"{path} is not an AudioMAE checkpoint: expected a dictionary with the key 'model', got {held}")
@@ -366,34 +360,6 @@ class AudioMAE(nn.Module):
             state = {key: value for key, value in state.items() if not key.startswith("decoder_") and key != "mask_token"}
         load_weights(model, state, path)
         return model.eval()
-
-
-def load_weights(module: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
-    """Put `state` into `module`, or say what does not fit.
-
-    Raises UserError naming the first missing, unknown and misshaped weights, unknown ones with the nearest known.
-    """
-    expected = module.state_dict()
-    missing = [key for key in expected if key not in state]
-    unknown = [key for key in state if key not in expected]
-    misshaped = [key for key in expected if key in state and expected[key].shape != state[key].shape]
-    problems = []
-    if missing:
-        problems.append(_listed("missing", missing))
-    if unknown:
-        nearest = {key: difflib.get_close_matches(key, expected, 1) for key in unknown[:3]}
-        problems.append(_listed("unknown", unknown, {key: f"nearest {near[0]}" for key, near in nearest.items() if near}))
-    if misshaped:
-        shapes = {key: f"{list(state[key].shape)} instead of {list(expected[key].shape)}" for key in misshaped}
-        problems.append(_listed("of another shape", misshaped, shapes))
-    if problems:
-        raise UserError(f"the weights in {source} do not fit {type(module).__name__}: {'; '.join(problems)}")
-    module.load_state_dict(dict(state))
-
-
-def _listed(what: str, keys: list[str], notes: Mapping[str, str] | None = None) -> str:
-    shown = [f"{key}, {notes[key]}" if notes and key in notes else key for key in keys[:3]]
-    return f"{len(keys)} {what} ({'; '.join(shown)}{' …' if len(keys) > 3 else ''})"
 
 
 def pool_loa(feature: Tensor, grid: tuple[int, int], pooling: int) -> Tensor:

@@ -9,24 +9,18 @@
 
 from __future__ import annotations
 
-import codecs
 import difflib
 import hashlib
-import importlib
 import json
-import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from stages.base import UserError, write_json
+from stages.checkpoints import read_checkpoint, weights_of
 
 MANIFEST = "judges.json"
 MANIFEST_FORMAT = 1
@@ -88,7 +82,7 @@ def read_weights(name: str, folder: str | Path) -> Weights:
             f"{path} is not the file of the manifest: its sha256 is {found}, expected {entry['sha256']}; fetch it again from "
             f"{entry['source']}, or run `loa judges {folder}` if the new file is meant"
         )
-    return Weights(load_state(path), found, Provenance(entry["file"], entry["licence"], entry["source"]), path)
+    return Weights(weights_of(read_checkpoint(path), path), found, Provenance(entry["file"], entry["licence"], entry["source"]), path)
 
 
 def read_manifest(folder: str | Path) -> dict[str, dict[str, str]]:
@@ -143,29 +137,6 @@ def describe_folder(folder: str | Path) -> dict[str, dict[str, str]]:
     return entries
 
 
-def load_state(path: Path) -> dict[str, Tensor]:
-    """The weights in a `.safetensors`, `.pth` or `.pt` file, also where they lie under `model` or `state_dict`.
-
-    No code is run: a pickle may hold tensors, plain values and NumPy arrays (training states keep some), nothing else.
-    """
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals(_numpy_globals()):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
-        reason = (str(error).strip() or "it ends too early").splitlines()[0]
-        raise UserError(f"{path} is no file of plain weights, so it was not loaded: {reason}") from error
-    for key in ("model", "state_dict"):
-        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
-            checkpoint = checkpoint[key]
-    if not isinstance(checkpoint, Mapping) or not all(isinstance(value, Tensor) for value in checkpoint.values()):
-        held = f"keys such as {', '.join(map(str, list(checkpoint)[:5]))}" if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
-        raise UserError(f"{path} holds no weights: expected tensors by name, possibly under 'model' or 'state_dict', got {held}")
-    return dict(checkpoint)
-
-
 def file_hash(path: Path) -> str:
     """sha256 of a file's bytes."""
     with Path(path).open("rb") as stream:
@@ -189,14 +160,3 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 def _weight_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
-
-
-def _numpy_globals() -> list[Any]:
-    """What unpickling an array of numbers calls, under the names that old and new NumPy write."""
-    functions = [
-        (getattr(importlib.import_module("numpy._core.multiarray"), name), f"numpy.{core}.multiarray.{name}")
-        for name in ("_reconstruct", "scalar")
-        for core in ("core", "_core")
-    ]
-    kinds = [type(np.dtype(kind)) for kind in (np.bool_, np.int32, np.int64, np.uint32, np.float32, np.float64)]
-    return [*functions, np.ndarray, np.dtype, *kinds, codecs.encode]

@@ -1,0 +1,180 @@
+"""JOB: public weights in: a diffusers AudioLDM 2 folder, the authors' checkpoint, LAION's CLAP or AudioMAE."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import click
+
+from pipelines.weights import from_hub
+from stages.base import UserError, whole_folder
+from stages.bundle import FILES, read_info
+from stages.checkpoints import read_checkpoint, weights_of
+from stages.cli import DEFAULT_VARIANT, _pairs, friendly, set_option, work_option
+from stages.public import laion
+from stages.public.folder import import_folder
+from stages.public.original import WEIGHTS, import_original, is_original, require_variant, structure, variants_like
+from stages.public.parts import PARTS, add_audiomae, add_t5, add_tokenizer, is_audiomae, require_parts
+from stages.variants import resolve
+
+AGREE = 1e-4  # embeddings of one CLAP in two packages; measured 1e-7
+
+
+def import_weights(
+    source: str,
+    work: Path,
+    *,
+    out: Path | None = None,
+    variant: str | None = None,
+    tiny: bool = False,
+    settings: Mapping[str, str] | None = None,
+    weights: str = "raw",
+    given: Mapping[str, str] | None = None,
+    verify: bool = False,
+    force: bool = False,
+) -> Path:
+    """Read public weights in whatever layout `source` has.
+
+    Args:
+        source: a folder or hub id in diffusers' layout, or a checkpoint file.
+        work: the project folder, where results go if `out` names no other place: `bundle`, `imported/clap`, `imported/audiomae`.
+        variant: which system this is; by default the one its T-UNet looks like.
+        tiny, settings: sizes of a checkpoint file that are not the variant's own.
+        weights: "raw" or "ema", the T-UNet of the authors' checkpoint.
+        given: folders (or hub ids) of parts a checkpoint lacks, by name (`PARTS`).
+        verify: compare a LAION CLAP with the package laion-clap.
+        force: replace what is there.
+
+    Returns:
+        The folder written: a bundle, or what `--with clap=` or `--with audiomae=` takes.
+
+    Raises:
+        UserError: the source is none of these, does not fit, or something else is in the way.
+    """
+    path = Path(source).expanduser()
+    if not path.exists():
+        path = from_hub(source, [f"{name}/*" for name in FILES] + ["model_index.json"], source)
+    if path.is_dir():
+        return import_folder(path, out or work / "bundle", variant, {"imported": {"source": source, "layout": "diffusers"}}, force)
+    places = {name: _place(name, place) for name, place in (given or {}).items()}
+    state = weights_of(read_checkpoint(path), path)
+    if is_original(state):
+        found = structure(state)
+        like = variants_like(found) if found else []
+        chosen = resolve(variant or (like[0] if like else DEFAULT_VARIANT), tiny, settings)
+        require_variant(found, chosen, path)
+        told = {"imported": {"source": path.name, "layout": "authors", "sha256": _sha256(path)}}
+        return import_original(state, chosen, out or work / "bundle", path, places, weights=weights, provenance=told, force=force)
+    sizes = resolve(variant or DEFAULT_VARIANT, tiny, settings)
+    if laion.is_laion(state):
+        require_parts(places, ("tokenizer",), path)
+        if verify:
+            _verify(laion.disagreement(state))
+        final = _free(out or work / "imported" / "clap", force)
+        config = laion.clap_config(state)
+        with whole_folder(final) as draft:
+            laion.clap_of(state, path, config).save_pretrained(draft / "text_encoder")
+            config.feature_extractor().save_pretrained(draft / "feature_extractor")
+            add_tokenizer(draft, "tokenizer", places["tokenizer"], config.text_vocab)
+            if "text_encoder_2" in places:
+                require_parts(places, ("tokenizer_2",), places["text_encoder_2"])
+                add_t5(draft, places["text_encoder_2"])
+                add_tokenizer(draft, "tokenizer_2", places["tokenizer_2"], sizes.t5.vocab, sizes.t5.max_length)
+        return final
+    if is_audiomae(state):
+        final = _free(out or work / "imported" / "audiomae", force)
+        with whole_folder(final) as draft:
+            add_audiomae(draft, path, sizes.audiomae)
+        return final
+    raise UserError(
+        f"{path} is no checkpoint loa knows: expected the authors' AudioLDM 2 (model.diffusion_model.…), LAION's CLAP (audio_branch.…) "
+        f"or AudioMAE (cls_token, blocks.…), got {', '.join(list(state)[:3])} …"
+    )
+
+
+def _place(name: str, place: str) -> Path:
+    if name not in PARTS:
+        raise UserError(f"--with {name}={place}: unknown part {name!r}; expected {', '.join(PARTS)}")
+    path = Path(place).expanduser()
+    files = [f"{name}/*", "*.json", "*.txt", "*.model", "*.safetensors"]
+    return path if path.exists() else from_hub(place, files, f"--with {name}={place}")
+
+
+def _free(out: Path, force: bool) -> Path:
+    if out.exists() and not force and any(out.iterdir() if out.is_dir() else [out]):
+        raise UserError(f"{out} exists already; replace it with --force or choose another place with --out")
+    return out
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _verify(distance: Mapping[str, float]) -> None:
+    told = f"text {distance['text']:.1e}, audio {distance['audio']:.1e}"
+    if max(distance.values()) > AGREE:
+        raise UserError(f"the converted CLAP disagrees with laion-clap: {told}, expected at most {AGREE:g}; it was not written")
+    click.echo(f"Same embeddings as laion-clap: greatest distance {told}")
+
+
+@click.command("import")
+@click.argument("source", metavar="SOURCE")
+@work_option
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where the result goes.  [default: in --work]")
+@click.option("--variant", metavar="NAME", help="Which system this is.  [default: the one its T-UNet looks like]")
+@click.option("--tiny", is_flag=True, help="With a checkpoint file: the sizes of the variant's small twin.")
+@set_option
+@click.option(
+    "--weights",
+    type=click.Choice(WEIGHTS),
+    default="raw",
+    show_default=True,
+    help="The T-UNet of the authors' checkpoint: as trained, or its running average.",
+)
+@click.option(
+    "--with",
+    "given",
+    multiple=True,
+    callback=_pairs,
+    metavar="PART=FOLDER",
+    help=f"What a checkpoint file lacks: {', '.join(PARTS)}. A folder or a hub id; may be repeated.",
+)
+@click.option("--verify", is_flag=True, help="Compare a LAION CLAP with the package laion-clap (extra: clap).")
+@click.option("--force", is_flag=True, help="Replace what is there.")
+@friendly
+def main(
+    source: str, work: Path, out: Path | None, variant: str | None, tiny: bool, settings: dict[str, str], weights: str,
+    given: dict[str, str], verify: bool, force: bool,
+) -> None:  # fmt: skip
+    """Public weights in: SOURCE becomes a bundle, or weights for a stage.
+
+    \b
+    SOURCE is one of
+      a folder or hub id of a diffusers AudioLDM 2 pipeline       -> a bundle
+      the authors' checkpoint, such as audioldm2-full.pth         -> a bundle
+      LAION's CLAP, such as music_speech_audioset_….pt            -> weights for --with clap=
+      AudioMAE's pretrained.pth                                   -> weights for --with audiomae=
+
+    Files are read without running anything they hold.
+    """
+    folder = import_weights(
+        source, work, out=out, variant=variant, tiny=tiny, settings=settings, weights=weights, given=given, verify=verify, force=force
+    )
+    shown = os.path.relpath(folder)
+    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6
+    if (folder / "model_index.json").is_file():
+        info = read_info(folder)
+        click.echo(f"{shown}: {info.variant}{' (tiny)' if info.tiny else ''}, {size:.0f} MB")
+        words = ' --transcription "Hello there."' if info.speech else ""
+        click.echo(f'Try it: loa generate "{"a woman speaks calmly" if info.speech else "rain on a tin roof"}"{words} --bundle {shown}')
+    else:
+        stage = "audiomae" if (folder / "model.safetensors").is_file() else "clap"
+        click.echo(f"{shown}: weights of {stage}, {size:.0f} MB; use them with --with {stage}={shown}")
+
+
+if __name__ == "__main__":
+    main()

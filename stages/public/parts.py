@@ -1,0 +1,101 @@
+"""What checkpoint files leave out and the user names: tokenizers, T5, AudioMAE."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, T5EncoderModel
+
+from stages.audiomae.model import AudioMAE, AudioMAEConfig
+from stages.base import UserError
+from stages.bundle import quiet
+from stages.checkpoints import read_checkpoint, weights_of
+
+# What can be given, and where it is found where one has no AudioLDM 2 folder.
+PARTS = {
+    "tokenizer": "roberta-base's tokenizer files",
+    "tokenizer_2": "google/flan-t5-large's tokenizer files",
+    "text_encoder_2": "google/flan-t5-large's weights",
+    "audiomae": "AudioMAE's pretrained.pth",
+}
+
+
+def beside(out: Path) -> Path:
+    """The folder that holds `out`, made where it is missing: what is under way lies there, on the same disk."""
+    parent = Path(out).absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    return parent
+
+
+def require_parts(given: Mapping[str, Path], needed: Iterable[str], source: Path) -> None:
+    """Refuse an import that lacks parts the file cannot bring."""
+    missing = [name for name in needed if name not in given]
+    if missing:
+        ways = " ".join(f"--with {name}=FOLDER" for name in missing)
+        told = "; ".join(f"{name}: {PARTS[name]}" for name in missing)
+        raise UserError(f"{source} holds no {' and no '.join(missing)}; name {ways} (a folder of any AudioLDM 2 pipeline serves; {told})")
+
+
+def component(name: str, place: Path) -> Path:
+    """The folder of component `name`: `place` itself, or the one of that name in a pipeline's folder."""
+    if not place.exists():
+        raise UserError(f"--with {name}={place}: there is nothing at that place; expected {PARTS[name]} or an AudioLDM 2 folder")
+    return place / name if (place / name).is_dir() else place
+
+
+def add_tokenizer(stage: Path, name: str, place: Path, vocabulary: int, length: int | None = None) -> None:
+    """Write a given tokenizer into a stage's folder, reading at most `length` tokens.
+
+    Raises UserError when it is none, or has more tokens than the network's `vocabulary`.
+    """
+    folder = component(name, place)
+    try:
+        with quiet():
+            tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--with {name}={place}: no tokenizer could be read there; expected {PARTS[name]}") from error
+    if len(tokenizer) > vocabulary:
+        raise UserError(f"--with {name}={place}: it has {len(tokenizer)} tokens, the network knows {vocabulary}; expected {PARTS[name]}")
+    if length is not None:
+        tokenizer.model_max_length = length
+    tokenizer.save_pretrained(stage / name)
+
+
+def add_t5(stage: Path, place: Path) -> None:
+    """Write the encoder of a given T5 into a stage's folder."""
+    folder = component("text_encoder_2", place)
+    try:
+        with quiet():
+            T5EncoderModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).save_pretrained(stage / "text_encoder_2")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--with text_encoder_2={place}: no T5 could be read there ({str(error).splitlines()[0][:120]})") from error
+
+
+def add_audiomae(stage: Path, place: Path, config: AudioMAEConfig) -> Path:
+    """Write a given AudioMAE (a folder of loa, or `pretrained.pth`) as the stage's folder; return it."""
+    network = AudioMAE.load(component("audiomae", place)) if place.is_dir() else read_audiomae(place, config)
+    network.save(stage)
+    return stage
+
+
+def is_audiomae(names: Iterable[str]) -> bool:
+    """Whether these are the weights of an AudioMAE."""
+    return {"cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= set(names)
+
+
+def read_audiomae(path: Path, config: AudioMAEConfig) -> AudioMAE:
+    """The AudioMAE of an official checkpoint, with the decoder it happens to have (facts 4.4)."""
+    names = weights_of(read_checkpoint(path), path).keys()
+    return AudioMAE.load_pretrained(path, with_decoder_of(config, names))
+
+
+def with_decoder_of(config: AudioMAEConfig, names: Iterable[str]) -> AudioMAEConfig:
+    """`config` with the decoder that weights of these names have: of windows, of plain attention, or none."""
+    inner = [name.split(".") for name in names if name.startswith("decoder_blocks.")]
+    if not inner:
+        return replace(config, decoder="none")
+    kind = "swin" if any(name[2:] == ["attn", "tau"] for name in inner) else "global"
+    return replace(config, decoder=kind, decoder_depth=len({name[1] for name in inner}))
