@@ -7,13 +7,12 @@ waveforms, which lie in `<work>/evaluation` with the record of how they were mad
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,57 +20,45 @@ import click
 import numpy as np
 import pandas as pd
 import torch
+from click.core import ParameterSource
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pipelines import metrics, plots
+from pipelines import judging, metrics, plots
+from pipelines.folders import read_by, score_folders, word_errors
+from pipelines.judging import ClapJudge, ClassifierJudge, ClipFile, Found, Heard, Judge
+from pipelines.protocol import (
+    MEASURES,
+    HeldOut,
+    Record,
+    SoundCheck,
+    captions_hash,
+    check_sounds,
+    digest,
+    read_captions,
+    some,
+    write_captions,
+    write_records,
+)
 from pipelines.store import FeatureStore, StoreReader, code_version
 from pipelines.tracking import Tracker
 from stages.audio import AudioConfig, Waveform, load_audio, log_mel, normalise, pad_or_cut, slaney_filterbank, write_wav
 from stages.base import UserError, weights_hash, write_json
 from stages.bundle import read_info
-from stages.classifier.model import Classifier
 from stages.cli import friendly, sampling_options, tracking_option, work_option
-from stages.frozen import TextEncoders
 from stages.generator import AudioGenerator
+from stages.judges.judge import AUDIOLDM_EVAL, JUDGES, Listening
 from stages.sampling import OPTIONS, resolve
 from stages.text import clip_texts
+from stages.transcriber import Transcriber
 
 if TYPE_CHECKING:
     from stages.variants import Variant
 
 EVALUATION_FORMAT = 1
+LISTENING = {"loa": Listening(), "audioldm_eval": AUDIOLDM_EVAL}
 VOICE = "A person is speaking."  # the prompt of a speech clip without a caption
 HEARD_IN_MLFLOW = 8  # clips whose sound and spectrograms are logged
-SILENT_LIMIT = 0.01  # above this share of silent clips the distances say nothing
-
-
-@dataclass(frozen=True)
-class Measure:
-    """What a score is called, and which way is good."""
-
-    title: str
-    better: str  # "higher" or "lower"
-    form: str = "{:.3f}"
-    about: str = ""
-
-
-MEASURES = {
-    "accuracy": Measure(
-        "Recognised by the classifier", "higher", "{:.1%}", "share of clips whose class a classifier trained on real clips names"
-    ),
-    "kl": Measure("KL to the real clip", "lower", "{:.2f}", "KL(real ‖ heard) of the classifier's probabilities, clip by clip"),
-    "frechet_classifier": Measure(
-        "Fréchet distance, classifier", "lower", "{:.2f}", "between sets of classifier embeddings, to the real clips"
-    ),
-    "frechet_clap": Measure("Fréchet distance, CLAP", "lower", "{:.3f}", "between sets of CLAP audio embeddings, to the real clips"),
-    "clap_score": Measure("CLAP score", "higher", "{:.3f}", "mean cosine of caption and clip; chance: captions of other classes"),
-    "mel_l1": Measure("Mel distance", "lower", "{:.3f}", "mean |Δ| of log-mel spectrograms, nepers"),
-    "log_spectral_distance": Measure("Log-spectral distance", "lower", "{:.2f}", "of log10 power"),
-    "spectral_convergence": Measure("Spectral convergence", "lower", "{:.3f}", "three resolutions"),
-    "log_magnitude": Measure("Log-magnitude distance", "lower", "{:.3f}", "three resolutions, nepers"),
-    "silent": Measure("Silent clips", "lower", "{:.1%}", "RMS below -60 dBFS"),
-}
 # The columns of every table: without any skill, the system itself, its two ceilings, the real clips, and other real clips.
 SYSTEMS = {
     "chance": "chance",
@@ -82,22 +69,6 @@ SYSTEMS = {
     "other_real": "other real clips",
 }
 HEARD = ("generated", "vae", "vocoder", "real")
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """One clip to generate: its caption, and for speech what is said."""
-
-    clip_id: str
-    corpus: str
-    text: str
-    transcript: str
-    label: str | None  # its class: the first label
-
-    @property
-    def key(self) -> str:
-        """Tells this clip and text from all others, in file names."""
-        return f"{self.clip_id}.{_digest([self.text, self.transcript], 8)}"
 
 
 @dataclass(frozen=True)
@@ -142,9 +113,8 @@ class Evaluation:
         columns = [s for s in SYSTEMS if any(s in values for values in self.scores.values())]
         rows = [["", *(SYSTEMS[s] for s in columns)]]
         for name, values in self.scores.items():
-            arrow = "↑" if MEASURES[name].better == "higher" else "↓"
             cells = [MEASURES[name].form.format(values[s]) if s in values else "–" for s in columns]
-            rows.append([f"{MEASURES[name].title} {arrow}", *cells])
+            rows.append([MEASURES[name].heading, *cells])
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         padded = [
             [f"{cell:{'<' if i == 0 else '>'}{width}}" for i, (cell, width) in enumerate(zip(row, widths, strict=True))] for row in rows
@@ -172,6 +142,10 @@ def evaluate(
     batch: int = 8,
     device: str | None = None,
     tracker: Tracker | None = None,
+    name: str | None = None,
+    captions: Path | None = None,
+    judges: Sequence[Judge] = (),
+    transcriber: Transcriber | None = None,
     **options: Any,
 ) -> Evaluation:
     """Generate one clip for each held-out caption, score all systems, and write `<work>/evaluation`.
@@ -187,9 +161,13 @@ def evaluate(
         profile: whose way of sampling, with `options` in place of its own (`stages.sampling.resolve`). Every clip is as long
             as the real ones, whatever the profile's `length`.
         batch: clips at a time.
+        name: what the system is called beside others; the variant's name by default.
+        captions: a frozen caption list; its clips are taken, with its captions, instead of `num_clips` of `split`.
+        judges: published networks that listen besides CLAP and the classifier.
+        transcriber: reads the clips of a speech system, for error rates.
 
     Raises:
-        UserError: there is no bundle, no store, or no held-out clip with a caption.
+        UserError: there is no bundle, no store, no held-out clip with a caption, or the store lacks clips of `captions`.
     """
     work, tracker = Path(work).absolute(), tracker or Tracker.off()
     bundle = Path(bundle or work / "bundle")
@@ -203,14 +181,17 @@ def evaluate(
             f"the store {opened.root} holds clips of {audio}, the bundle {bundle} makes {info.audio}; name the store it was trained for"
         )
     reader = opened.reader(["waveform"])
-    split, clips, others = choose_clips(opened.clips(), reader, split, num_clips, seed, info.speech)
+    if captions is None:
+        split, clips, others = choose_clips(opened.clips(), reader, split, num_clips, seed, info.speech)
+    else:
+        split, clips, others = frozen_clips(opened.clips(), reader, captions, seed, info.speech)
 
     settings = {
         "bundle_sha256": weights_hash(bundle), "seed": seed, "seconds": audio.clip_seconds,
         **asdict(resolve(profile, **options | {"length": "loa"})),
     }  # fmt: skip
     place = work / "evaluation"
-    sounds = Sounds(place, audio, generated=_digest(settings, 12), restored=_digest(settings["bundle_sha256"], 12))
+    sounds = Sounds(place, audio, generated=digest(settings, 12), restored=digest(settings["bundle_sha256"], 12))
     began = time.monotonic()
     generator = _Lazily(lambda: AudioGenerator.load(bundle, device))
     made = sounds.generate(clips, generator, settings, info.speech, batch)
@@ -220,26 +201,55 @@ def evaluate(
     sounds.restore(clips, generator, batch)
     del generator
 
-    listener = Listener(audio, clap or bundle, classifier or work / "stages" / "classifier", device)
+    place_of = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    own_clap, own_classifier = ClapJudge(clap or bundle, None if clap else judging.as_trained(audio), place_of), None
+    classifier = Path(classifier or work / "stages" / "classifier")
+    if (classifier / "config.json").is_file():
+        own_classifier = ClassifierJudge(classifier, audio, place_of)
     heard = {system: [sounds.read(system, clip) for clip in clips] for system in HEARD}
-    other = [reader.read(clip.clip_id)["waveform"] for clip in others]
-    scored = score(clips, heard, other, listener, info.speech)
+    scored = score(clips, heard, [reader.read(clip.clip_id)["waveform"] for clip in others], own_clap, own_classifier, audio, info.speech)
+    if own_classifier is None:
+        reason = f"there is no classifier at {classifier}; train one with `loa train classifier`"
+        scored.missing |= dict.fromkeys(("accuracy", "kl", "frechet_classifier"), reason)
+    names = [clip.clip_id for clip in clips]
+    on_disk = {system: [ClipFile.of(sounds.path(system, clip)) for clip in clips] for system in HEARD}
+    by_name = sorted(range(len(clips)), key=lambda i: names[i])  # the inception score depends on the order
+    for judge in judges:
+        scored.add_judged(judge, {s: judging.hear_files(judge, [on_disk[s][i] for i in by_name], cache=place / "cache") for s in HEARD})
+    if transcriber is not None:
+        _words(scored, clips, heard, transcriber, audio)
+    scored.scores = {name: {s: values[s] for s in SYSTEMS if s in values} for name, values in scored.scores.items() if values}
+
     protocol = {
         **settings, "variant": info.variant, "bundle": str(bundle), "store": opened.root, "split": split, "num_clips": len(clips),
-        "captions_sha256": captions_hash(clips), "candidates_per_caption": 1, "sample_rate": audio.sample_rate,
+        "captions_sha256": captions_hash(clips), "candidates_per_caption": settings["candidates"], "sample_rate": audio.sample_rate,
         "front_end": "mean removed, peak 0.5, cut or padded to the clip length, log-mel of 16-bit waveforms",
         "kl_direction": "KL(real || heard)", "frechet": "float64, ddof 1, not square-rooted", "clap": str(clap or bundle),
-        "clap_sha256": weights_hash(listener.clap_folder / "text_encoder"), "classifier_sha256": listener.classifier_sha256,
+        "clap_sha256": own_clap.weights_hash, "classifier_sha256": own_classifier.weights_hash if own_classifier else None,
+        "judges": {judge.name: judge.weights_hash for judge in judges},
         "code_version": code_version(), "mlflow_run_id": tracker.handle().run_id,
     }  # fmt: skip
     files = [{s: sounds.path(s, clip).relative_to(place).as_posix() for s in HEARD} for clip in clips]
     clip_rows = [row | {"files": paths} for row, paths in zip(scored.clips, files, strict=True)]
     notes = list(scored.notes)
-    if len(clips) < num_clips:
+    if captions is None and len(clips) < num_clips:
         notes.append(f"{num_clips} clips were asked for; the split {split} has {len(clips)}")
     if clap is None:
         notes.append("CLAP scores use the CLAP that also conditions the generator, which raises them; see --clap")
     found = Evaluation(protocol, scored.scores, scored.intervals, scored.missing, notes, scored.classes, scored.confusion, clip_rows)
+    # How a system's sounds came about; those that only the real clips and the weights decide have no sampling settings.
+    restored = {"weights_sha256": settings["bundle_sha256"]}
+    sampled = {**restored, **{k: v for k, v in settings.items() if k not in ("bundle_sha256", "candidates")}}
+    sets = {s: judging.set_hash(dict(zip(names, files, strict=True))) for s, files in on_disk.items()}
+    told = {"generated": sampled, "vae": restored, "vocoder": restored}
+    origins = {s: {**about, "sounds_sha256": sets[s]} for s, about in told.items()}
+    ranker = f"clap {weights_hash(bundle / 'text_encoder')}" if settings["candidates"] > 1 else None
+    common = {
+        "num_generated": len(clips), "captions_sha256": captions_hash(clips), "references_sha256": sets["real"], "channels": "first",
+        "candidates": settings["candidates"], "ranker": ranker,
+    }  # fmt: skip
+    write_captions(place / "captions.json", clips)
+    write_records(place / "records", records(scored, name or info.variant, common, origins))
     _write(found, place)
     _log(found, heard, place, audio, tracker)
     return found
@@ -271,6 +281,30 @@ def choose_clips(
     raise UserError(f"no clip of the split {' or '.join(tried)} has {wanted} to generate from; {hint}")
 
 
+def frozen_clips(
+    table: pd.DataFrame, available: StoreReader, captions: Path, seed: int, speech: bool = False
+) -> tuple[str, list[HeldOut], list[HeldOut]]:
+    """The clips of a frozen caption list with its captions, as `choose_clips` returns them."""
+    frozen = read_captions(captions)
+    rows = {row["clip_id"]: row for row in table.to_dict("records") if row["clip_id"] in available}
+    lacking = [clip.clip_id for clip in frozen if clip.clip_id not in rows]
+    if lacking:
+        raise UserError(
+            f"the store lacks {len(lacking)} of the {len(frozen)} clips in {captions}: {some(lacking)}; name the list's own store"
+        )
+    clips = []
+    for clip in frozen:
+        there = _held_out(rows[clip.clip_id], seed, speech)
+        clips.append(replace(clip, corpus=there.corpus, label=there.label))
+    wordless = [clip.clip_id for clip in clips if not (clip.transcript if speech else clip.text)]
+    if wordless:
+        raise UserError(f"{captions} has no {'transcript' if speech else 'caption'} for {some(wordless)}")
+    splits = sorted({rows[clip.clip_id]["split"] for clip in clips})
+    taken = {clip.clip_id for clip in clips}
+    same_split = _in_turn([_held_out(row, seed, speech) for row in rows.values() if row["split"] in splits], seed)
+    return ", ".join(splits), clips, [clip for clip in same_split if clip.clip_id not in taken][: len(clips)]
+
+
 def _held_out(row: Mapping[str, Any], seed: int, speech: bool) -> HeldOut:
     rng = np.random.default_rng([seed, zlib.crc32(row["clip_id"].encode())])
     texts = clip_texts(row)
@@ -288,11 +322,6 @@ def _in_turn(clips: Sequence[HeldOut], seed: int) -> list[HeldOut]:
     rng = np.random.default_rng(seed)
     queues = [[members[i] for i in rng.permutation(len(members))] for members in classes.values()]
     return [queue[turn] for turn in range(max(map(len, queues))) for queue in queues if turn < len(queue)]
-
-
-def captions_hash(clips: Sequence[HeldOut]) -> str:
-    """sha256 of the list of clips and texts: scores compare only where it is the same."""
-    return _digest([[clip.clip_id, clip.text, clip.transcript] for clip in clips], 64)
 
 
 # ----------------------------------------------------------------------------------------------------- the sounds
@@ -386,65 +415,47 @@ def mels(waveforms: Sequence[Waveform], audio: AudioConfig) -> NDArray[np.float3
 # ----------------------------------------------------------------------------------------------------- the scores
 
 
-class Listener:
-    """The networks that judge: CLAP, and the classifier where there is one."""
-
-    def __init__(self, audio: AudioConfig, clap: Path, classifier: Path, device: str | None = None) -> None:
-        self.audio, self.clap_folder = audio, Path(clap)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.clap = TextEncoders.load(clap, self.device)
-        self.classifier: Classifier | None = None
-        self.classifier_sha256: str | None = None
-        self.without_classifier = f"there is no classifier at {classifier}; train one with `loa train classifier`"
-        if (Path(classifier) / "config.json").is_file():
-            self.classifier = Classifier.load(classifier).to(self.device)
-            self.classifier_sha256 = weights_hash(classifier)
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """What the classifier can recognise."""
-        return self.classifier.config.classes if self.classifier is not None else ()
-
-    @torch.inference_mode()
-    def recognise(self, waveforms: Sequence[Waveform], batch: int = 16) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """The classifier's logits `[N, C]` and embeddings `[N, D]`."""
-        assert self.classifier is not None
-        logits, embeddings = [], []
-        for first in range(0, len(waveforms), batch):
-            mel = torch.from_numpy(mels(waveforms[first : first + batch], self.audio)).to(self.device)
-            logits.append(self.classifier.logits(mel).double().cpu().numpy())
-            embeddings.append(self.classifier.embedding(mel).double().cpu().numpy())
-        return np.concatenate(logits), np.concatenate(embeddings)
-
-    def embed(self, waveforms: Sequence[Waveform], batch: int = 16) -> NDArray[np.float64]:
-        """CLAP audio embeddings `[N, D]`."""
-        found = []
-        for first in range(0, len(waveforms), batch):
-            ready = np.stack([pad_or_cut(normalise(wave), self.audio.clip_samples) for wave in waveforms[first : first + batch]])
-            found.append(self.clap.clap_audio(torch.from_numpy(ready), self.audio.sample_rate).double().cpu().numpy())
-        return np.concatenate(found)
-
-    def embed_texts(self, texts: Sequence[str], batch: int = 64) -> NDArray[np.float64]:
-        """CLAP text embeddings `[N, D]`."""
-        found = [self.clap.clap_text(texts[first : first + batch]).double().cpu().numpy() for first in range(0, len(texts), batch)]
-        return np.concatenate(found)
-
-
 @dataclass
 class Scored:
-    """Scores while they are collected; the fields are those of `Evaluation`."""
+    """Scores while they are collected; most fields are those of `Evaluation`."""
 
-    scores: dict[str, dict[str, float]]
-    intervals: dict[str, dict[str, list[float]]]
-    missing: dict[str, str]
-    notes: list[str]
-    classes: list[dict[str, Any]]
-    confusion: dict[str, Any]
     clips: list[dict[str, Any]]
+    scores: dict[str, dict[str, float]] = field(default_factory=lambda: {name: {} for name in MEASURES})
+    found: list[tuple[str, Mapping[str, Any], Found]] = field(default_factory=list)  # (system, who heard it and how, score)
+    intervals: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    classes: list[dict[str, Any]] = field(default_factory=list)
+    confusion: dict[str, Any] = field(default_factory=dict)
+    check: SoundCheck = SoundCheck(0)
+
+    def add(self, system: str, heard_by: Mapping[str, Any], found: Found) -> None:
+        """Take in one score; `heard_by` as `judging.hearing` tells it."""
+        self.scores[found.metric][system] = found.value
+        self.found.append((system, heard_by, found))
+
+    def add_judged(self, judge: Judge, heard: Mapping[str, Heard]) -> None:
+        """Take in what a judge's hearing of every system says beside the real clips."""
+        for system, sounds in heard.items():
+            if system == "real":
+                continue
+            pairs = range(sounds.num_clips) if system in HEARD else None
+            scores = judging.scores(judge.name, heard["real"], sounds, pairs)
+            for found in scores.found:
+                self.add(system, judging.hearing(judge), found)
+            if system == "generated":
+                self.missing |= scores.missing
+            self.notes += [note for note in scores.notes if note not in self.notes]
 
 
 def score(
-    clips: Sequence[HeldOut], heard: Mapping[str, Sequence[Waveform]], others: Sequence[Waveform], listener: Listener, speech: bool
+    clips: Sequence[HeldOut],
+    heard: Mapping[str, Sequence[Waveform]],
+    others: Sequence[Waveform],
+    clap: ClapJudge,
+    classifier: ClassifierJudge | None,
+    audio: AudioConfig,
+    speech: bool,
 ) -> Scored:
     """Every measure of every system. What cannot be measured is missing with its reason; nothing here fails for want of labels.
 
@@ -452,35 +463,25 @@ def score(
         heard: waveforms of each system, in the order of `clips`.
         others: more real clips; as many as `clips` give the Fréchet distances a floor to be read against.
     """
-    out = Scored({name: {} for name in MEASURES}, {}, {}, [], [], {}, [asdict(clip) for clip in clips])
-    _recognition(out, clips, heard, others, listener)
-    _closeness_to_text(out, clips, heard, others, listener, speech)
-    _reconstruction(out, heard, listener.audio)
-    out.scores["silent"] = {system: metrics.silent_share(waves) for system, waves in heard.items()}
-    if out.scores["silent"]["generated"] > SILENT_LIMIT:
-        out.notes.insert(
-            0, f"{out.scores['silent']['generated']:.0%} of the generated clips are silent: do not rank this system by its distances"
-        )
-    out.scores = {name: {s: values[s] for s in SYSTEMS if s in values} for name, values in out.scores.items() if values}
+    out = Scored([asdict(clip) for clip in clips])
+    sounds = dict(heard) | ({"other_real": others} if len(others) == len(clips) else {})
+    if classifier is not None:
+        _recognition(out, clips, {s: judging.hear(classifier, waves, audio.sample_rate) for s, waves in sounds.items()}, classifier)
+    _closeness_to_text(out, clips, {s: judging.hear(clap, waves, audio.sample_rate) for s, waves in sounds.items()}, clap, speech)
+    _reconstruction(out, heard, audio)
+    for system, waves in heard.items():
+        out.add(system, _as_written(audio), _plain("silent", "RMS below -60 dBFS", metrics.silent_share(waves), pairing="none"))
+    named = ((clip.clip_id, wave, audio.sample_rate) for clip, wave in zip(clips, heard["generated"], strict=True))
+    out.check = check_sounds(named, audio.clip_seconds)
+    out.notes[:0] = out.check.notes("generated")
     return out
 
 
-def _recognition(
-    out: Scored, clips: Sequence[HeldOut], heard: Mapping[str, Sequence[Waveform]], others: Sequence[Waveform], listener: Listener
-) -> None:
+def _recognition(out: Scored, clips: Sequence[HeldOut], heard: Mapping[str, Heard], classifier: ClassifierJudge) -> None:
     """Classifier: accuracy, confusion, KL and Fréchet distance."""
-    if listener.classifier is None:
-        out.missing |= dict.fromkeys(("accuracy", "kl", "frechet_classifier"), listener.without_classifier)
-        return
-    judged = {system: listener.recognise(waves) for system, waves in heard.items()}
-    logits = {system: result[0] for system, result in judged.items()}
-    embeddings = {system: result[1] for system, result in judged.items()}
-    out.scores["kl"] = {s: metrics.kl_divergence(logits["real"], logits[s]) for s in HEARD if s != "real"}
-    if len(others) == len(clips):
-        embeddings["other_real"] = listener.recognise(others)[1]
-    _frechet(out, "frechet_classifier", embeddings)
-
-    names = listener.classes
+    out.add_judged(classifier, heard)
+    names = classifier.classes
+    logits = {system: sounds.logits for system, sounds in heard.items() if sounds.logits is not None and system in HEARD}
     best = {system: values.argmax(1) for system, values in logits.items()}
     shifted = np.exp(logits["generated"] - logits["generated"].max(1, keepdims=True))
     confidence = (shifted / shifted.sum(1, keepdims=True)).max(1)
@@ -496,7 +497,10 @@ def _recognition(
         out.notes.append(f"accuracy is over {len(known)} of {len(clips)} clips; the classifier does not know the labels of the others")
     asked = np.array([number[str(clips[i].label)] for i in known])
     hits = {system: best[system][known] == asked for system in HEARD}
-    out.scores["accuracy"] = {"chance": 1.0 / len(names)} | {system: float(hit.mean()) for system, hit in hits.items()}
+    out.scores["accuracy"]["chance"] = 1.0 / len(names)
+    for system, hit in hits.items():
+        found = _plain("accuracy", "share of clips whose label is the likeliest class", float(hit.mean()), rows_generated=len(hit))
+        out.add(system, judging.hearing(classifier), found)
     out.intervals["accuracy"] = {system: list(metrics.interval(int(hit.sum()), len(hit))) for system, hit in hits.items()}
     for index in np.unique(asked):
         here = asked == index
@@ -505,59 +509,89 @@ def _recognition(
     out.confusion = {"names": list(names), "counts": metrics.confusion(asked, best["generated"][known], len(names)).tolist()}
 
 
-def _closeness_to_text(
-    out: Scored,
-    clips: Sequence[HeldOut],
-    heard: Mapping[str, Sequence[Waveform]],
-    others: Sequence[Waveform],
-    listener: Listener,
-    speech: bool,
-) -> None:
+def _closeness_to_text(out: Scored, clips: Sequence[HeldOut], heard: Mapping[str, Heard], clap: ClapJudge, speech: bool) -> None:
     """CLAP: score and Fréchet distance."""
-    sound = {system: listener.embed(waves) for system, waves in heard.items()}
     texts = [clip.text for clip in clips]
     if speech and set(texts) == {VOICE}:
         out.missing["clap_score"] = "the clips have transcripts but no captions"
     else:
-        words = listener.embed_texts(texts)
-        cosines = {system: metrics.cosines(words, values) for system, values in sound.items()}
-        out.scores["clap_score"] = {system: float(values.mean()) for system, values in cosines.items()}
-        chance = metrics.clap_chance(words, sound["generated"], [clip.label or clip.text for clip in clips])
+        words = clap.embed_texts(texts)
+        for system in HEARD:
+            out.add(system, judging.hearing(clap), judging.clap_found(words, heard[system]))
+        chance = metrics.clap_chance(words, heard["generated"].rows, [clip.label or clip.text for clip in clips])
         if chance is not None:
             out.scores["clap_score"]["chance"] = chance
+        cosines = {system: metrics.cosines(words, heard[system].rows) for system in ("generated", "real")}
         for i, row in enumerate(out.clips):
             row |= {"clap_score": float(cosines["generated"][i]), "clap_score_real": float(cosines["real"][i])}
-    if len(others) == len(clips):
-        sound["other_real"] = listener.embed(others)
-    _frechet(out, "frechet_clap", sound)
+    out.add_judged(clap, heard)
 
 
-def _frechet(out: Scored, name: str, embeddings: Mapping[str, NDArray[np.float64]]) -> None:
-    """Distance of every system to the real clips."""
-    count, width = embeddings["real"].shape
-    if count < 2:
-        out.missing[name] = "it needs at least two clips"
+def _words(
+    out: Scored, clips: Sequence[HeldOut], heard: Mapping[str, Sequence[Waveform]], transcriber: Transcriber, audio: AudioConfig
+) -> None:
+    """Error rates of what speech recognition reads; those of the real clips are their floor."""
+    said = [clip.transcript for clip in clips]
+    if not all(said):
+        out.missing |= dict.fromkeys(("wer", "cer"), "not every clip has a transcript")
         return
-    out.scores[name] = {
-        system: metrics.frechet_distance(embeddings["real"], values) for system, values in embeddings.items() if system != "real"
-    }
-    if count <= width:
-        out.notes.append(
-            f"{MEASURES[name].title}: {count} clips for {width} dimensions; it depends on that number, compare equal ones only"
-        )
+    for system, waves in heard.items():
+        for found in word_errors(said, transcriber.transcribe(waves, audio.sample_rate)):
+            out.add(system, read_by(transcriber), found)
 
 
 def _reconstruction(out: Scored, heard: Mapping[str, Sequence[Waveform]], audio: AudioConfig) -> None:
     """How close VAE and vocoder come to the real waveform."""
+    mel = f"{audio.mel_bins}-bin log-mel, {audio.n_fft}-point transform, {audio.fmin:g} to {audio.fmax:g} Hz"
     for system in ("vae", "vocoder"):
         pairs = list(zip(heard["real"], heard[system], strict=True))
-        spectral = np.array([metrics.spectral_distance(real, wave) for real, wave in pairs])
+        spectral = np.array([metrics.spectral_distance(real, wave) for real, wave in pairs]).mean(0)
+        log_spectral = np.mean([metrics.log_spectral_distance(*pair, audio.sample_rate) for pair in pairs])
         real, restored = (log_mel(torch.from_numpy(np.stack(waves)), audio).numpy() for waves in (heard["real"], heard[system]))
-        out.scores["mel_l1"][system] = metrics.mel_l1(real, restored)
-        out.scores["log_spectral_distance"][system] = float(
-            np.mean([metrics.log_spectral_distance(*pair, audio.sample_rate) for pair in pairs])
-        )
-        out.scores["spectral_convergence"][system], out.scores["log_magnitude"][system] = spectral.mean(0).tolist()
+        pictures = [(metrics.mel_image(one), metrics.mel_image(two)) for one, two in zip(real, restored, strict=True)]
+        levels = [level for level in (metrics.psnr(*pair) for pair in pictures) if np.isfinite(level)]
+        found = [
+            ("mel_l1", f"mean absolute difference, {mel}", metrics.mel_l1(real, restored)),
+            ("mel_ssim", f"7 x 7 windows of the picture -80 to 20 dB, {mel}", np.mean([metrics.ssim(*pair) for pair in pictures])),
+            ("log_spectral_distance", "46 ms windows every 10 ms", log_spectral),
+            ("spectral_convergence", "three resolutions", spectral[0]),
+            ("log_magnitude", "three resolutions", spectral[1]),
+        ]
+        if levels:  # an exact copy has no level to speak of
+            found.append(("mel_psnr", f"of the picture -80 to 20 dB, {mel}", np.mean(levels)))
+        for metric, implementation, value in found:
+            out.add(system, _as_written(audio), _plain(metric, implementation, float(value), pairing="same clip", num_reference=len(pairs)))
+
+
+def _plain(metric: str, implementation: str, value: float, **fields: Any) -> Found:
+    """A score that is a plain mean over clips."""
+    plain = {"rows_generated": 0, "num_reference": None, "rows_reference": None, "pairing": "label", "ddof": None}
+    return Found(metric, value, {**plain, "implementation": implementation, **fields}, {})
+
+
+def _as_written(audio: AudioConfig) -> dict[str, Any]:
+    """`judging.hearing` of scores that no judge takes part in."""
+    return {
+        "judge": None, "judge_sha256": None, "sample_rate": audio.sample_rate, "resampler": "none", "level": "as written",
+        "clip_rule": f"{audio.clip_seconds:g} s",
+    }  # fmt: skip
+
+
+def records(scored: Scored, name: str, common: Mapping[str, Any], made: Mapping[str, Mapping[str, Any]]) -> list[Record]:
+    """One record per score of every system that makes sound.
+
+    Args:
+        name: what the evaluated system is called.
+        common: the protocol fields that the two sets decide.
+        made: how the sounds of each system came about.
+    """
+    called = {"generated": name, "vae": f"{name}: VAE + vocoder", "vocoder": f"{name}: vocoder", "real": "real clips"}
+    found, version = [], code_version()
+    for system, heard_by, one in scored.found:
+        protocol = judging.protocol_of(one, heard_by, common)
+        check = scored.check.counts() if system == "generated" else {"clips": len(scored.clips)}
+        found.append(Record(called.get(system, SYSTEMS[system]), one.value, protocol, made.get(system, {}), check, version, one.extra))
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ what is left of it
@@ -617,44 +651,159 @@ def _log(found: Evaluation, heard: Mapping[str, Sequence[Waveform]], place: Path
         tracker.file(f"samples/step_000000/{row['clip_id']}/spectrograms.png", picture.png(dpi=96))
 
 
-def _digest(value: Any, length: int) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:length]
-
-
 @click.command()
 @work_option
 @click.option("--bundle", type=click.Path(file_okay=False, path_type=Path), help="What to evaluate.  [default: bundle in --work]")
 @click.option("--store", metavar="DIR", help="Feature store with the held-out clips.  [default: store in --work]")
 @click.option(
+    "--generated",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Score this folder of clips, whatever made them, instead of generating.",
+)
+@click.option(
+    "--reference", type=click.Path(exists=True, file_okay=False, path_type=Path), help="The real clips beside --generated, of equal names."
+)
+@click.option(
+    "--judges",
+    "judges_folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of public judges' weights (`loa judges`): VGGish, CNN14, PaSST.",
+)
+@click.option(
+    "--judge", "judge_names", multiple=True, type=click.Choice(list(JUDGES)), help="One of --judges; may be repeated.  [default: all there]"
+)
+@click.option(
+    "--listening",
+    type=click.Choice(list(LISTENING)),
+    default="loa",
+    show_default=True,
+    help="How recordings reach --judges: loa's contract, or audioldm_eval's.",
+)
+@click.option("--seconds", type=click.FloatRange(min=0.32), help="What judges hear of a clip.  [default: 10, or the store's if shorter]")
+@click.option(
     "--clap",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="A CLAP to score with that did not help to train the bundle.",
 )
+@click.option(
+    "--captions",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Frozen caption list: JSON, or CSV with clip_id and caption.",
+)
+@click.option("--name", help="What the system is called in records and reports.  [default: the variant, or the folder's name]")
 @click.option("--num-clips", type=click.IntRange(min=2), default=100, show_default=True, help="Captions, taken in turn from all classes.")
 @click.option("--split", metavar="NAME", help="Split of the held-out clips.  [default: test, else validation]")
 @sampling_options("length")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--ranker", help="What chose among the candidates of --generated.")
+@click.option(
+    "--hypotheses",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="CSV with clip_id, text: words read in --generated, for WER and CER.",
+)
+@click.option("--reader", help="What read --hypotheses, such as whisper-large-v3.")
+@click.option(
+    "--asr",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of a Whisper that reads the clips, for WER and CER.",
+)
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Clips at a time.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where records of --generated go.  [default: scores/NAME in --work]",
+)
 @tracking_option
+@click.pass_context
 @friendly
 def main(
-    work: Path, bundle: Path | None, store: str | None, clap: Path | None, num_clips: int, split: str | None,
-    sampling: dict[str, Any], seed: int, batch: int, tracking_uri: str | None,
-) -> None:  # fmt: skip
-    """Generate for held-out captions and score what is heard.
+    context: click.Context, work: Path, generated: Path | None, sampling: dict[str, Any], tracking_uri: str | None, **options: Any
+) -> None:
+    """Score a system: generate for held-out captions of a store, or take a folder of clips.
 
-    The same command continues an interrupted evaluation; more clips add to those there are.
+    The same command continues an interrupted evaluation; more clips add to those there are. With --generated and
+    --reference no bundle and no store is needed; then --seed, --profile, --steps and the other options of sampling only tell how
+    the clips were made, and what is not told is recorded as unknown. `loa report` puts systems side by side.
     """
-    variant = read_info(bundle or work / "bundle").variant
+    given = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    if generated is not None:
+        _score_folders(work, generated, _told(sampling, given, options["seed"]), options, given)
+        return
+    unused = given & {"reference", "ranker", "hypotheses", "reader", "output"}
+    if unused:
+        raise UserError(f"--{sorted(unused)[0]} goes with --generated, the folder of clips to score; without it loa generates them")
+    bundle, seed = options["bundle"], options["seed"]
+    info = read_info(bundle or work / "bundle")
+    judges = _judges(options, min(10.0, info.audio.clip_seconds))
+    transcriber = Transcriber(options["asr"], "cuda" if torch.cuda.is_available() else "cpu") if options["asr"] else None
     # Each bundle and setting has a run of its own, so that MLflow can compare them.
-    settings = [weights_hash(bundle or work / "bundle"), num_clips, split, asdict(resolve(**sampling)), seed]
-    with Tracker.open(tracking_uri, work=work, job=f"evaluate-{_digest(settings, 8)}", name="evaluate", variant=variant) as tracker:
+    settings = [weights_hash(bundle or work / "bundle"), options["num_clips"], options["split"], asdict(resolve(**sampling)), seed]
+    settings += [str(options["captions"])] if options["captions"] else []
+    with Tracker.open(tracking_uri, work=work, job=f"evaluate-{digest(settings, 8)}", name="evaluate", variant=info.variant) as tracker:
         found = evaluate(
-            work, bundle=bundle, store=store, clap=clap, num_clips=num_clips, split=split, seed=seed, batch=batch,
-            tracker=tracker, **sampling,
+            work, bundle=bundle, store=options["store"], clap=options["clap"], num_clips=options["num_clips"], split=options["split"],
+            seed=seed, batch=options["batch"], tracker=tracker, name=options["name"], captions=options["captions"], judges=judges,
+            transcriber=transcriber, **sampling,
         )  # fmt: skip
     click.echo(found.table())
     click.echo(f"sounds and scores: {os.path.relpath(work / 'evaluation')}")
+
+
+def _judges(options: Mapping[str, Any], seconds: float) -> list[Judge]:
+    """The published judges that the command names."""
+    if options["judges_folder"] is None:
+        if options["judge_names"]:
+            raise UserError(f"--judge {options['judge_names'][0]} names one of the weights in a folder; name the folder with --judges")
+        return []
+    listening = LISTENING[options["listening"]]
+    if listening.clip_seconds is not None:
+        listening = replace(listening, clip_seconds=options["seconds"] or seconds)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return judging.published_judges(options["judges_folder"], options["judge_names"], listening, options["batch"], device)
+
+
+def _told(sampling: Mapping[str, Any], given: set[str], seed: int) -> dict[str, Any]:
+    """What the command line says of how clips were made: a whole profile, or single points and None for the others."""
+    whole = asdict(resolve(**sampling)) if "profile" in given else {}
+    return {name: sampling.get(name) for name in OPTIONS} | whole | {"seed": seed if "seed" in given else None}
+
+
+def _score_folders(work: Path, generated: Path, made: Mapping[str, Any], options: Mapping[str, Any], given: set[str]) -> None:
+    """`loa evaluate --generated`: the judges at hand, the scores, the records."""
+    if options["reference"] is None:
+        raise UserError(f"{generated} is scored beside real clips; name their folder with --reference")
+    unused = given & {"store", "split", "num_clips"}
+    if unused:
+        raise UserError(f"--{sorted(unused)[0].replace('_', '-')} chooses clips of a store; with --generated the folders are the clips")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    seconds = options["seconds"] or 10.0
+    judges = _judges(options, seconds)
+    bundle = options["bundle"] or work / "bundle"
+    if options["clap"] is not None:
+        judges.append(ClapJudge(options["clap"], device=device))
+    elif not judges and (bundle / "text_encoder").is_dir():
+        # What training left here hears as it was trained, in the clip length of its system.
+        audio = read_info(bundle).audio
+        seconds = options["seconds"] or audio.clip_seconds
+        judges.append(ClapJudge(bundle, judging.as_trained(audio), device))
+        if (work / "stages" / "classifier" / "config.json").is_file():
+            judges.append(ClassifierJudge(work / "stages" / "classifier", audio, device))
+    transcriber = Transcriber(options["asr"], device) if options["asr"] else None
+    if not judges and transcriber is None and options["hypotheses"] is None:
+        raise UserError(f"nothing is at hand to judge with: name --judges, --clap or --asr, or a --work whose bundle has a CLAP ({bundle})")
+    name = options["name"] or generated.resolve().name
+    whole = options["listening"] == "audioldm_eval"
+    found = score_folders(
+        generated, options["reference"], judges, name=name, captions=options["captions"], channels="first" if whole else "mean",
+        seconds=None if whole else seconds, hypotheses=options["hypotheses"], reader=options["reader"], transcriber=transcriber,
+        made={name: value for name, value in made.items() if name != "candidates"},
+        candidates=made["candidates"], ranker=options["ranker"], cache=work / "scores" / "cache",
+    )  # fmt: skip
+    output = options["output"] or work / "scores" / name
+    write_records(output / "records", found.records)
+    click.echo(found.table())
+    click.echo(f"{len(found.records)} records: {os.path.relpath(output)}; put them beside others with `loa report`")
 
 
 if __name__ == "__main__":

@@ -101,15 +101,15 @@ def probe(source: Source) -> Header:
         return Header(file.frames / file.samplerate, file.samplerate, file.channels)
 
 
-def load_audio(source: Source, sample_rate: int, start: float = 0.0, seconds: float | None = None, channel: int = 0) -> Waveform:
-    """Decode (part of) one channel of a recording and resample it.
+def load_audio(source: Source, sample_rate: int, start: float = 0.0, seconds: float | None = None, channel: int | None = 0) -> Waveform:
+    """Decode (part of) one channel of a recording, or their mean, and resample it.
 
     Args:
         source: a path, the bytes of a whole file, or a seekable binary file.
         sample_rate: wanted rate in Hz.
         start: where to begin, in seconds.
         seconds: how much to read at most; None reads to the end.
-        channel: which channel to keep. The reference takes the first and never mixes down.
+        channel: which channel to keep. The reference takes the first and never mixes down; None takes the mean of all.
 
     Returns:
         float32 `[T]`, as loud as recorded; shorter than asked when the recording ends earlier.
@@ -123,7 +123,7 @@ def load_audio(source: Source, sample_rate: int, start: float = 0.0, seconds: fl
         first = round(start * rate)
         if first < 0 or first >= file.frames:
             raise AudioError(f"{name} lasts {file.frames / rate:.2f} s, so nothing can be read from {start:g} s on")
-        if not 0 <= channel < file.channels:
+        if channel is not None and not 0 <= channel < file.channels:
             raise AudioError(f"{name} has {file.channels} channel(s), so channel {channel} does not exist (they count from 0)")
         try:
             file.seek(first)
@@ -132,7 +132,7 @@ def load_audio(source: Source, sample_rate: int, start: float = 0.0, seconds: fl
             raise AudioError(f"{name} is damaged: decoding from {start:g} s failed ({_reason(error)})") from error
     if not len(samples):
         raise AudioError(f"{name} has no samples from {start:g} s on although its header promises some; it may be truncated")
-    waveform = np.ascontiguousarray(samples[:, channel])
+    waveform = np.ascontiguousarray(samples.mean(1) if channel is None else samples[:, channel])
     if not np.isfinite(waveform).all():
         raise AudioError(f"{name} holds samples that are not finite numbers")
     if rate != sample_rate:

@@ -11,14 +11,20 @@ from click.testing import CliRunner
 from tiny_bundle import make_bundle
 
 from pipelines import evaluate as job
-from pipelines.evaluate import Evaluation, HeldOut, choose_clips, evaluate
+from pipelines import judging
+from pipelines.evaluate import Evaluation, choose_clips, evaluate
+from pipelines.folders import score_folders
+from pipelines.judging import ClapJudge, ClassifierJudge, as_trained
+from pipelines.protocol import read_captions, read_records, side_by_side
 from pipelines.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore
 from stages.audio import AudioConfig, encode_flac, log_mel, normalise
 from stages.base import UserError
 from stages.bundle import read_info
 from stages.classifier.model import Classifier, ClassifierConfig
+from stages.judges.judge import Listening, random_judge
 
 AUDIO = AudioConfig(clip_seconds=0.64)
+RECONSTRUCTION = {"mel_l1", "mel_psnr", "mel_ssim", "log_spectral_distance", "spectral_convergence", "log_magnitude"}
 PITCH = {"low": 200.0, "high": 3000.0}
 
 
@@ -90,7 +96,8 @@ class FakeClap:
 def work(tmp_path, monkeypatch):
     """A project folder with a store and a classifier, and fakes for the costly networks."""
     monkeypatch.setattr(job, "AudioGenerator", FakeGenerator)
-    monkeypatch.setattr(job, "TextEncoders", FakeClap)
+    monkeypatch.setattr(judging, "TextEncoders", FakeClap)
+    monkeypatch.setattr(judging, "weights_hash", lambda folder: f"weights of {folder.name}")
     monkeypatch.setattr(job, "read_info", lambda folder: SimpleNamespace(variant="tones", audio=AUDIO, speech=False))
     monkeypatch.setattr(job, "weights_hash", lambda folder: f"weights of {folder.name}")
     monkeypatch.setattr(job.plots.Picture, "png", lambda picture, dpi=0: b"drawn in test_report.py")
@@ -110,7 +117,8 @@ def work(tmp_path, monkeypatch):
 
 def test_everything_is_scored_beside_its_ceilings(work):
     found = evaluate(work, num_clips=6, batch=4)
-    assert set(found.scores) == set(job.MEASURES) and not found.missing
+    own = {"accuracy", "kl", "frechet_classifier", "frechet_clap", "clap_score", "silent"}
+    assert set(found.scores) == own | RECONSTRUCTION and not found.missing
     assert list(found.scores["accuracy"]) == ["chance", "generated", "vae", "vocoder", "real"]
     assert found.scores["accuracy"]["chance"] == 0.5 and found.scores["accuracy"]["generated"] == 1.0
     assert found.scores["clap_score"]["generated"] > found.scores["clap_score"]["chance"]
@@ -174,6 +182,76 @@ def test_silence_is_called_out(work, monkeypatch):
     assert found.notes[0].startswith("100% of the generated clips are silent")
 
 
+def test_every_score_has_its_record(work):
+    found = evaluate(work, num_clips=6, name="tones, first try")
+    records = {(r.system, r.protocol.metric): r for r in read_records(work)}
+    own = {"generated": "tones, first try", "vae": "tones, first try: VAE + vocoder", "vocoder": "tones, first try: vocoder"}
+    shown = own | {"real": "real clips", "other_real": "other real clips"}
+    expected = {(shown[s], m): value for m, values in found.scores.items() for s, value in values.items() if s != "chance"}
+    assert {key: record.value for key, record in records.items()} == expected
+    fad = records["tones, first try", "frechet_clap"]
+    assert fad.protocol.captions_sha256 == found.protocol["captions_sha256"] and fad.protocol.num_generated == 6
+    assert (fad.protocol.judge, fad.protocol.judge_sha256, fad.protocol.ddof) == ("clap", "weights of text_encoder", 1)
+    assert fad.protocol.level == "mean removed, peak 0.5" and fad.protocol.clip_rule == "cut or padded to 0.64 s"
+    assert fad.made["guidance_scale"] == 3.5 and fad.made["weights_sha256"] == "weights of bundle" and fad.check["clips"] == 6
+    assert records["tones, first try", "kl"].protocol.direction == "KL(reference || generated)"
+    assert side_by_side(list(records.values())).systems
+
+
+def test_a_frozen_caption_list_is_taken_as_it_is(work):
+    first = evaluate(work, num_clips=4)
+    frozen = work / "evaluation" / "captions.json"
+    assert [clip.clip_id for clip in read_captions(frozen)] == [row["clip_id"] for row in first.clips]
+    (work / "frozen.json").write_bytes(frozen.read_bytes())
+    evaluate(work, num_clips=6, seed=1)
+    again = evaluate(work, num_clips=6, captions=work / "frozen.json")
+    assert again.protocol["captions_sha256"] == first.protocol["captions_sha256"] and again.scores == first.scores
+    (work / "own.csv").write_text("clip_id,caption\ntones-03,a high one\ntones-00,a low one\n")
+    own = evaluate(work, captions=work / "own.csv")
+    assert [(row["clip_id"], row["text"], row["label"]) for row in own.clips] == [
+        ("tones-03", "a high one", "high"), ("tones-00", "a low one", "low"),
+    ]  # fmt: skip
+    assert "other_real" in own.scores["frechet_clap"]
+    (work / "own.csv").write_text("clip_id,caption\nnowhere,a high one\n")
+    with pytest.raises(UserError, match="lacks 1 of the 1 clips.*nowhere"):
+        evaluate(work, captions=work / "own.csv")
+
+
+def test_published_judges_hear_all_systems(work):
+    judge = random_judge("cnn14-16k", listening=Listening(clip_seconds=0.64))
+    found = evaluate(work, num_clips=6, judges=[judge])
+    assert list(found.scores["fd"]) == ["generated", "vae", "vocoder"] and "kl_panns" in found.scores
+    assert "10 parts" in found.missing["inception_score"] and found.protocol["judges"] == {"cnn14-16k": judge.weights_hash}
+    assert "fd" not in evaluate(work, num_clips=6).scores
+
+
+def test_folders_heard_as_in_training_score_as_the_store_does(work):
+    """The demo's own judges give the same distances to the clips that an evaluation left on disk."""
+    found = evaluate(work, num_clips=6)
+    place = work / "evaluation"
+    judges = [ClapJudge(work / "bundle", as_trained(AUDIO)), ClassifierJudge(work / "stages" / "classifier", AUDIO)]
+    (vocoder,) = place.glob("vocoder-*")
+    folders = score_folders(vocoder, place / "real", judges, name="vocoder", seconds=0.64)
+    for record in folders.records:
+        assert record.value == pytest.approx(found.scores[record.protocol.metric]["vocoder"], rel=1e-4), record.protocol.metric
+    assert {r.protocol.metric for r in folders.records} == {"frechet_clap", "frechet_classifier", "kl"}
+
+
+def test_speech_is_read_back(work, monkeypatch):
+    class Reader:
+        name, weights_hash, sample_rate = "whisper", "w", 16_000
+
+        def transcribe(self, waveforms, sample_rate):
+            return ["printing in the only sense"] * len(waveforms)
+
+    monkeypatch.setattr(job, "read_info", lambda folder: SimpleNamespace(variant="tones", audio=AUDIO, speech=True))
+    make_store(work / "speech", captions=[], labels=[], transcript="printing, in the other sense")
+    found = evaluate(work, store=str(work / "speech"), num_clips=4, transcriber=Reader())
+    assert found.scores["wer"] == dict.fromkeys(("generated", "vae", "vocoder", "real"), pytest.approx(1 / 5)) and "cer" in found.scores
+    monkeypatch.setattr(job, "read_info", lambda folder: SimpleNamespace(variant="tones", audio=AUDIO, speech=False))
+    assert "transcript" in evaluate(work, num_clips=4, transcriber=Reader()).missing["wer"]
+
+
 def test_speech_is_generated_from_transcripts(work, monkeypatch):
     monkeypatch.setattr(job, "read_info", lambda folder: SimpleNamespace(variant="tones", audio=AUDIO, speech=True))
     make_store(work / "speech", captions=[], labels=[], transcript="printing, in the only sense")
@@ -235,12 +313,6 @@ def test_validation_stands_in_for_a_missing_test_split(tmp_path):
     assert choose_clips(store.clips(), store.reader(["waveform"]), None, 2, seed=0)[0] == "validation"
     with pytest.raises(UserError, match=r"split test has a caption.*'validation': 12.*--split"):
         choose_clips(store.clips(), store.reader(["waveform"]), "test", 2, seed=0)
-
-
-def test_the_caption_list_has_a_fingerprint():
-    clips = [HeldOut("a", "c", "rain", "", None), HeldOut("b", "c", "wind", "", None)]
-    assert job.captions_hash(clips) != job.captions_hash(clips[::-1])
-    assert clips[0].key != HeldOut("a", "c", "hail", "", None).key
 
 
 def test_a_missing_bundle_is_a_plain_sentence(tmp_path):

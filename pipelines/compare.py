@@ -1,0 +1,202 @@
+"""JOB: scores of several systems side by side, and what papers print as a block of its own.
+
+Every value of a column was measured by one protocol; records that mix protocols are refused (`pipelines.protocol`).
+"""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+
+from pipelines.protocol import MEASURES, SILENT_LIMIT, Comparison, Protocol, Record, read_records, side_by_side
+from pipelines.published import TABLES, PublishedTable
+from stages.cli import friendly
+
+
+class Cell(NamedTuple):
+    """What a table shows, and the value behind it."""
+
+    shown: str
+    value: float | str | None = None
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Block:
+    """One table: systems down, measures across, and sentences below."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Cell, ...]], ...]  # (system, cells)
+    notes: tuple[str, ...]
+
+
+def report(records: Sequence[Record], table: str | None = "II") -> list[Block]:
+    """The systems of `records` side by side, and the published table beside them.
+
+    Args:
+        table: a name of `TABLES`; its measures come first. None leaves published numbers out.
+
+    Raises:
+        UserError: the records mix protocols.
+    """
+    published = TABLES[table] if table is not None else None
+    blocks = [_measured(side_by_side(records), published.metrics if published else ())]
+    return [*blocks, _published(published)] if published else blocks
+
+
+def _measured(found: Comparison, first: Sequence[str]) -> Block:
+    metrics = sorted(found.metrics, key=lambda name: (name not in first, first.index(name) if name in first else 0))
+    best = {metric: found.best(metric) for metric in metrics}
+    rows = []
+    for system in found.systems:
+        cells = []
+        for metric in metrics:
+            record = found.records.get((system, metric))
+            cells.append(
+                Cell(MEASURES[metric].form.format(record.value), record.value, system in best[metric]) if record is not None else Cell("–")
+            )
+        rows.append((system, tuple(cells)))
+    notes = [f"{MEASURES[metric].title}: {_protocol(_of(found, metric))}" for metric in metrics]
+    for system in found.systems:
+        of_system = [record for (name, _), record in found.records.items() if name == system]
+        check = max((dict(record.check) for record in of_system), key=lambda counts: len(counts))
+        flaws = [f"{count} {kind}" for kind, count in check.items() if kind != "clips" and count]
+        if flaws:
+            refused = f"; not ranked, for more than {SILENT_LIMIT:.0%} are silent" if system in found.unranked else ""
+            notes.append(f"{system}: of {check['clips']} clips {', '.join(flaws)}{refused}")
+    return Block("Measured", tuple(MEASURES[metric].heading for metric in metrics), tuple(rows), tuple(notes))
+
+
+def _of(found: Comparison, metric: str) -> Protocol:
+    return next(record.protocol for (_, name), record in found.records.items() if name == metric)
+
+
+def _protocol(protocol: Protocol) -> str:
+    """What a reader must know of a column, in one line; records hold all of it."""
+    told = [protocol.implementation]
+    if protocol.judge is not None:
+        told.append(f"heard by {protocol.judge}" + (f" {protocol.judge_sha256[:12]}" if protocol.judge_sha256 else ""))
+    told.append(protocol.clip_rule)
+    against = f" against {protocol.num_reference}" if protocol.num_reference is not None else ""
+    told.append(f"{protocol.num_generated} clips{against}")
+    told += [protocol.direction] if protocol.direction else []
+    told.append(f"captions {protocol.captions_sha256[:12]}" if protocol.captions_sha256 else "no caption list")
+    candidates = "an unknown number" if protocol.candidates is None else str(protocol.candidates)
+    told.append(f"each clip the best of {candidates}" if protocol.candidates != 1 else "one candidate per caption")
+    return ", ".join(told)
+
+
+def _published(table: PublishedTable) -> Block:
+    def cell(system: str, column: str, value: float | str | None) -> Cell:
+        doubtful = " (?)" if (system, column) in table.uncertain else ""
+        return Cell("–" if value is None else f"{value}{doubtful}", value)
+
+    rows = tuple(
+        (system, tuple(cell(system, column, value) for column, value in zip(table.columns, values, strict=True)))
+        for system, values in table.rows.items()
+    )
+    doubt = ("(?) marks a likely reading of a damaged digit",) if table.uncertain else ()
+    caution = (
+        "published, not measured here: other captions, weights and settings; the same system differs by more than 1 FAD between papers"
+    )
+    return Block(f"Published, not measured here. {table.title}", table.columns, rows, (caution, *table.notes, *doubt))
+
+
+# ------------------------------------------------------------------------------------------------------- renderings
+
+
+def as_text(blocks: Sequence[Block]) -> str:
+    """Plain text; a star marks the best of a column."""
+    return "\n".join(_aligned(block) for block in blocks)
+
+
+def _aligned(block: Block) -> str:
+    head = ("", *(f"{column} " for column in block.columns))  # a blank where values have their star
+    rows = [head, *((system, *(cell.shown + ("*" if cell.best else " ") for cell in cells)) for system, cells in block.rows)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = ["  ".join([f"{row[0]:<{widths[0]}}", *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+    return "\n".join([block.title, "", *lines, "", *(f"- {note}" for note in block.notes)]) + "\n"
+
+
+def as_markdown(blocks: Sequence[Block]) -> str:
+    """GitHub's tables; the best of a column in bold."""
+    pages = []
+    for block in blocks:
+        rows = [["", *block.columns], ["---", *("---:" for _ in block.columns)]]
+        rows += [[system, *(f"**{cell.shown}**" if cell.best else cell.shown for cell in cells)] for system, cells in block.rows]
+        table = "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows)
+        pages.append(f"### {block.title}\n\n{table}\n\n" + "\n".join(f"- {note}" for note in block.notes) + "\n")
+    return "\n".join(pages)
+
+
+def as_csv(blocks: Sequence[Block]) -> str:
+    """One line per value: block, system, measure, value."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["block", "system", "measure", "value"])
+    for block in blocks:
+        for system, cells in block.rows:
+            named = zip(block.columns, cells, strict=True)
+            writer.writerows([block.title, system, column, cell.value] for column, cell in named if cell.value is not None)
+    return file.getvalue()
+
+
+def as_html(blocks: Sequence[Block]) -> str:
+    """One page without anything from outside."""
+    parts = []
+    for block in blocks:
+        head = "".join(f"<th>{html.escape(column)}</th>" for column in block.columns)
+        body = "".join(
+            f"<tr><th>{html.escape(system)}</th>"
+            + "".join(f"<td{' class=best' if cell.best else ''}>{html.escape(cell.shown)}</td>" for cell in cells)
+            + "</tr>"
+            for system, cells in block.rows
+        )
+        notes = "".join(f"<li>{html.escape(note)}</li>" for note in block.notes)
+        parts.append(f"<h2>{html.escape(block.title)}</h2><table><tr><td></td>{head}</tr>{body}</table><ul>{notes}</ul>")
+    style = "body{font:16px/1.5 system-ui;margin:2em auto;max-width:70em;padding:0 1em}table{border-collapse:collapse}"
+    style += "th,td{padding:.2em .8em;text-align:right;border-bottom:1px solid #8884}th:first-child{text-align:left}.best{font-weight:700}"
+    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>Scores side by side</title><style>{style}</style>"
+    return page + "".join(parts) + "</html>\n"
+
+
+FORMATS: dict[str, Callable[[Sequence[Block]], str]] = {"text": as_text, "markdown": as_markdown, "csv": as_csv, "html": as_html}
+
+
+@click.command()
+@click.argument("places", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path), metavar="RECORD_OR_FOLDER...")
+@click.option(
+    "--table",
+    type=click.Choice([*TABLES, "none"], case_sensitive=False),
+    default="II",
+    show_default=True,
+    help="Published table to stand beside: AudioCaps, MusicCaps, LJSpeech, ablation.",
+)
+@click.option("--format", "form", type=click.Choice(list(FORMATS)), default="text", show_default=True)
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write to a file instead of the screen.")
+@friendly
+def main(places: tuple[Path, ...], table: str, form: str, output: Path | None) -> None:
+    """Put systems side by side that `loa evaluate` has scored.
+
+    A place is a record, a folder of records, or a project folder. Scores that were not measured alike are refused, with the
+    fields in which their protocols differ. Published numbers stand apart: they were not measured here.
+    """
+    records = [record for place in places for record in read_records(place)]
+    page = FORMATS[form](report(records, None if table == "none" else table))
+    if output is None:
+        click.echo(page, nl=False)
+    else:
+        output.write_text(page, encoding="utf-8")
+        click.echo(f"{len({record.system for record in records})} systems side by side: {output}")
+
+
+if __name__ == "__main__":
+    main()
