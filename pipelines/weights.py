@@ -19,6 +19,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "joint": ("language_model", "projection_model", "unet", "scheduler"),
     "classifier": ("model.safetensors",),
 }
+FILE_ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")  # a mistyped path is never looked up on the hub
 
 
 def released_folders(work: Path, given: Mapping[str, str]) -> dict[str, Path]:
@@ -52,8 +53,8 @@ def from_hub(name: str, patterns: list[str], said: str) -> Path:
 
     Raises UserError when `name` is no id, or the hub does not give it.
     """
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"{said}: there is no such folder, and a hub id looks like owner/name")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(FILE_ENDINGS):
+        raise UserError(f"{said}: there is no such file or folder, and a hub id looks like owner/name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -349,8 +349,11 @@ def test_other_files_are_not_checkpoints(tmp_path):
     (tmp_path / "half.pth").write_bytes((tmp_path / "other.pth").read_bytes()[:300])
     with pytest.raises(UserError, match="no file of plain weights"):
         import_weights(str(tmp_path / "half.pth"), tmp_path)
-    with pytest.raises(UserError, match="no such folder, and a hub id looks like owner/name"):
-        import_weights("./nowhere", tmp_path)
+    for mistyped in ("./nowhere", "nowhere", "checkpoints/audioldm2-full.pth"):  # none of them reaches the network
+        with pytest.raises(UserError, match="no such file or folder, and a hub id looks like owner/name"):
+            import_weights(mistyped, tmp_path)
+    with pytest.raises(UserError, match="owner/name: no such folder, and the hub did not give it"):
+        import_weights("owner/name", tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ nothing is executed
