@@ -7,9 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 
 from stages.base import UserError
 from stages.phonemes import MAX_LENGTH, PAD_ID, STOP_ID, SYMBOL_TO_ID, SYMBOLS, clean, encode, phoneme_ids, phoneme_vocab, pronounce
+from stages.public import layout
+from stages.translator.model import PhonemeEncoderConfig
 
 espeak = pytest.importorskip("espeakng_loader", reason="espeak-ng is not installed (extra: speech)")
 
@@ -18,6 +21,28 @@ def test_reference_phonemes_and_ids(shared):
     for row in json.loads((shared / "golden" / "phonemes.json").read_text()):
         assert pronounce(row["text"]) == row["phonemes"]
         assert phoneme_ids(row["text"]).tolist() == row["ids"]
+
+
+def test_phoneme_encoder_matches_the_reference(shared):
+    """Weights under the authors' names; states before the position table, which the projection adds."""
+    values = np.load(shared / "golden" / "phoneme_encoder.npz")
+    theirs = {key.removeprefix("weights/"): torch.from_numpy(values[key]) for key in values.files if key.startswith("weights/")}
+    sizes = json.loads(str(values["config"]))
+    config = PhonemeEncoderConfig(
+        width=sizes["hidden"], layers=sizes["layers"], heads=sizes["heads"], feed_forward=sizes["filter"], kernel=sizes["kernel"],
+        window=sizes["window"],
+    )  # fmt: skip
+    encoder = config.build().text_encoder.eval()
+    ours = encoder.state_dict()
+    places = layout.origins(ours, layout.phoneme_encoder)
+    assert layout.expected(places) == {key: tuple(value.shape) for key, value in theirs.items()}
+    encoder.load_state_dict(layout.take(ours, places, theirs))
+    ids = torch.from_numpy(values["ids"])
+    mask = (ids != PAD_ID).long()
+    np.testing.assert_array_equal(mask, values["mask"])
+    with torch.no_grad():
+        states = encoder(ids, padding_mask=mask[..., None].float(), attention_mask=mask).last_hidden_state
+    np.testing.assert_allclose((states * mask[..., None]).numpy(), values["hidden"] * values["mask"][..., None], atol=1e-4)
 
 
 def test_symbol_table():
