@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from pipelines import cluster
 from pipelines.evaluate import Evaluation
 from pipelines.tracking import Tracker
 from stages.base import UserError, to_dict, write_json
-from stages.cli import friendly, require_disk, require_memory, set_option, tracking_option
+from stages.cli import friendly, require_disk, require_memory, set_option, shown, tracking_option
 from stages.variants import Variant, resolve
 
 MEMORY_GB, DISK_GB = 6.0, 4.0  # measured peak and footprint of the default preset, rounded up (docs/log.md)
@@ -87,7 +86,7 @@ class Demo:
 
         folder = self.work / "recordings"
         made = make_demo_corpus(folder, seed=self.seed, clips_per_kind=self.preset.clips_per_kind, seconds=self.variant.audio.clip_seconds)
-        return f"{made} in {os.path.relpath(folder)}"
+        return f"{made} in {shown(folder)}"
 
     def _ingest(self, tracker: Tracker) -> str:
         from pipelines.ingest import ingest
@@ -117,7 +116,7 @@ class Demo:
 
         bundle = export(self.work, self.variant, force=True)  # an older one here can only be this demo's own
         tracker.register(bundle, name=f"loa-{self.variant.name}")
-        return os.path.relpath(bundle)
+        return shown(bundle)
 
     def _evaluate(self, tracker: Tracker) -> str:
         from pipelines.evaluate import evaluate
@@ -137,7 +136,7 @@ class Demo:
 
         path = write_report(self.work, tracking_uri=self.tracking_uri)
         tracker.artifact(path)
-        return os.path.relpath(path)
+        return shown(path)
 
     # ---------------------------------------------------------------------------------------------- running them
 
@@ -264,30 +263,30 @@ PRESETS = {
         settings={},
     ),
     "full": Preset(
-        summary="up to two hours on two cores, for sound worth hearing",
+        summary="an hour and a half on two cores, for sound worth hearing",
         clips_per_kind=200,
         evaluated_clips=120,
         sampling_steps=50,
         minutes=_QUICK_MINUTES
-        | {"train-clap": 4.4, "train-audiomae": 3.7, "train-vae": 25.5, "train-vocoder": 25.5, "train-translator": 3.0}
-        | {"train-diffusion": 29.0, "train-joint": 12.5, "evaluate": 3.0},
+        | {"train-clap": 5.4, "train-audiomae": 3.7, "train-vae": 19.0, "train-vocoder": 19.0, "train-translator": 3.0}
+        | {"train-diffusion": 26.0, "train-joint": 9.0, "evaluate": 3.0},
         settings={
-            "recipes.clap.steps": "800",
-            "recipes.clap.max_seconds": "240",
-            "recipes.audiomae.steps": "800",
+            "recipes.clap.steps": "2500",
+            "recipes.clap.max_seconds": "300",
+            "recipes.audiomae.steps": "1500",
             "recipes.audiomae.max_seconds": "200",
-            "recipes.vae.steps": "3000",
-            "recipes.vae.max_seconds": "1500",
+            "recipes.vae.steps": "5000",
+            "recipes.vae.max_seconds": "1100",
             "vae_loss.critic_start": "2000",
-            "recipes.vocoder.steps": "3500",
-            "recipes.vocoder.max_seconds": "1500",
-            "vocoder_loss.critic_start": "2000",
-            "recipes.translator.steps": "1000",
+            "recipes.vocoder.steps": "6000",
+            "recipes.vocoder.max_seconds": "1100",
+            "vocoder_loss.critic_start": "3000",
+            "recipes.translator.steps": "2000",
             "recipes.translator.max_seconds": "150",
             "recipes.diffusion.steps": "6000",
-            "recipes.diffusion.max_seconds": "1700",
-            "recipes.joint.steps": "1500",
-            "recipes.joint.max_seconds": "700",
+            "recipes.diffusion.max_seconds": "1500",
+            "recipes.joint.steps": "2000",
+            "recipes.joint.max_seconds": "500",
         },
     ),
 }
@@ -336,15 +335,15 @@ def main(
     began = time.monotonic()
     demo = Demo(work, data.absolute() if data else None, resolved, chosen, workers, tracking_uri, seed)
     demo.run()
-    shown = os.path.relpath(work)
+    place = shown(work)
     click.echo()
     if (found := Evaluation.read(work)) is not None:
         click.echo(found.table())
     click.secho(f"done in {_minutes((time.monotonic() - began) / 60)}", bold=True)
-    click.echo(f"  hear and see it   {shown}/report.html")
-    click.echo(f"  every step        mlflow ui --backend-store-uri {tracking_uri or f'sqlite:///{shown}/mlflow.db'}")
-    click.echo(f'  make a sound      loa generate "a dog barks" --bundle {shown}/bundle -o dog.wav')
-    click.echo(f"  serve it          loa serve --bundle {shown}/bundle")
+    click.echo(f"  hear and see it   {place}/report.html")
+    click.echo(f"  every step        mlflow ui --backend-store-uri {tracking_uri or f'sqlite:///{place}/mlflow.db'}")
+    click.echo(f'  make a sound      loa generate "a dog barks" --bundle {place}/bundle -o dog.wav')
+    click.echo(f"  serve it          loa serve --bundle {place}/bundle")
 
 
 def _default_work(variant: str, preset: str, data: Path | None) -> Path:

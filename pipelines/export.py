@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from pipelines.tracking import Tracker
 from pipelines.weights import released_folders
 from stages.base import UserError, to_dict, weights_hash
 from stages.bundle import assemble, read_info
-from stages.cli import friendly, tracking_option, with_option, work_option
+from stages.cli import friendly, shown, tracking_option, with_option, work_option
 from stages.variants import VARIANTS, Variant, resolve
 
 SEPARATE = ("translator", "diffusion")
@@ -122,9 +121,9 @@ def main(
     with Tracker.open(tracking_uri, work=work, job="export", variant=info.variant) as tracker:
         version = tracker.register(bundle, f"loa-{info.variant}")
     size = sum(p.stat().st_size for p in bundle.rglob("*") if p.is_file()) / 1e6
-    shown, name = os.path.relpath(bundle), info.variant + (" (tiny)" if info.tiny else "")
-    click.echo(f"{shown}: {name}, {size:.0f} MB, version {version} of the model loa-{info.variant} in MLflow")
-    click.echo(f'Try it: loa generate "rain on a tin roof" --bundle {shown}')
+    place, name = shown(bundle), info.variant + (" (tiny)" if info.tiny else "")
+    click.echo(f"{place}: {name}, {size:.0f} MB, version {version} of the model loa-{info.variant} in MLflow")
+    click.echo(f'Try it: loa generate "rain on a tin roof" --bundle {place}')
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 import threading
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from pipelines.train_loop import OneProcess, TrainJob, follow, train
 from pipelines.weights import released_folders
 from stages import STAGES, stage_class
 from stages.base import UserError, read_card, to_dict, weights_hash, whole_folder, write_json
-from stages.cli import friendly, set_option, tiny_option, tracking_option, variant_option, with_option, work_option
+from stages.cli import friendly, set_option, shown, tiny_option, tracking_option, variant_option, with_option, work_option
 from stages.variants import Variant, resolve
 
 
@@ -280,7 +279,7 @@ def main(
             stage, resolved, work, store=store, given=released, workers=workers, tracker=tracker, seed=seed, precision=precision,
             loader_workers=loader_workers, max_failures=max_failures, fresh=fresh,
         )  # fmt: skip
-    click.echo(f"{stage}: released to {os.path.relpath(folder)}")
+    click.echo(f"{stage}: released to {shown(folder)}")
 
 
 if __name__ == "__main__":

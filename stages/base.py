@@ -36,6 +36,7 @@ class Recipe:
     global_batch: int
     learning_rate: float
     betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8  # Adam divides by sqrt(second moment) + epsilon
     weight_decay: float = 0.01
     warmup_steps: int = 0
     decay: str = "constant"  # after the warm-up: "constant", "linear" or "cosine" down to zero

@@ -206,6 +206,12 @@ def sampling_options(*left_out: str) -> Callable[[Function], Function]:
     return decorate
 
 
+def shown(path: Path | str) -> str:
+    """A path as people write it: relative to where they are if it lies there or next to it, else whole."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith(os.path.join(os.pardir, os.pardir)) else relative
+
+
 # ------------------------------------------------------------------------------------------ is there room for this?
 
 

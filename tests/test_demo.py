@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 from click.testing import CliRunner
 
 from pipelines.demo import PRESETS, Demo, main
-from stages.base import Recipe
+from pipelines.ingest import ingest
+from pipelines.store import FeatureStore
+from stages.base import Recipe, read_card
 from stages.variants import Recipes, Variant, resolve
 
 REPO = Path(__file__).resolve().parent.parent
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 STEPS = {name: Recipe(6, 4, 1e-3, warmup_steps=2, validate_every=6, checkpoint_every=3) for name in Recipes.__dataclass_fields__}
 SMALL = replace(PRESETS["quick"], clips_per_kind=4, evaluated_clips=4, sampling_steps=2)
 
@@ -102,3 +110,74 @@ def test_other_settings_do_not_mix_into_a_demo(tmp_path: Path) -> None:
 def test_bad_input_gets_a_sentence(arguments: list[str], sentence: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, [*arguments, "--work", str(tmp_path / "w")])
     assert result.exit_code != 0 and sentence in result.output and "Traceback" not in result.output
+
+
+# ------------------------------------------------------------------------------------------------ through ray job submit
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@pytest.fixture
+def head() -> Iterator[str]:
+    """The dashboard's address of a cluster of its own, as `ray start --head` begins it; `ray` is on the PATH of its jobs."""
+    ports = [free_port() for _ in range(3)]
+    env = os.environ | {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_worker_niceness": "0",  # workers run at 15 otherwise: beside other tests they would hardly run at all
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    env.pop("RAY_ADDRESS", None)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in env.items():
+            patch.setenv(name, value)
+        patch.delenv("RAY_ADDRESS", raising=False)
+        command = [
+            *RAY, "start", "--head", "--block", "--num-cpus=4", "--object-store-memory=200000000", "--disable-usage-stats",
+            f"--port={ports[0]}", "--dashboard-host=127.0.0.1", f"--dashboard-port={ports[1]}",
+            f"--dashboard-agent-listen-port={ports[2]}",  # the default one belongs to the cluster that other tests share
+        ]  # fmt: skip
+        process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            yield f"http://127.0.0.1:{ports[1]}"
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def submit(address: str, *job: str) -> None:
+    """`ray job submit --working-dir . -- python -m …` until its end; waits for a cluster that is still coming up."""
+    command = [*RAY, "job", "submit", "--address", address, "--working-dir", str(REPO), "--", "python", "-m", *job]
+    deadline = time.monotonic() + 120
+    while True:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+        said = done.stdout + done.stderr
+        starting = "No available agent" in said or "Failed to connect to Ray" in said
+        if not starting or time.monotonic() > deadline:
+            break
+        time.sleep(2)
+    assert done.returncode == 0, said[-3000:]
+
+
+@pytest.mark.slow
+def test_jobs_run_when_submitted_to_a_cluster(head: str, tmp_path: Path) -> None:
+    """The mel pass and one training job."""
+    recordings, work = tmp_path / "recordings", tmp_path / "work"
+    recordings.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        soundfile.write(recordings / f"{i}.wav", 0.1 * rng.standard_normal(40_960), 16_000)
+        (recordings / f"{i}.txt").write_text("a hiss")
+    variant = hurried()
+    ingest([recordings], str(work / "store"), variant.audio)
+    submit(head, "pipelines.preprocess", "mel", "--work", str(work), "--tiny")
+    short = ("--set", "recipes.audiomae.steps=3", "--set", "recipes.audiomae.global_batch=4")
+    submit(head, "pipelines.train", "audiomae", "--work", str(work), "--tiny", *short)
+    assert len(FeatureStore.open(str(work / "store")).reader(["mel"])) == 40
+    assert read_card(work / "stages" / "audiomae", "audiomae")["steps"] == 3

@@ -42,7 +42,7 @@ class VAELossConfig:
     @classmethod
     def tiny(cls) -> VAELossConfig:
         """A small critic that joins late; the KL's weight per latent value is the reference's at a 16th of its pixels."""
-        return cls(kl_weight=60.0, critic_start=500, critic=PatchCriticConfig(channels=16, layers=2, norm="group"))
+        return cls(kl_weight=60.0, critic_start=800, critic=PatchCriticConfig(channels=16, layers=2, norm="group"))
 
 
 class VAEStage(Stage):
