@@ -174,7 +174,7 @@ def tiny(variant: Variant) -> Variant:
         vocoder=VocoderConfig.tiny(),
         vocoder_loss=VocoderLossConfig.tiny(),
         translator=replace(
-            variant.translator, width=128, layers=4, heads=4, positions=512, vocab=8, dropout=0.0,
+            variant.translator, width=128, layers=4, heads=4, positions=512, vocab=8, dropout=0.0, clap_dropout=0.0,
             pooling=1 if speech else 4,
         ),
         # v-prediction: ε at the noisiest steps says almost nothing about z, which a short training does not forgive.

@@ -128,7 +128,7 @@ def test_recipes_are_the_stated_ones():
     assert (translator.learning_rate, translator.warmup_steps, translator.decay) == (1e-4, 10_000, "constant")
     assert (diffusion.learning_rate, diffusion.warmup_steps, diffusion.ema_decay) == (1e-4, 10_000, 0.9999)
     assert (FULL.vae_loss.kl_weight, FULL.vae_loss.adversarial_weight, FULL.vae_loss.critic_start) == (1000.0, 0.5, 25_000)
-    assert (FULL.diffusion.condition_dropout, FULL.translator.clap_dropout, FULL.joint.ground_truth) == (0.1, 0.0, 0.25)
+    assert (FULL.diffusion.condition_dropout, FULL.translator.clap_dropout, FULL.joint.ground_truth) == (0.1, 0.1, 0.25)
 
 
 def clip(rng, channels=4):

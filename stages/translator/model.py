@@ -27,7 +27,7 @@ class TranslatorConfig:
     dropout: float = 0.1
     pooling: int = 8  # λ of the target
     loss: str = "l1"  # what made the public weights; "mse" is the paper's (register 2)
-    clap_dropout: float = 0.0  # share of clips whose CLAP embedding becomes CLAP(""); 0.1 is the authors' code, not the paper (register 9)
+    clap_dropout: float = 0.1  # share of clips whose CLAP embedding becomes CLAP(""): the authors' code, not the paper (register 9)
 
     def build(self, num_tokens: int) -> GPT2LMHeadModel:
         """GPT-2 with fresh weights.
