@@ -13,7 +13,7 @@ from pipelines.weights import from_hub
 from stages.base import UserError, whole_folder
 from stages.bundle import FILES, read_info
 from stages.checkpoints import read_checkpoint, weights_of
-from stages.cli import DEFAULT_VARIANT, _pairs, friendly, set_option, work_option
+from stages.cli import DEFAULT_VARIANT, friendly, pairs, set_option, work_option
 from stages.public import laion
 from stages.public.folder import import_folder
 from stages.public.original import WEIGHTS, import_original, is_original, require_variant, structure, variants_like
@@ -139,7 +139,7 @@ def _verify(distance: Mapping[str, float]) -> None:
     "--with",
     "given",
     multiple=True,
-    callback=_pairs,
+    callback=pairs,
     metavar="PART=FOLDER",
     help=f"What a checkpoint file lacks: {', '.join(PARTS)}. A folder or a hub id; may be repeated.",
 )

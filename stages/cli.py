@@ -107,7 +107,7 @@ def _debugging() -> bool:
 # --------------------------------------------------------------------------------------------------- shared options
 
 
-def _pairs(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+def pairs(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
     """KEY=VALUE given several times, as a dict."""
     pairs: dict[str, str] = {}
     for text in values:
@@ -149,7 +149,7 @@ set_option = click.option(
     "--set",
     "settings",
     multiple=True,
-    callback=_pairs,
+    callback=pairs,
     metavar="NAME=VALUE",
     help="Change one setting of the variant, such as recipes.diffusion.learning_rate=5e-5. May be repeated.",
 )
@@ -157,7 +157,7 @@ with_option = click.option(
     "--with",
     "released",
     multiple=True,
-    callback=_pairs,
+    callback=pairs,
     metavar="STAGE=FOLDER",
     help="Use these weights for a stage instead of the ones trained in --work. A folder or a hub id; may be repeated.",
 )
