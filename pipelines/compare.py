@@ -95,9 +95,12 @@ def _protocol(protocol: Protocol) -> str:
 
 
 def _published(table: PublishedTable) -> Block:
+    numbers = {c: [v[i] for v in table.rows.values() if isinstance(v[i], float)] for i, c in enumerate(table.columns)}
+    decimals = {c: max((len(str(value).partition(".")[2]) for value in values), default=0) for c, values in numbers.items()}
+
     def cell(system: str, column: str, value: float | str | None) -> Cell:
-        doubtful = " (?)" if (system, column) in table.uncertain else ""
-        return Cell("–" if value is None else f"{value}{doubtful}", value)
+        shown = f"{value:.{decimals[column]}f}" if isinstance(value, float) else "–" if value is None else str(value)
+        return Cell(shown + (" (?)" if (system, column) in table.uncertain else ""), value)
 
     rows = tuple(
         (system, tuple(cell(system, column, value) for column, value in zip(table.columns, values, strict=True)))

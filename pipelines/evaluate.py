@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from pipelines import judging, metrics, plots
 from pipelines.folders import read_by, score_folders, word_errors
-from pipelines.judging import ClapJudge, ClassifierJudge, ClipFile, Found, Heard, Judge
+from pipelines.judging import Channels, ClapJudge, ClassifierJudge, ClipFile, Found, Heard, Judge
 from pipelines.protocol import (
     MEASURES,
     HeldOut,
@@ -146,6 +146,7 @@ def evaluate(
     captions: Path | None = None,
     judges: Sequence[Judge] = (),
     transcriber: Transcriber | None = None,
+    channels: Channels = "mean",
     **options: Any,
 ) -> Evaluation:
     """Generate one clip for each held-out caption, score all systems, and write `<work>/evaluation`.
@@ -165,6 +166,7 @@ def evaluate(
         captions: a frozen caption list; its clips are taken, with its captions, instead of `num_clips` of `split`.
         judges: published networks that listen besides CLAP and the classifier.
         transcriber: reads the clips of a speech system, for error rates.
+        channels: what the records say of channels; the sounds here have one, for which both rules are the same.
 
     Raises:
         UserError: there is no bundle, no store, no held-out clip with a caption, or the store lacks clips of `captions`.
@@ -245,7 +247,7 @@ def evaluate(
     origins = {s: {**about, "sounds_sha256": sets[s]} for s, about in told.items()}
     ranker = f"clap {weights_hash(bundle / 'text_encoder')}" if settings["candidates"] > 1 else None
     common = {
-        "num_generated": len(clips), "captions_sha256": captions_hash(clips), "references_sha256": sets["real"], "channels": "first",
+        "num_generated": len(clips), "captions_sha256": captions_hash(clips), "references_sha256": sets["real"], "channels": channels,
         "candidates": settings["candidates"], "ranker": ranker,
     }  # fmt: skip
     write_captions(place / "captions.json", clips)
@@ -590,7 +592,8 @@ def records(scored: Scored, name: str, common: Mapping[str, Any], made: Mapping[
     for system, heard_by, one in scored.found:
         protocol = judging.protocol_of(one, heard_by, common)
         check = scored.check.counts() if system == "generated" else {"clips": len(scored.clips)}
-        found.append(Record(called.get(system, SYSTEMS[system]), one.value, protocol, made.get(system, {}), check, version, one.extra))
+        shown, ranked = called.get(system, SYSTEMS[system]), system == "generated"
+        found.append(Record(shown, one.value, protocol, made.get(system, {}), check, version, one.extra, ranked))
     return found
 
 
@@ -744,7 +747,7 @@ def main(
         found = evaluate(
             work, bundle=bundle, store=options["store"], clap=options["clap"], num_clips=options["num_clips"], split=options["split"],
             seed=seed, batch=options["batch"], tracker=tracker, name=options["name"], captions=options["captions"], judges=judges,
-            transcriber=transcriber, **sampling,
+            transcriber=transcriber, channels=_channels(options), **sampling,
         )  # fmt: skip
     click.echo(found.table())
     click.echo(f"sounds and scores: {os.path.relpath(work / 'evaluation')}")
@@ -767,6 +770,10 @@ def _told(sampling: Mapping[str, Any], given: set[str], seed: int) -> dict[str, 
     """What the command line says of how clips were made: a whole profile, or single points and None for the others."""
     whole = asdict(resolve(**sampling)) if "profile" in given else {}
     return {name: sampling.get(name) for name in OPTIONS} | whole | {"seed": seed if "seed" in given else None}
+
+
+def _channels(options: Mapping[str, Any]) -> Channels:
+    return "first" if options["listening"] == "audioldm_eval" else "mean"
 
 
 def _score_folders(work: Path, generated: Path, made: Mapping[str, Any], options: Mapping[str, Any], given: set[str]) -> None:
@@ -795,7 +802,7 @@ def _score_folders(work: Path, generated: Path, made: Mapping[str, Any], options
     name = options["name"] or generated.resolve().name
     whole = options["listening"] == "audioldm_eval"
     found = score_folders(
-        generated, options["reference"], judges, name=name, captions=options["captions"], channels="first" if whole else "mean",
+        generated, options["reference"], judges, name=name, captions=options["captions"], channels=_channels(options),
         seconds=None if whole else seconds, hypotheses=options["hypotheses"], reader=options["reader"], transcriber=transcriber,
         made={name: value for name, value in made.items() if name != "candidates"},
         candidates=made["candidates"], ranker=options["ranker"], cache=work / "scores" / "cache",

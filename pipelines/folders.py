@@ -111,8 +111,10 @@ def score_folders(
     version = code_version()
 
     def note(system: str, found: Iterable[Found], heard_by: Mapping[str, Any]) -> None:
-        about = (made, check.counts()) if system == name else ({}, {"clips": len(names)})
-        records.extend(Record(system, one.value, protocol_of(one, heard_by, common), *about, version, one.extra) for one in found)
+        own = system == name
+        about = (made, check.counts()) if own else ({}, {"clips": len(names)})
+        for one in found:
+            records.append(Record(system, one.value, protocol_of(one, heard_by, common), *about, version, one.extra, ranked=own))
 
     for judge in judges:
         heard = hear_files(judge, [ours[clip] for clip in names], channels, cache)

@@ -134,6 +134,7 @@ class Record:
     check: Mapping[str, int]  # clips, and how many of them are silent, clipped, short
     code_version: str
     extra: Mapping[str, float] = dataclasses.field(default_factory=dict)  # what comes with the value, such as a deviation
+    ranked: bool = True  # False for what stands beside systems to read them against: real clips, restored ones
     format: int = RECORD_FORMAT
 
     def __post_init__(self) -> None:
@@ -211,7 +212,8 @@ class Comparison:
 
     def best(self, metric: str) -> set[str]:
         """The systems with the best value of a metric, among those that are ranked; none where there is nothing to compare."""
-        ranked = [s for s in self.systems if s not in self.unranked and (s, metric) in self.records]
+        there = [s for s in self.systems if s not in self.unranked and (s, metric) in self.records]
+        ranked = [s for s in there if self.records[s, metric].ranked]
         values = {s: MEASURES[metric].form.format(self.records[s, metric].value) for s in ranked}  # a tie is what a reader sees
         if len(ranked) < 2:
             return set()

@@ -34,6 +34,7 @@ def test_measures_of_the_papers_table_come_first_and_the_best_is_marked():
     assert not rows["silent"][0].best and any("silent: of 957 clips 500 silent; not ranked" in note for note in measured.notes)
     assert any("KL(reference || generated)" in note and "957 clips against 957" in note for note in measured.notes)
     assert published.title.startswith("Published, not measured here") and dict(published.rows)["AudioLDM 2-AC"][2].value == 1.67
+    assert [cell.shown for cell in dict(published.rows)["AudioLDM 2-Full"]] == ["29510", "346M", "1.78", "1.60", "0.191", "3.83", "3.77"]
 
 
 def test_mixed_protocols_are_refused():

@@ -118,6 +118,11 @@ def test_one_system_has_one_score_of_a_metric():
         side_by_side([])
 
 
+def test_real_and_restored_clips_stand_beside_and_are_not_ranked():
+    beside = dataclasses.replace(record("real clips", 0.1), ranked=False)
+    assert side_by_side([record("A", 2.0), record("B", 1.5), beside]).best("fad") == {"B"}
+
+
 def test_silent_systems_are_not_ranked():
     found = side_by_side([record("A", 2.0), record("B", 1.0, silent=10), record("C", 3.0, silent=9)])
     assert found.unranked == ("B",) and found.best("fad") == {"A"}  # 10 of 957 are more than 1 %, 9 are not
