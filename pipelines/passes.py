@@ -177,12 +177,10 @@ class LatentPass(Pass):
         return [_checked({"latent": {"latent.npy": latent}}) for latent in latents]
 
 
-class TextPass(Pass):
-    """Captions (or labels) → CLAP embeddings and T5 states of all texts of a clip."""
+class ClapPass(Pass):
+    """What the passes by the towers of CLAP and T5 share: loading them."""
 
-    name, encoder, weights = "text", "clap", ("text_encoder", "text_encoder_2")
-    batch = 256
-    texts_at_once = 32
+    encoder = "clap"
 
     def load(self, device: torch.device) -> None:
         from stages.frozen import TextEncoders
@@ -190,6 +188,14 @@ class TextPass(Pass):
         super().load(device)
         assert self.folder is not None
         self.network = TextEncoders.load(self.folder, device)
+
+
+class TextPass(ClapPass):
+    """Captions (or labels) → CLAP embeddings and T5 states of all texts of a clip."""
+
+    name, weights = "text", ("text_encoder", "text_encoder_2")
+    batch = 256
+    texts_at_once = 32
 
     @torch.inference_mode()
     def encode(self, rows: Sequence[Row], clips: Sequence[Features]) -> list[Outcome]:
@@ -205,10 +211,10 @@ class TextPass(Pass):
         return [_checked({"text": _text_members([known[text] for text in group])}) for group in texts]
 
 
-class SpeechPass(Pass):
+class SpeechPass(ClapPass):
     """Spoken clips → the speaker's CLAP embedding and the phonemes of the transcript. Clips without one are left out."""
 
-    name, reads, encoder, weights = "speech", ("waveform",), "clap", ("text_encoder",)
+    name, reads, weights = "speech", ("waveform",), ("text_encoder",)
     batch = 16
 
     def __init__(self, audio: AudioConfig, folder: Path, max_phonemes: int) -> None:
@@ -220,13 +226,6 @@ class SpeechPass(Pass):
 
     def wants(self, row: Row) -> bool:
         return bool(row["transcript"])
-
-    def load(self, device: torch.device) -> None:
-        from stages.frozen import TextEncoders
-
-        super().load(device)
-        assert self.folder is not None
-        self.network = TextEncoders.load(self.folder, device)
 
     @torch.inference_mode()
     def encode(self, rows: Sequence[Row], clips: Sequence[Features]) -> list[Outcome]:

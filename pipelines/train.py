@@ -273,7 +273,7 @@ def main(
         click.echo(describe(resolved, stage, workers))
         return
     tags = {"loa.stage": stage, "loa.variant": resolved.name}
-    with Tracker.open(tracking_uri, work=work, job=f"train-{stage}", variant=resolved.name, tags=tags) as tracker:
+    with Tracker.open(tracking_uri, work=work, job=f"train-{stage}", variant=resolved.name, tags=tags, fresh=fresh) as tracker:
         tracker.params({"seed": seed, **_flat(to_dict(dataclasses.replace(resolved)))})
         folder = train_stage(
             stage, resolved, work, store=store, given=released, workers=workers, tracker=tracker, seed=seed, precision=precision,

@@ -194,7 +194,7 @@ def train(job: TrainJob, workers: Workers) -> dict[str, float]:
 def _optimizer(part: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     trained = [p for p in part.parameters() if p.requires_grad]
     return torch.optim.AdamW(
-        trained, lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.epsilon, weight_decay=recipe.weight_decay, foreach=True
+        trained, lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.epsilon, weight_decay=recipe.weight_decay, fused=True
     )
 
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stages.base import UserError
+from stages.base import UserError, from_dict, to_dict, write_json
+
+Network = TypeVar("Network", bound=nn.Module)
+Config = TypeVar("Config")
 
 
 class LeftOut:
@@ -150,6 +154,28 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], source: Path | 
     """Put `state` into `module`, or raise a UserError that says what does not fit."""
     require_fit({key: value.shape for key, value in module.state_dict().items()}, state, source, type(module).__name__)
     module.load_state_dict(dict(state))
+
+
+def save_network(network: nn.Module, config: Any, folder: Path) -> None:
+    """Write `config.json` and `model.safetensors`, which `load_network` reads."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({key: value.contiguous() for key, value in network.state_dict().items()}, folder / "model.safetensors")
+    write_json(folder / "config.json", to_dict(config))
+
+
+def load_network(build: Callable[[Config], Network], default: Config, folder: Path, advice: str) -> Network:
+    """The network that `save_network` wrote, in evaluation mode; `default` gives its configuration's type and new fields.
+
+    Raises UserError, with `advice`, when the folder holds none.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no {getattr(build, '__name__', 'network')} (no config.json); {advice}")
+    network = build(from_dict(default, json.loads((folder / "config.json").read_text(encoding="utf-8"))))
+    load_weights(network, load_file(folder / "model.safetensors"), folder / "model.safetensors")
+    network.eval()
+    return network
 
 
 def _listed(what: str, keys: list[str], notes: Mapping[str, str] | None = None) -> str:

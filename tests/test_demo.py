@@ -16,11 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 from pipelines.demo import PRESETS, Demo, main
 from pipelines.ingest import ingest
 from pipelines.store import FeatureStore
+from stages import STAGES
 from stages.base import Recipe, read_card
 from stages.variants import Recipes, Variant, resolve
 
@@ -110,6 +113,51 @@ def test_other_settings_do_not_mix_into_a_demo(tmp_path: Path) -> None:
 def test_bad_input_gets_a_sentence(arguments: list[str], sentence: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, [*arguments, "--work", str(tmp_path / "w")])
     assert result.exit_code != 0 and sentence in result.output and "Traceback" not in result.output
+
+
+# ---------------------------------------------------------------------------------------------------------- power cuts
+
+ONE_CALL = """
+import sys
+from pathlib import Path
+from test_demo import SMALL, Demo, hurried
+
+if __name__ == "__main__":
+    Demo(Path({work!r}), Path({data!r}), hurried(), SMALL, workers=0, tracking_uri=None, seed=0).run()
+"""
+
+
+@pytest.mark.slow
+def test_killed_demo_is_finished_by_the_same_call(finished: Path, tmp_path: Path) -> None:
+    """SIGKILL to the whole process group during a pass, a training, the export and the evaluation: the weights do not tell."""
+    work = tmp_path / "killed"
+    script = tmp_path / "one_call.py"
+    script.write_text(ONE_CALL.format(work=str(work), data=str(finished / "recordings")))
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPO), str(REPO / "tests")]), "PYTHONUNBUFFERED": "1"}
+
+    def call(log: Path) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, str(script)], env=env, start_new_session=True, stdout=log.open("wb"), stderr=subprocess.STDOUT
+        )
+
+    for step, delay in (("mel", 3.0), ("train-vae", 1.5), ("train-joint", 0.5), ("evaluate", 4.0)):
+        log = tmp_path / f"{step}.log"
+        victim = call(log)
+        deadline = time.monotonic() + 300
+        while f"({step};" not in log.read_text(errors="replace"):
+            assert victim.poll() is None and time.monotonic() < deadline, log.read_text(errors="replace")[-2000:]
+            time.sleep(0.1)
+        time.sleep(delay)
+        os.killpg(victim.pid, signal.SIGKILL)
+        victim.wait()
+        assert not (work / "report.html").exists()
+    log = tmp_path / "last.log"
+    assert call(log).wait(400) == 0, log.read_text()[-2000:]
+    assert (work / "report.html").is_file()
+    for stage in STAGES:
+        for path in sorted((finished / "stages" / stage).rglob("*.safetensors")):
+            whole, resumed = load_file(path), load_file(work / "stages" / stage / path.relative_to(finished / "stages" / stage))
+            assert all(torch.allclose(whole[k].float(), resumed[k].float(), atol=1e-6) for k in whole), (stage, path.name)
 
 
 # ------------------------------------------------------------------------------------------------ through ray job submit

@@ -5,7 +5,6 @@ Parameters carry the names of the published checkpoint, so `pretrained.pth` of f
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stages.base import UserError, from_dict, to_dict, write_json
-from stages.checkpoints import load_weights, read_checkpoint
+from stages.base import UserError
+from stages.checkpoints import load_network, load_weights, read_checkpoint, save_network
 
 
 @dataclass(frozen=True)
@@ -326,20 +324,12 @@ class AudioMAE(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.contiguous() for key, value in self.state_dict().items()}, folder / "model.safetensors")
-        write_json(folder / "config.json", to_dict(self.config))
+        save_network(self, self.config, folder)
 
     @classmethod
     def load(cls, folder: Path) -> AudioMAE:
         """The network that `save` wrote, in evaluation mode."""
-        folder = Path(folder)
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{folder} holds no AudioMAE (no config.json); run `loa train audiomae` or import the public weights")
-        model = cls(from_dict(AudioMAEConfig(), json.loads((folder / "config.json").read_text(encoding="utf-8"))))
-        load_weights(model, load_file(folder / "model.safetensors"), folder / "model.safetensors")
-        return model.eval()
+        return load_network(cls, AudioMAEConfig(), folder, "run `loa train audiomae` or import the public weights")
 
     @classmethod
     def load_pretrained(cls, path: Path, config: AudioMAEConfig | None = None) -> AudioMAE:

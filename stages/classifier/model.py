@@ -6,16 +6,15 @@ penultimate layer for a Fréchet distance. It is trained on the store's own labe
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stages.base import UserError, from_dict, to_dict, write_json
+from stages.base import UserError
+from stages.checkpoints import load_network, save_network
 
 MEL_MEAN, MEL_STD = -6.0, 3.0  # rough level and spread of log-mel values; the floor, ln 1e-5, becomes -1.8
 
@@ -83,17 +82,9 @@ class Classifier(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write `config.json` (with the class names) and `model.safetensors`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.contiguous() for key, value in self.state_dict().items()}, folder / "model.safetensors")
-        write_json(folder / "config.json", to_dict(self.config))
+        save_network(self, self.config, folder)
 
     @classmethod
     def load(cls, folder: Path) -> Classifier:
         """The network that `save` wrote, in evaluation mode."""
-        folder = Path(folder)
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{folder} holds no classifier (no config.json); run `loa train classifier`")
-        model = cls(from_dict(ClassifierConfig(), json.loads((folder / "config.json").read_text(encoding="utf-8"))))
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-        return model.eval()
+        return load_network(cls, ClassifierConfig(), folder, "run `loa train classifier`")
