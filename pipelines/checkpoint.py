@@ -109,6 +109,9 @@ def load(folder: Path, parts: Mapping[str, nn.Module], optimizers: Mapping[str, 
 
 
 def full_weights(part: nn.Module) -> dict[str, Tensor]:
-    """All weights of a part on the CPU of worker 0, {} elsewhere; every worker must call it."""
-    state: dict[str, Any] = get_model_state_dict(part, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return state
+    """All weights of a part on the CPU of worker 0, {} elsewhere; every worker must call it.
+
+    They are copies: what a single CPU worker gathers is the memory it trains in, which changes when averages are swapped out.
+    """
+    state: dict[str, Tensor] = get_model_state_dict(part, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {name: value.clone() for name, value in state.items()}

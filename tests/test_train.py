@@ -16,7 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_store import make_store, run_here, small
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
+from pipelines.checkpoint import EMA, full_weights
 from pipelines.dataset import clip_rng, permutation, places, step_rng
 from pipelines.train import train_stage
 from pipelines.train_loop import OneProcess
@@ -178,6 +181,25 @@ def test_resumed_run_equals_the_uninterrupted_one(line: tuple[Path, Variant], tm
     assert not (tmp_path / "interrupted" / "stages" / "diffusion").exists()
     resumed = run(tmp_path / "interrupted")
     assert largest_difference(resumed, work / "stages" / "diffusion") < 1e-6
+
+
+def test_gathered_averages_stay_when_the_live_weights_come_back(tmp_path: Path) -> None:
+    world = OneProcess(tmp_path)
+    try:
+        part = torch.nn.Linear(3, 2)
+        parts = {"part": fully_shard(part, mesh=init_device_mesh("cpu", (1,)))}
+        average = EMA(parts, decay=0.5)
+        before = full_weights(part)["weight"]
+        with torch.no_grad():
+            for parameter in part.parameters():
+                parameter.add_(1.0)
+        average.update()  # (1 + 1) / (10 + 1) of the old weights stay
+        with average.swapped_in():
+            gathered = full_weights(part)
+        assert torch.allclose(gathered["weight"], before + 9 / 11)
+        assert torch.allclose(full_weights(part)["weight"], before + 1.0)
+    finally:
+        world.close()
 
 
 @pytest.mark.slow
