@@ -113,5 +113,5 @@ def full_weights(part: nn.Module) -> dict[str, Tensor]:
 
     They are copies: what a single CPU worker gathers is the memory it trains in, which changes when averages are swapped out.
     """
-    state: dict[str, Tensor] = get_model_state_dict(part, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state: dict[str, Any] = get_model_state_dict(part, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return {name: value.clone() for name, value in state.items()}

@@ -84,8 +84,11 @@ class Demo:
     def _corpus(self, tracker: Tracker) -> str:
         from pipelines.demo_corpus import make_demo_corpus
 
-        folder = self.work / "recordings"
-        made = make_demo_corpus(folder, seed=self.seed, clips_per_kind=self.preset.clips_per_kind, seconds=self.variant.audio.clip_seconds)
+        folder, count = self.work / "recordings", self.preset.clips_per_kind
+        if self.variant.phonemes is None:
+            made = make_demo_corpus(folder, self.seed, count, self.variant.audio.clip_seconds)
+        else:  # a voice is to be learnt: mostly sentences, in both speech layouts
+            made = make_demo_corpus(folder, self.seed, max(4, count // 10), self.variant.audio.clip_seconds, speech=5 * count)
         return f"{made} in {shown(folder)}"
 
     def _ingest(self, tracker: Tracker) -> str:

@@ -181,11 +181,11 @@ def tiny(variant: Variant) -> Variant:
         diffusion=replace(
             variant.diffusion, channels=(96, 128), layers_per_block=1, heads=(3, 4), norm_groups=16, prediction="v_prediction"
         ),
-        recipes=tiny_recipes(),
+        recipes=tiny_recipes(speech),
     )  # fmt: skip
 
 
-def tiny_recipes() -> Recipes:
+def tiny_recipes(speech: bool = False) -> Recipes:
     """Budgets for two CPU cores: all stages in a quarter of an hour by the clock, fewer where the steps end first (docs/log.md)."""
     short = Recipe(300, 32, 1e-3, (0.9, 0.98), 0.01, warmup_steps=30, decay="cosine", validate_every=150, checkpoint_every=100)
     return Recipes(
@@ -195,7 +195,10 @@ def tiny_recipes() -> Recipes:
         vocoder=replace(short, steps=1500, global_batch=8, learning_rate=2e-3, betas=(0.8, 0.99), weight_decay=0.0, max_seconds=200),
         translator=replace(short, steps=600, max_seconds=35),
         diffusion=replace(short, steps=1000, global_batch=16, ema_decay=0.999, validate_every=500, max_seconds=165),
-        joint=replace(short, steps=400, global_batch=16, learning_rate=4e-4, ema_decay=0.99, max_seconds=70),
+        # GPT-2 writes 256 vectors for speech, all held for the way back: 8.5 GB for 16 clips at once.
+        joint=replace(
+            short, steps=400, global_batch=16, learning_rate=4e-4, ema_decay=0.99, max_seconds=70, micro_batch=4 if speech else None
+        ),
         classifier=replace(short, steps=200, max_seconds=45),
     )
 
