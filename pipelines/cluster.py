@@ -21,6 +21,7 @@ _QUIET = {
 _QUIET_LOCAL = {
     "RAY_AUTH_MODE": "disabled",  # nothing of a local cluster listens beyond loopback
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers use this interpreter and this folder
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away; saves a process per training
 }
 
 

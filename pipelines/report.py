@@ -23,8 +23,9 @@ import torch
 from PIL import Image
 
 from pipelines import plots
-from pipelines.evaluate import HEARD, SYSTEMS, Evaluation, classes_picture, confusion_picture
+from pipelines.evaluate import Evaluation, classes_picture, confusion_picture
 from pipelines.protocol import MEASURES
+from pipelines.scoring import HEARD, SYSTEMS
 from pipelines.store import FeatureStore, code_version
 from pipelines.tracking import Run, read_runs, tracking_uri
 from stages import STAGES

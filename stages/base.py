@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -35,6 +35,7 @@ class Recipe:
     steps: int
     global_batch: int
     learning_rate: float
+    _: KW_ONLY
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8  # Adam divides by sqrt(second moment) + epsilon
     weight_decay: float = 0.01

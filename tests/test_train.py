@@ -26,7 +26,7 @@ from pipelines.train_loop import OneProcess
 from pipelines.weights import released_folders
 from stages import STAGES
 from stages.base import Recipe, UserError, read_card
-from stages.variants import VARIANTS, Variant, resolve
+from stages.variants import VARIANTS, Recipes, Variant, resolve
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -86,6 +86,16 @@ def test_learning_rate_warms_up_and_decays() -> None:
     assert recipe.rate_at(9, 0.09) == pytest.approx(1.0)
     assert recipe.rate_at(50, 0.5) == pytest.approx(0.5)
     assert replace(recipe, decay="cosine").rate_at(100, 1.0) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_recipes_are_the_published_ones() -> None:
+    """Optimiser settings as facts 2.3, 3, 6 and 7.4 give them; tiny ones share all but the rates and lengths."""
+    recipes = resolve("audioldm2-full").recipes
+    assert {getattr(recipes, name).epsilon for name in Recipes.__dataclass_fields__} == {1e-8}
+    assert (recipes.vae.betas, recipes.vae.weight_decay) == ((0.5, 0.9), 0.0)
+    assert (recipes.vocoder.betas, recipes.vocoder.weight_decay, recipes.vocoder.learning_rate) == ((0.8, 0.99), 0.01, 2e-4)
+    assert (recipes.diffusion.learning_rate, recipes.diffusion.warmup_steps, recipes.diffusion.ema_decay) == (1e-4, 10_000, 0.9999)
+    assert {getattr(resolve("audioldm2-full", tiny=True).recipes, name).epsilon for name in Recipes.__dataclass_fields__} == {1e-8}
 
 
 # ----------------------------------------------------------------------------------------------------- whole lines
