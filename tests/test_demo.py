@@ -129,7 +129,7 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_killed_demo_is_finished_by_the_same_call(finished: Path, tmp_path: Path) -> None:
-    """SIGKILL to the whole process group during a pass, a training, the export and the evaluation: the weights do not tell."""
+    """SIGKILL to the whole process group during a training and the evaluation: the weights do not tell."""
     work = tmp_path / "killed"
     script = tmp_path / "one_call.py"
     script.write_text(ONE_CALL.format(work=str(work), data=str(finished / "recordings")))
@@ -140,7 +140,7 @@ def test_killed_demo_is_finished_by_the_same_call(finished: Path, tmp_path: Path
             [sys.executable, str(script)], env=env, start_new_session=True, stdout=log.open("wb"), stderr=subprocess.STDOUT
         )
 
-    for step, delay in (("mel", 3.0), ("train-vae", 1.5), ("train-joint", 0.5), ("evaluate", 4.0)):
+    for step, delay in (("train-vae", 1.5), ("evaluate", 4.0)):
         log = tmp_path / f"{step}.log"
         victim = call(log)
         deadline = time.monotonic() + 300
@@ -194,7 +194,7 @@ def head() -> Iterator[str]:
         finally:
             os.killpg(process.pid, signal.SIGTERM)
             try:
-                process.wait(30)
+                process.wait(5)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
 

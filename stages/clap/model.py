@@ -13,6 +13,10 @@ from functools import lru_cache
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 from transformers import (
     ClapConfig as HFClapConfig,
@@ -148,13 +152,21 @@ def clap_mel(waveform: Tensor, extractor: ClapFeatureExtractor) -> Tensor:
 
 
 def train_tokenizers(captions: Sequence[str], clap: ClapConfig, t5: T5Config) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
-    """A byte-level BPE and a unigram tokenizer of at most the configured vocabularies, learned from captions."""
+    """A byte-level BPE and a unigram tokenizer of at most the configured vocabularies, learned from captions.
+
+    The unigram pieces are those of a BPE and cost the same, so that a word falls into as few as possible: a unigram
+    trainer sums in the order of a hash table, and equal captions would give other token ids in every process.
+    """
     corpus = list(captions) or [""]
     roberta = RobertaTokenizerFast(vocab={"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 4}, model_max_length=clap.text_length)
     roberta = roberta.train_new_from_iterator(corpus, vocab_size=clap.text_vocab, show_progress=False)
-    unigram = T5TokenizerFast(extra_ids=0, model_max_length=t5.max_length)
-    unigram = unigram.train_new_from_iterator(corpus, vocab_size=t5.vocab, show_progress=False)
-    return roberta, unigram
+    pieces = Tokenizer(BPE(unk_token="<unk>"))
+    pieces.pre_tokenizer = Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    pieces.train_from_iterator(corpus, BpeTrainer(vocab_size=t5.vocab, special_tokens=special, show_progress=False))
+    ranked = sorted(pieces.get_vocab().items(), key=lambda entry: entry[1])
+    vocabulary = [(piece, 0.0 if piece in special else -1.0) for piece, _ in ranked]
+    return roberta, T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=t5.max_length)
 
 
 class SecondTextTower(nn.Module):
