@@ -109,7 +109,9 @@ class Demo:
         from pipelines.train import train_stage
         from stages.base import read_card
 
-        folder = train_stage(stage, self.variant, self.work, workers=self.workers, tracker=tracker, seed=self.seed)
+        # The judge learns in half a minute, less than Ray Train takes to start.
+        workers = 0 if stage == "classifier" else self.workers
+        folder = train_stage(stage, self.variant, self.work, workers=workers, tracker=tracker, seed=self.seed)
         card = read_card(folder, stage)
         measures = ", ".join(f"{k} {v:.3g}" for k, v in card["validation"].items())
         return f"{card['steps']} steps, held out: {measures}"
