@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
@@ -71,7 +70,8 @@ def test_demo_makes_everything(finished: Path) -> None:
 def test_bundle_sounds_in_diffusers_alone(finished: Path, tmp_path: Path) -> None:
     code = DIFFUSERS_ALONE.format(repo=str(REPO), bundle=str(finished / "bundle"))
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
@@ -117,12 +117,15 @@ def test_bad_input_gets_a_sentence(arguments: list[str], sentence: str, tmp_path
 
 # ---------------------------------------------------------------------------------------------------------- power cuts
 
+# The cluster is as wide as the tests' own: encoders get as many threads as the machine lends them, sums are rounded by
+# the number of threads, and Adam makes 1e-5 of the weights out of that after six steps.
 ONE_CALL = """
-import sys
 from pathlib import Path
+from pipelines import cluster
 from test_demo import SMALL, Demo, hurried
 
 if __name__ == "__main__":
+    cluster.connect(num_cpus=4)
     Demo(Path({work!r}), Path({data!r}), hurried(), SMALL, workers=0, tracking_uri=None, seed=0).run()
 """
 
@@ -157,7 +160,9 @@ def test_killed_demo_is_finished_by_the_same_call(finished: Path, tmp_path: Path
     for stage in STAGES:
         for path in sorted((finished / "stages" / stage).rglob("*.safetensors")):
             whole, resumed = load_file(path), load_file(work / "stages" / stage / path.relative_to(finished / "stages" / stage))
-            assert all(torch.allclose(whole[k].float(), resumed[k].float(), atol=1e-6) for k in whole), (stage, path.name)
+            assert whole.keys() == resumed.keys()
+            furthest = max(float((whole[k].float() - resumed[k].float()).abs().max()) for k in whole)
+            assert furthest <= 1e-6, f"{stage}/{path.name} is {furthest:.1e} off"
 
 
 # ------------------------------------------------------------------------------------------------ through ray job submit

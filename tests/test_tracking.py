@@ -170,8 +170,8 @@ def test_where_runs_go(work, monkeypatch):
     assert run_key("/x/work", "train-vae", "tiny") == "/x/work/train-vae/tiny"
     with pytest.raises(UserError, match="--tracking-uri"):
         tracking_uri("s3://bucket/work")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:5000")
-    assert tracking_uri("/x/work") == "http://tracker:5000" and tracking_uri("/x/work", "sqlite:///a.db") == "sqlite:///a.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example.org")
+    assert tracking_uri("/x/work") == "http://mlflow.example.org" and tracking_uri("/x/work", "sqlite:///a.db") == "sqlite:///a.db"
 
 
 def test_an_unusable_store_is_named(tmp_path):
