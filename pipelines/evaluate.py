@@ -10,44 +10,33 @@ from __future__ import annotations
 import json
 import os
 import time
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
-import pandas as pd
 import torch
 from click.core import ParameterSource
-from numpy.typing import NDArray
-from tqdm import tqdm
 
 from pipelines import judging, plots
 from pipelines.folders import score_folders
+from pipelines.heldout import HeldOut, captions_hash, choose_clips, frozen_clips, write_captions
 from pipelines.judging import Channels, ClapJudge, ClassifierJudge, ClipFile, Judge
-from pipelines.protocol import (
-    MEASURES,
-    HeldOut,
-    captions_hash,
-    digest,
-    read_captions,
-    some,
-    write_captions,
-    write_records,
-)
-from pipelines.scoring import HEARD, SYSTEMS, VOICE, records, score, words
-from pipelines.store import FeatureStore, StoreReader, code_version
+from pipelines.protocol import MEASURES, Record, digest, write_records
+from pipelines.scoring import HEARD, SYSTEMS, Scored, records, score, words
+from pipelines.sounds import Sounds, mels
+from pipelines.store import FeatureStore
 from pipelines.tracking import Tracker
-from stages.audio import AudioConfig, Waveform, load_audio, log_mel, normalise, pad_or_cut, slaney_filterbank, write_wav
-from stages.base import UserError, weights_hash, write_json
-from stages.bundle import read_info
+from stages.audio import AudioConfig, Waveform, slaney_filterbank
+from stages.base import UserError, code_version, weights_hash, write_json
+from stages.bundle import BundleInfo, read_info
 from stages.cli import friendly, sampling_options, tracking_option, work_option
 from stages.generator import AudioGenerator
 from stages.judges.judge import AUDIOLDM_EVAL, JUDGES, Listening
 from stages.sampling import OPTIONS, resolve
-from stages.text import clip_texts
 from stages.transcriber import Transcriber
 
 if TYPE_CHECKING:
@@ -160,55 +149,45 @@ def evaluate(
     """
     work, tracker = Path(work).absolute(), tracker or Tracker.off()
     bundle = Path(bundle or work / "bundle")
-    info = read_info(bundle)
-    if variant is not None and variant.name != info.variant:
-        raise UserError(f"{bundle} holds {info.variant}, expected {variant.name}; export that one or name its bundle with --bundle")
-    opened = FeatureStore.open(store or str(work / "store"))
-    audio = opened.audio
-    if (audio.sample_rate, audio.mel_bins, audio.hop_length) != (info.audio.sample_rate, info.audio.mel_bins, info.audio.hop_length):
-        raise UserError(
-            f"the store {opened.root} holds clips of {audio}, the bundle {bundle} makes {info.audio}; name the store it was trained for"
-        )
-    reader = opened.reader(["waveform"])
+    info, opened = _matching(bundle, store or str(work / "store"), variant)
+    audio, reader = opened.audio, opened.reader(["waveform"])
     if captions is None:
         split, clips, others = choose_clips(opened.clips(), reader, split, num_clips, seed, info.speech)
     else:
         split, clips, others = frozen_clips(opened.clips(), reader, captions, seed, info.speech)
-
     settings = {
         "bundle_sha256": weights_hash(bundle), "seed": seed, "seconds": audio.clip_seconds,
         **asdict(resolve(profile, **options | {"length": "loa"})),
     }  # fmt: skip
     place = work / "evaluation"
     sounds = Sounds(place, audio, generated=digest(settings, 12), restored=digest(settings["bundle_sha256"], 12))
+    generator = cache(lambda: AudioGenerator.load(bundle, device))  # a second evaluation needs none
     began = time.monotonic()
-    generator = _Lazily(lambda: AudioGenerator.load(bundle, device))
-    made = sounds.generate(clips, generator, settings, info.speech, batch)
-    if made:
+    if made := sounds.generate(clips, generator, settings, info.speech, batch):
         tracker.metrics({"speed/seconds_per_clip": (time.monotonic() - began) / made})
     sounds.keep_real(clips, reader)
     sounds.restore(clips, generator, batch)
-    del generator
+    generator.cache_clear()
 
-    place_of = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    own_clap, own_classifier = ClapJudge(clap or bundle, None if clap else judging.as_trained(audio), place_of), None
     classifier = Path(classifier or work / "stages" / "classifier")
-    if (classifier / "config.json").is_file():
-        own_classifier = ClassifierJudge(classifier, audio, place_of)
+    own_clap, own_classifier = _own_judges(bundle, clap, classifier, audio, device)
     heard = {system: [sounds.read(system, clip) for clip in clips] for system in HEARD}
-    scored = score(clips, heard, [reader.read(clip.clip_id)["waveform"] for clip in others], own_clap, own_classifier, audio, info.speech)
+    elsewhere = [reader.read(clip.clip_id)["waveform"] for clip in others]
+    scored = score(clips, heard, elsewhere, own_clap, own_classifier, audio, info.speech)
     if own_classifier is None:
         reason = f"there is no classifier at {classifier}; train one with `loa train classifier`"
         scored.missing |= dict.fromkeys(("accuracy", "kl", "frechet_classifier"), reason)
-    names = [clip.clip_id for clip in clips]
     on_disk = {system: [ClipFile.of(sounds.path(system, clip)) for clip in clips] for system in HEARD}
-    by_name = sorted(range(len(clips)), key=lambda i: names[i])  # the inception score depends on the order
+    by_name = sorted(range(len(clips)), key=lambda i: clips[i].clip_id)  # the inception score depends on the order
     for judge in judges:
         scored.add_judged(judge, {s: judging.hear_files(judge, [on_disk[s][i] for i in by_name], cache=place / "cache") for s in HEARD})
     if transcriber is not None:
         words(scored, clips, heard, transcriber, audio)
-    scored.scores = {name: {s: values[s] for s in SYSTEMS if s in values} for name, values in scored.scores.items() if values}
 
+    if captions is None and len(clips) < num_clips:
+        scored.notes.append(f"{num_clips} clips were asked for; the split {split} has {len(clips)}")
+    if clap is None:
+        scored.notes.append("CLAP scores use the CLAP that also conditions the generator, which raises them; see --clap")
     protocol = {
         **settings, "variant": info.variant, "bundle": str(bundle), "store": opened.root, "split": split, "num_clips": len(clips),
         "captions_sha256": captions_hash(clips), "candidates_per_caption": settings["candidates"], "sample_rate": audio.sample_rate,
@@ -219,186 +198,72 @@ def evaluate(
         "code_version": code_version(), "mlflow_run_id": tracker.handle().run_id,
     }  # fmt: skip
     files = [{s: sounds.path(s, clip).relative_to(place).as_posix() for s in HEARD} for clip in clips]
-    clip_rows = [row | {"files": paths} for row, paths in zip(scored.clips, files, strict=True)]
-    notes = list(scored.notes)
-    if captions is None and len(clips) < num_clips:
-        notes.append(f"{num_clips} clips were asked for; the split {split} has {len(clips)}")
-    if clap is None:
-        notes.append("CLAP scores use the CLAP that also conditions the generator, which raises them; see --clap")
-    found = Evaluation(protocol, scored.scores, scored.intervals, scored.missing, notes, scored.classes, scored.confusion, clip_rows)
-    # How a system's sounds came about; those that only the real clips and the weights decide have no sampling settings.
-    restored = {"weights_sha256": settings["bundle_sha256"]}
-    sampled = {**restored, **{k: v for k, v in settings.items() if k not in ("bundle_sha256", "candidates")}}
-    sets = {s: judging.set_hash(dict(zip(names, files, strict=True))) for s, files in on_disk.items()}
-    told = {"generated": sampled, "vae": restored, "vocoder": restored}
-    origins = {s: {**about, "sounds_sha256": sets[s]} for s, about in told.items()}
-    ranker = f"clap {weights_hash(bundle / 'text_encoder')}" if settings["candidates"] > 1 else None
-    common = {
-        "num_generated": len(clips), "captions_sha256": captions_hash(clips), "references_sha256": sets["real"], "channels": channels,
-        "candidates": settings["candidates"], "ranker": ranker,
-    }  # fmt: skip
+    found = Evaluation(
+        protocol=protocol,
+        scores={name: {s: values[s] for s in SYSTEMS if s in values} for name, values in scored.scores.items() if values},
+        intervals=scored.intervals,
+        missing=scored.missing,
+        notes=scored.notes,
+        classes=scored.classes,
+        confusion=scored.confusion,
+        clips=[row | {"files": paths} for row, paths in zip(scored.clips, files, strict=True)],
+    )
     write_captions(place / "captions.json", clips)
-    write_records(place / "records", records(scored, name or info.variant, common, origins))
+    write_records(place / "records", _records(scored, clips, on_disk, settings, bundle, name or info.variant, channels))
     _write(found, place)
     _log(found, heard, place, audio, tracker)
     return found
 
 
-def choose_clips(
-    table: pd.DataFrame, available: StoreReader, split: str | None, count: int, seed: int, speech: bool = False
-) -> tuple[str, list[HeldOut], list[HeldOut]]:
-    """The clips to evaluate, and as many others of the same split if there are: taken in turn from all classes.
-
-    The order depends on the seed and the clips alone, and a larger count only adds to it. Where some clips have labels,
-    only those are taken. Of several captions one is drawn.
-
-    Returns:
-        The split, the clips, and the others.
-    """
-    table = table[[clip_id in available for clip_id in table["clip_id"]]]
-    tried = [split] if split else ["test", "validation"]
-    for name in tried:
-        rows = [_held_out(row, seed, speech) for row in table[table["split"] == name].to_dict("records")]
-        found = [clip for clip in rows if clip.text and (clip.transcript or not speech)]
-        if found:
-            found = [clip for clip in found if clip.label] or found
-            ordered = _in_turn(found, seed)
-            return name, ordered[:count], ordered[count : 2 * count]
-    there = table["split"].value_counts().to_dict()
-    wanted = "a transcript" if speech else "a caption"
-    hint = f"the store holds {there}; choose another with --split" if there else "no clip of the store has its waveform"
-    raise UserError(f"no clip of the split {' or '.join(tried)} has {wanted} to generate from; {hint}")
-
-
-def frozen_clips(
-    table: pd.DataFrame, available: StoreReader, captions: Path, seed: int, speech: bool = False
-) -> tuple[str, list[HeldOut], list[HeldOut]]:
-    """The clips of a frozen caption list with its captions, as `choose_clips` returns them."""
-    frozen = read_captions(captions)
-    rows = {row["clip_id"]: row for row in table.to_dict("records") if row["clip_id"] in available}
-    lacking = [clip.clip_id for clip in frozen if clip.clip_id not in rows]
-    if lacking:
+def _matching(bundle: Path, store: str, variant: Variant | None) -> tuple[BundleInfo, FeatureStore]:
+    """The bundle and the store, when they belong together."""
+    info = read_info(bundle)
+    if variant is not None and variant.name != info.variant:
+        raise UserError(f"{bundle} holds {info.variant}, expected {variant.name}; export that one or name its bundle with --bundle")
+    opened = FeatureStore.open(store)
+    audio = opened.audio
+    if (audio.sample_rate, audio.mel_bins, audio.hop_length) != (info.audio.sample_rate, info.audio.mel_bins, info.audio.hop_length):
         raise UserError(
-            f"the store lacks {len(lacking)} of the {len(frozen)} clips in {captions}: {some(lacking)}; name the list's own store"
+            f"the store {opened.root} holds clips of {audio}, the bundle {bundle} makes {info.audio}; name the store it was trained for"
         )
-    clips = []
-    for clip in frozen:
-        there = _held_out(rows[clip.clip_id], seed, speech)
-        clips.append(replace(clip, corpus=there.corpus, label=there.label))
-    wordless = [clip.clip_id for clip in clips if not (clip.transcript if speech else clip.text)]
-    if wordless:
-        raise UserError(f"{captions} has no {'transcript' if speech else 'caption'} for {some(wordless)}")
-    splits = sorted({rows[clip.clip_id]["split"] for clip in clips})
-    taken = {clip.clip_id for clip in clips}
-    same_split = _in_turn([_held_out(row, seed, speech) for row in rows.values() if row["split"] in splits], seed)
-    return ", ".join(splits), clips, [clip for clip in same_split if clip.clip_id not in taken][: len(clips)]
+    return info, opened
 
 
-def _held_out(row: Mapping[str, Any], seed: int, speech: bool) -> HeldOut:
-    rng = np.random.default_rng([seed, zlib.crc32(row["clip_id"].encode())])
-    texts = clip_texts(row)
-    text = texts[int(rng.integers(len(texts)))]
-    labels = list(row["labels"]) if row["labels"] is not None else []
-    transcript = str(row["transcript"] or "") if speech else ""
-    return HeldOut(row["clip_id"], row["corpus"], text or (VOICE if speech else ""), transcript, str(labels[0]) if labels else None)
+def _own_judges(
+    bundle: Path, clap: Path | None, classifier: Path, audio: AudioConfig, device: str | None
+) -> tuple[ClapJudge, ClassifierJudge | None]:
+    """What training left to judge with: CLAP, and the classifier where there is one."""
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    own_clap = ClapJudge(clap or bundle, None if clap else judging.as_trained(audio), place)
+    there = (classifier / "config.json").is_file()
+    return own_clap, ClassifierJudge(classifier, audio, place) if there else None
 
 
-def _in_turn(clips: Sequence[HeldOut], seed: int) -> list[HeldOut]:
-    """One clip of each class, then the next of each, …; within a class in shuffled order."""
-    classes: dict[str, list[HeldOut]] = {}
-    for clip in sorted(clips, key=lambda c: (c.label or "", c.clip_id)):
-        classes.setdefault(clip.label or "", []).append(clip)
-    rng = np.random.default_rng(seed)
-    queues = [[members[i] for i in rng.permutation(len(members))] for members in classes.values()]
-    return [queue[turn] for turn in range(max(map(len, queues))) for queue in queues if turn < len(queue)]
+def _records(
+    scored: Scored,
+    clips: Sequence[HeldOut],
+    on_disk: Mapping[str, Sequence[ClipFile]],
+    settings: Mapping[str, Any],
+    bundle: Path,
+    name: str,
+    channels: Channels,
+) -> list[Record]:
+    """The records of all scores, with how each system's sounds came about.
 
-
-# ----------------------------------------------------------------------------------------------------- the sounds
-
-
-class Sounds:
-    """Waveforms of every system under `<work>/evaluation`, 16-bit WAV, made once.
-
-    The folders are named by what the sounds depend on, so that an interrupted evaluation finds what it has made and
-    another bundle or setting never meets it.
+    Those that only the real clips and the weights decide have no sampling settings.
     """
-
-    def __init__(self, place: Path, audio: AudioConfig, generated: str, restored: str) -> None:
-        self.place, self.audio = place, audio
-        self._folders = {"generated": f"generated-{generated}", "vae": f"vae-{restored}", "vocoder": f"vocoder-{restored}", "real": "real"}
-
-    def path(self, system: str, clip: HeldOut) -> Path:
-        """Where a sound lies. A clip's own sounds do not depend on its caption."""
-        name = clip.key if system == "generated" else clip.clip_id
-        return self.place / self._folders[system] / f"{name}.wav"
-
-    def read(self, system: str, clip: HeldOut) -> Waveform:
-        """A sound as it was written."""
-        return load_audio(self.path(system, clip), self.audio.sample_rate)
-
-    def _missing(self, system: str, clips: Sequence[HeldOut]) -> list[HeldOut]:
-        return [clip for clip in clips if not self.path(system, clip).is_file()]
-
-    def _write(self, system: str, clip: HeldOut, waveform: Waveform) -> None:
-        final = self.path(system, clip)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        draft = final.with_name(f".{final.name}.{os.getpid()}")
-        write_wav(draft, waveform, self.audio.sample_rate)
-        os.replace(draft, final)
-
-    def generate(self, clips: Sequence[HeldOut], generator: _Lazily, settings: Mapping[str, Any], speech: bool, batch: int) -> int:
-        """Generate what is missing; returns how many clips that were. Every clip has a seed of its own."""
-        missing = self._missing("generated", clips)
-        with tqdm(total=len(clips), initial=len(clips) - len(missing), desc="generate", unit="clip", disable=not missing) as bar:
-            for first in range(0, len(missing), batch):
-                group = missing[first : first + batch]
-                waveforms = generator().generate(
-                    [clip.text for clip in group],
-                    transcriptions=[clip.transcript for clip in group] if speech else None,
-                    seconds=self.audio.clip_seconds,
-                    **{name: settings[name] for name in OPTIONS},
-                    seed=[zlib.crc32(f"{settings['seed']}/{clip.clip_id}".encode()) for clip in group],
-                )
-                for clip, waveform in zip(group, waveforms, strict=True):
-                    self._write("generated", clip, waveform)
-                bar.update(len(group))
-        return len(missing)
-
-    def keep_real(self, clips: Sequence[HeldOut], reader: StoreReader) -> None:
-        """Put the real clips beside the others."""
-        for clip in self._missing("real", clips):
-            self._write("real", clip, reader.read(clip.clip_id)["waveform"])
-
-    def restore(self, clips: Sequence[HeldOut], generator: _Lazily, batch: int) -> None:
-        """Send the real clips through the vocoder, and through VAE and vocoder."""
-        for system in ("vocoder", "vae"):
-            missing = self._missing(system, clips)
-            for first in tqdm(range(0, len(missing), batch), desc=SYSTEMS[system], unit="batch", disable=not missing):
-                group = missing[first : first + batch]
-                mel = mels([self.read("real", clip) for clip in group], self.audio)
-                waveforms = generator().vocode(mel) if system == "vocoder" else generator().reconstruct(mel)
-                for clip, waveform in zip(group, waveforms, strict=True):
-                    self._write(system, clip, pad_or_cut(waveform, self.audio.clip_samples))
-
-
-class _Lazily:
-    """A value made when it is first asked for: a second evaluation needs no generator."""
-
-    def __init__(self, make: Callable[[], Any]) -> None:
-        self._make = make
-        self._value: Any = None
-
-    def __call__(self) -> Any:
-        if self._value is None:
-            self._value = self._make()
-        return self._value
-
-
-def mels(waveforms: Sequence[Waveform], audio: AudioConfig) -> NDArray[np.float32]:
-    """Log-mel spectrograms `[N, F, M]` of waveforms, treated as a recording is on its way into the store."""
-    ready = np.stack([pad_or_cut(normalise(wave), audio.clip_samples) for wave in waveforms])
-    result: NDArray[np.float32] = log_mel(torch.from_numpy(ready), audio).numpy()
-    return result
+    names = [clip.clip_id for clip in clips]
+    sets = {system: judging.set_hash(dict(zip(names, files, strict=True))) for system, files in on_disk.items()}
+    restored = {"weights_sha256": settings["bundle_sha256"]}
+    sampled = {**restored, **{k: v for k, v in settings.items() if k not in ("bundle_sha256", "candidates")}}
+    told = {"generated": sampled, "vae": restored, "vocoder": restored}
+    origins = {system: {**about, "sounds_sha256": sets[system]} for system, about in told.items()}
+    ranker = f"clap {weights_hash(bundle / 'text_encoder')}" if settings["candidates"] > 1 else None
+    common = {
+        "num_generated": len(clips), "captions_sha256": captions_hash(clips), "references_sha256": sets["real"], "channels": channels,
+        "candidates": settings["candidates"], "ranker": ranker,
+    }  # fmt: skip
+    return records(scored, name, common, origins)
 
 
 # ------------------------------------------------------------------------------------------------ what is left of it

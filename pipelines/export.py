@@ -9,10 +9,9 @@ from typing import Any
 
 import click
 
-from pipelines.store import code_version
 from pipelines.tracking import Tracker
 from pipelines.weights import released_folders
-from stages.base import UserError, to_dict, weights_hash
+from stages.base import UserError, code_version, to_dict, weights_hash
 from stages.bundle import assemble, read_info
 from stages.cli import friendly, shown, tracking_option, with_option, work_option
 from stages.variants import VARIANTS, Variant, resolve

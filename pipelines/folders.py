@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipelines import metrics
+from pipelines.heldout import HeldOut, captions_hash, read_captions
 from pipelines.judging import (
     AT_A_TIME,
     Channels,
@@ -27,10 +28,9 @@ from pipelines.judging import (
     scores,
     set_hash,
 )
-from pipelines.protocol import MEASURES, HeldOut, Record, captions_hash, check_sounds, read_captions, some
-from pipelines.store import code_version
+from pipelines.protocol import MEASURES, Record, check_sounds, some
 from stages.audio import AudioError, Waveform
-from stages.base import UserError
+from stages.base import UserError, code_version
 from stages.text import normalise_transcript
 from stages.transcriber import Transcriber
 

@@ -1,7 +1,8 @@
 """The passes of preprocessing as Ray Data callables: each turns the clips of one shard into members of a series.
 
-A unit of work is a shard: its bytes depend on the shard alone, so a pass may be stopped anywhere, repeated, and spread
-over any number of workers. Features travel through the store's files; Ray only carries shard numbers and counts.
+A unit of work is a shard, and what becomes of it depends on the shard alone (of encoders, up to the rounding of a
+worker's device and threads), so a pass may be stopped anywhere, repeated, and spread over any number of workers.
+Features travel through the store's files; Ray only carries shard numbers and counts.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipelines import cluster
-from pipelines.store import FeatureStore, Member, ShardWriter, code_version
+from pipelines.shards import Member, ShardWriter
+from pipelines.store import FeatureStore
 from stages.audio import AudioConfig, AudioError, encode_flac, fbank, load_audio, log_mel, normalise, pad_or_cut
-from stages.base import UserError, weights_hash
+from stages.base import UserError, code_version, weights_hash
 from stages.cli import plain_sentence
 from stages.text import clip_texts
 

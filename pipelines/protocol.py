@@ -7,7 +7,6 @@ that differ in any of it are not compared.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
 import json
@@ -24,7 +23,6 @@ from stages.audio import Waveform
 from stages.base import UserError, write_json
 
 RECORD_FORMAT = 1
-CAPTIONS_FORMAT = 1
 SILENT_LIMIT = 0.01  # above this share of silent clips a system is not ranked: distances can look good for silence
 NAMED = 3  # how many clips a message lists
 
@@ -263,72 +261,6 @@ def _told(differences: Mapping[str, tuple[Any, Any]]) -> str:
 
     told = ", ".join(f"{name} ({short(mine)} against {short(theirs)})" for name, (mine, theirs) in differences.items())
     return f": they differ in {told}" if told else ""
-
-
-# --------------------------------------------------------------------------------------------- frozen caption lists
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """One clip to generate: its caption, and for speech what is said."""
-
-    clip_id: str
-    corpus: str
-    text: str
-    transcript: str
-    label: str | None  # its class: the first label
-
-    @property
-    def key(self) -> str:
-        """Tells this clip and text from all others, in file names."""
-        return f"{self.clip_id}.{digest([self.text, self.transcript], 8)}"
-
-
-def captions_hash(clips: Sequence[HeldOut]) -> str:
-    """sha256 of the list of clips and texts: scores compare only where it is the same."""
-    return digest([[clip.clip_id, clip.text, clip.transcript] for clip in clips], 64)
-
-
-def write_captions(path: Path, clips: Sequence[HeldOut]) -> None:
-    """Freeze a caption list: JSON with its own hash, which `read_captions` checks."""
-    rows = [dataclasses.asdict(clip) for clip in clips]
-    write_json(path, {"format": CAPTIONS_FORMAT, "sha256": captions_hash(clips), "clips": rows})
-
-
-def read_captions(path: Path) -> list[HeldOut]:
-    """A frozen caption list: what `write_captions` wrote, or a CSV with columns clip_id and caption (transcript, label).
-
-    Raises:
-        UserError: the list is empty, lacks a column, names a clip twice, or was changed after it was frozen.
-    """
-    path = Path(path)
-    try:
-        if path.suffix.lower() == ".csv":
-            clips = _captions_of_csv(path)
-        else:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if values.get("format") != CAPTIONS_FORMAT:
-                raise UserError(f"{path} has format {values.get('format')}, this version of loa reads {CAPTIONS_FORMAT}")
-            clips = [HeldOut(**row) for row in values["clips"]]
-            if captions_hash(clips) != values["sha256"]:
-                raise UserError(f"{path} was changed after it was frozen: its hash is {captions_hash(clips)}, it says {values['sha256']}")
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no caption list: expected a frozen list or a CSV with clip_id and caption ({error})") from error
-    names = [clip.clip_id for clip in clips]
-    if not names:
-        raise UserError(f"{path} names no clip")
-    if len(set(names)) < len(names):
-        raise UserError(f"{path} names clips twice: {some([n for n in names if names.count(n) > 1])}; take one caption per clip")
-    return clips
-
-
-def _captions_of_csv(path: Path) -> list[HeldOut]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        table = csv.DictReader(file)
-        if not {"clip_id", "caption"} <= set(table.fieldnames or ()):
-            raise UserError(f"{path} has the columns {', '.join(table.fieldnames or ())}; a caption list has clip_id and caption")
-        rows = [{name: (value or "").strip() for name, value in row.items() if name} for row in table]
-    return [HeldOut(r["clip_id"], r.get("corpus", ""), r["caption"], r.get("transcript", ""), r.get("label") or None) for r in rows]
 
 
 # --------------------------------------------------------------------------------------------------- sound checks

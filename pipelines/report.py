@@ -26,11 +26,11 @@ from pipelines import plots
 from pipelines.evaluate import Evaluation, classes_picture, confusion_picture
 from pipelines.protocol import MEASURES
 from pipelines.scoring import HEARD, SYSTEMS
-from pipelines.store import FeatureStore, code_version
+from pipelines.store import FeatureStore
 from pipelines.tracking import Run, read_runs, tracking_uri
 from stages import STAGES
 from stages.audio import AudioConfig, encode_flac, load_audio, log_mel
-from stages.base import UserError, to_dict
+from stages.base import UserError, code_version, to_dict
 
 MOST_BYTES = 11_000_000  # of base64 sounds and spectrograms; charts and text stay below 1 MB
 MOST_PANELS = 6  # curves of one stage

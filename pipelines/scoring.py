@@ -11,13 +11,13 @@ import torch
 
 from pipelines import judging, metrics
 from pipelines.folders import read_by, word_errors
+from pipelines.heldout import VOICE, HeldOut
 from pipelines.judging import ClapJudge, ClassifierJudge, Found, Heard, Judge
-from pipelines.protocol import MEASURES, HeldOut, Record, SoundCheck, check_sounds
-from pipelines.store import code_version
+from pipelines.protocol import MEASURES, Record, SoundCheck, check_sounds
 from stages.audio import AudioConfig, Waveform, log_mel
+from stages.base import code_version
 from stages.transcriber import Transcriber
 
-VOICE = "A person is speaking."  # the prompt of a speech clip without a caption
 # The columns of every table: without any skill, the system itself, its two ceilings, the real clips, and other real clips.
 SYSTEMS = {
     "chance": "chance",

@@ -8,7 +8,8 @@
 
 Every series has the same shard numbers and the same clip order, so series zip together, a new feature never
 rewrites an old one, and any WebDataset reader can read a single series. A shard exists when its ledger row does:
-the row is written last, so whatever was interrupted before that is done again. Bytes depend on the clips alone.
+the row is written last, so whatever was interrupted before that is done again. Bytes depend on the
+clips alone; those of encoders also on how sums are rounded, that is on the device and the threads of a worker.
 """
 
 from __future__ import annotations
@@ -18,29 +19,23 @@ import io
 import json
 import os
 import posixpath
-import subprocess
-import threading
 import uuid
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from functools import lru_cache
-from importlib import metadata
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import fsspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-import webdataset
 from fsspec.implementations.local import LocalFileSystem
 
-from stages.audio import AudioConfig, decode_flac
+from pipelines.shards import LedgerRow, Member, Rejection, ShardWriter, completing_command
+from pipelines.store_reader import StoreReader
+from stages.audio import AudioConfig
 from stages.base import UserError
 
 STORE_FORMAT = 1
@@ -63,181 +58,10 @@ CLIP_SCHEMA = pa.schema(
 REJECTED_SCHEMA = pa.schema([(name, pa.string()) for name in ("corpus", "path", "clip_id", "reason")])
 
 _FORBIDDEN_IN_IDS = frozenset("./\\ \t\n")
-_MOST_OPEN_SHARDS = 256
-
-Member = np.ndarray | bytes
 
 
 class StoreWarning(UserWarning):
     """A shard that exists but cannot be trusted; the next run of its pass makes it again."""
-
-
-# --------------------------------------------------------------------------------------------- what a shard is made of
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """A clip that a pass could not use."""
-
-    clip_id: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class LedgerRow:
-    """What makes a shard exist."""
-
-    shard: int
-    count: int
-    num_bytes: int
-    sha256: str
-    clip_ids: tuple[str, ...]
-    rejected: tuple[Rejection, ...]
-    members: tuple[str, ...]  # suffixes, such as "mel.npy"
-    spans: tuple[tuple[int, ...], ...]  # per clip: offset and size of each member in the tar
-
-    def to_json(self) -> bytes:
-        """The row as it lies in the store."""
-        return (json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":")) + "\n").encode()
-
-    @classmethod
-    def from_json(cls, data: bytes) -> LedgerRow:
-        """Inverse of `to_json`; raises ValueError for anything that is no ledger row."""
-        try:
-            values = json.loads(data)
-            row = cls(
-                shard=int(values["shard"]),
-                count=int(values["count"]),
-                num_bytes=int(values["num_bytes"]),
-                sha256=str(values["sha256"]),
-                clip_ids=tuple(values["clip_ids"]),
-                rejected=tuple(Rejection(**entry) for entry in values["rejected"]),
-                members=tuple(values["members"]),
-                spans=tuple(map(tuple, values["spans"])),
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a ledger row: {error!r}") from error
-        if not row.count == len(row.clip_ids) == len(row.spans):
-            raise ValueError(f"the row counts {row.count} clips but names {len(row.clip_ids)}")
-        return row
-
-
-class ShardWriter:
-    """Writes one shard of one series, clip by clip; leaving the `with` block without an error makes it exist."""
-
-    def __init__(self, store: FeatureStore, series: str, shard: int) -> None:
-        self.store, self.series, self.shard = store, series, shard
-        self.row: LedgerRow | None = None
-        self._clip_ids: list[str] = []
-        self._spans: list[tuple[int, ...]] = []
-        self._members: tuple[str, ...] | None = None
-        self._rejected: list[Rejection] = []
-
-    def __enter__(self) -> ShardWriter:
-        self._final = self.store.path(self.series, f"{self.shard:06d}.tar")
-        self._draft = f"{self._final}.draft-{uuid.uuid4().hex}"
-        self.store.fs.makedirs(self.store.path(self.series), exist_ok=True)
-        self._file = self.store.fs.open(self._draft, "wb")
-        self._stream = _HashedStream(self._file)
-        # A tar of fixed bytes: no times, no users, nothing compressed.
-        self._tar = webdataset.TarWriter(self._stream, user="", group="", mode=0o444, mtime=0, compress=False, encoder=False)
-        return self
-
-    def add(self, clip_id: str, members: Mapping[str, Member]) -> None:
-        """Append a clip. Members are named by suffix ("mel.npy"); arrays are written as npy, bytes as they are."""
-        names = tuple(sorted(members))
-        if self._members not in (None, names):
-            raise ValueError(f"{self.series} holds {self._members} for every clip, {clip_id} brings {names}")
-        self._members = names
-        spans: list[int] = []
-        for name in names:
-            data = _encode(name, members[name])
-            self._tar.write({"__key__": clip_id, name: data})
-            spans += (self._tar.tarstream.offset - -(-len(data) // 512) * 512, len(data))
-        self._clip_ids.append(clip_id)
-        self._spans.append(tuple(spans))
-
-    def reject(self, clip_id: str, reason: str) -> None:
-        """Note that a clip is left out, and why."""
-        self._rejected.append(Rejection(clip_id, reason))
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is not None:
-            with suppress(OSError):  # a full disk, say, which is already on its way to the user
-                self._tar.close()
-                self._file.close()
-            self.store.fs.rm_file(self._draft)
-            return
-        self._tar.close()
-        self._file.close()
-        self.store.rename(self._draft, self._final)
-        self.row = LedgerRow(
-            shard=self.shard,
-            count=len(self._clip_ids),
-            num_bytes=self._stream.size,
-            sha256=self._stream.digest.hexdigest(),
-            clip_ids=tuple(self._clip_ids),
-            rejected=tuple(self._rejected),
-            members=self._members or (),
-            spans=tuple(self._spans),
-        )
-        self.store.write(self.row.to_json(), self.series, f"{self.shard:06d}.json")
-
-
-class _HashedStream(io.RawIOBase):
-    """Passes bytes on to a file and knows their number and checksum."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.digest, self.size = file, hashlib.sha256(), 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self.file.write(data)
-        self.digest.update(data)
-        self.size += len(data)
-        return len(data)
-
-
-def _encode(name: str, value: Member) -> bytes:
-    if isinstance(value, bytes):
-        return value
-    if not name.endswith(".npy"):
-        raise ValueError(f"an array is stored as .npy, not as {name!r}")
-    buffer = io.BytesIO()
-    np.save(buffer, value, allow_pickle=False)
-    return buffer.getvalue()
-
-
-def _decode(name: str, data: memoryview) -> np.ndarray:
-    if name.endswith(".npy"):
-        return _decode_npy(data)
-    if name.endswith(".flac"):
-        return decode_flac(bytes(data))
-    raise ValueError(f"nothing here decodes {name!r}; members end in .npy or .flac")
-
-
-def _decode_npy(data: memoryview) -> np.ndarray:
-    """What `np.load(allow_pickle=False)` gives, without copying and with the header parsed only once per shape."""
-    start = 10 + int.from_bytes(data[8:10], "little")
-    dtype, shape, order = _npy_header(bytes(data[:start]))
-    return np.frombuffer(data, dtype, offset=start).reshape(shape, order=order)
-
-
-@lru_cache(maxsize=4096)
-def _npy_header(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...], Any]:
-    stream = io.BytesIO(header)
-    version = np.lib.format.read_magic(stream)
-    if version != (1, 0):
-        raise ValueError(f"npy version {version}; the store writes version (1, 0)")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    if dtype.hasobject:
-        raise ValueError("an array of Python objects is not read from a store")
-    return dtype, shape, "F" if fortran else "C"
-
-
-# -------------------------------------------------------------------------------------------------------- the store
 
 
 class FeatureStore:
@@ -551,163 +375,6 @@ class FeatureStore:
         with open(self.path(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
-
-
-# -------------------------------------------------------------------------------------------------------- random access
-
-
-class StoreReader:
-    """The features of single clips, in any order and from any thread or process.
-
-    Shards are opened when first needed and read at the offsets the ledger knows: nothing is scanned. A reader
-    pickles without its open files.
-    """
-
-    def __init__(self, store: FeatureStore, ledgers: Mapping[str, Sequence[LedgerRow]]) -> None:
-        self.store = store
-        self.series = tuple(ledgers)
-        self._sizes = {name: {row.shard: row.num_bytes for row in rows} for name, rows in ledgers.items()}
-        self._members = {name: next((row.members for row in rows if row.count), ()) for name, rows in ledgers.items()}
-        self._check_names()
-        self.clip_ids: list[str] = []
-        shards: list[int] = []
-        spans: dict[str, list[tuple[int, ...]]] = {name: [] for name in self.series}
-        for rows in zip(*ledgers.values(), strict=True):
-            places = [dict(zip(row.clip_ids, row.spans, strict=True)) for row in rows]
-            for clip_id in rows[0].clip_ids:
-                if all(clip_id in place for place in places):
-                    self.clip_ids.append(clip_id)
-                    shards.append(rows[0].shard)
-                    for name, place in zip(self.series, places, strict=True):
-                        spans[name].append(place[clip_id])
-        self._shards = np.array(shards, np.int32)
-        self._spans = {name: np.array(spans[name], np.int64).reshape(len(shards), -1) for name in self.series}
-        self._forget()
-
-    def __len__(self) -> int:
-        return len(self.clip_ids)
-
-    def __contains__(self, clip_id: object) -> bool:
-        return clip_id in self._numbers
-
-    def read(self, clip_id: str) -> dict[str, np.ndarray]:
-        """The features of a clip by name: "mel", "waveform" (float32 samples), "loa", "t5", ...
-
-        Raises KeyError for a clip that not all series hold.
-        """
-        try:
-            number = self._numbers[clip_id]
-        except KeyError:
-            raise KeyError(f"{clip_id} is not in all of {', '.join(self.series)}") from None
-        shard = int(self._shards[number])
-        features = {}
-        for series, members in self._members.items():
-            spans = self._spans[series][number].tolist()
-            first, end = spans[0], spans[-2] + spans[-1]  # a clip's members lie next to each other
-            data = memoryview(self._fetch(series, shard, first, end))
-            for name, offset, size in zip(members, spans[::2], spans[1::2], strict=True):
-                features[feature_name(name)] = _decode(name, data[offset - first : offset - first + size])
-        return features
-
-    def _fetch(self, series: str, shard: int, first: int, end: int) -> bytearray:
-        """Bytes of a shard, in memory of their own so that arrays over it can be written to."""
-        with self._lock:
-            opened = self._opened.pop((series, shard), None)
-            if opened is None:
-                opened = self._open(series, shard)
-            self._opened[series, shard] = opened
-            if len(self._opened) > _MOST_OPEN_SHARDS:
-                self._opened.popitem(last=False)  # closed when the last thread using it lets go
-        if isinstance(opened, str):
-            return bytearray(self.store.fs.cat_file(opened, start=first, end=end))
-        data = bytearray(end - first)
-        if os.preadv(opened.fileno(), [data], first) != len(data):
-            raise OSError(f"{opened.name} ended early")
-        return data
-
-    def _open(self, series: str, shard: int) -> Any:
-        """An open file of a local store, the path in a remote one; either way of the size the ledger says."""
-        path = self.store.path(series, f"{shard:06d}.tar")
-        local = isinstance(self.store.fs, LocalFileSystem)
-        try:
-            opened = _Shard(path) if local else path
-            size = os.fstat(opened.fileno()).st_size if isinstance(opened, _Shard) else self.store.fs.size(path)
-        except FileNotFoundError:
-            opened, size = path, 0
-        expected = self._sizes[series][shard]
-        if size != expected:
-            raise UserError(f"{path} has {size} bytes where its ledger says {expected}; make it again with `{completing_command(series)}`")
-        return opened
-
-    def _check_names(self) -> None:
-        owner: dict[str, str] = {}
-        for series, members in self._members.items():
-            for name in map(feature_name, members):
-                if name in owner:
-                    raise UserError(f"the series {owner[name]!r} and {series!r} both hold {name!r}; read them one at a time")
-                owner[name] = series
-
-    def _forget(self) -> None:
-        self._numbers = {clip_id: number for number, clip_id in enumerate(self.clip_ids)}
-        self._opened: OrderedDict[tuple[str, int], Any] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_numbers", "_opened", "_lock")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
-
-
-class _Shard:
-    """A local file open for reading, closed with the last reference to it."""
-
-    def __init__(self, path: str) -> None:
-        self.name = path
-        self._descriptor = os.open(path, os.O_RDONLY)
-
-    def fileno(self) -> int:
-        return self._descriptor
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
-
-
-# --------------------------------------------------------------------------------------------------------- small things
-
-
-def feature_name(member: str) -> str:
-    """What `StoreReader.read` calls a member: "mel.npy" is "mel"."""
-    return member.partition(".")[0]
-
-
-def completing_command(series: str) -> str:
-    """The command that makes the missing shards of a series."""
-    kind, _, pooling = series.partition("-")
-    if kind == "loa":
-        return f"loa preprocess loa --pooling {pooling}"
-    return f"loa preprocess {'mel' if series == 'waveform' else series}"
-
-
-@lru_cache(maxsize=1)
-def code_version() -> str:
-    """What made the data: the git revision of a checkout ("+" when it has local changes), else the package version."""
-    folder = Path(__file__).resolve().parent.parent
-    if (folder / ".git").exists():
-        try:
-            told = [
-                subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-                for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-            ]
-            return told[0] + ("+" if told[1] else "")
-        except (OSError, subprocess.SubprocessError):
-            pass  # no git here, or a checkout without commits
-    try:
-        return f"loa {metadata.version('loa')}"
-    except metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def _warn(what: str, series: str) -> None:

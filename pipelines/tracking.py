@@ -24,9 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pipelines.store import code_version
 from stages.audio import write_wav
-from stages.base import UserError, to_dict, weights_hash
+from stages.base import UserError, code_version, to_dict, weights_hash
 
 EXPERIMENT = "loa"
 RUN_KEY = "loa.run_key"

@@ -8,10 +8,13 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
+from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -214,6 +217,25 @@ def weights_hash(folder: Path) -> str:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=1)
+def code_version() -> str:
+    """What made the data: the git revision of a checkout ("+" when it has local changes), else the package version."""
+    folder = Path(__file__).resolve().parent.parent
+    if (folder / ".git").exists():
+        try:
+            told = [
+                subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+                for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+            ]
+            return told[0] + ("+" if told[1] else "")
+        except (OSError, subprocess.SubprocessError):
+            pass  # no git here, or a checkout without commits
+    try:
+        return f"loa {metadata.version('loa')}"
+    except metadata.PackageNotFoundError:
+        return "unknown"
 
 
 # ------------------------------------------------------------------------------------------------ configurations

@@ -12,10 +12,11 @@ from tiny_bundle import make_bundle
 
 from pipelines import evaluate as job
 from pipelines import judging
-from pipelines.evaluate import Evaluation, choose_clips, evaluate
+from pipelines.evaluate import Evaluation, evaluate
 from pipelines.folders import score_folders
+from pipelines.heldout import VOICE, choose_clips, read_captions
 from pipelines.judging import ClapJudge, ClassifierJudge, as_trained
-from pipelines.protocol import read_captions, read_records, side_by_side
+from pipelines.protocol import read_records, side_by_side
 from pipelines.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore
 from stages.audio import AudioConfig, encode_flac, log_mel, normalise
 from stages.base import UserError
@@ -257,7 +258,7 @@ def test_speech_is_generated_from_transcripts(work, monkeypatch):
     monkeypatch.setattr(job, "read_info", lambda folder: SimpleNamespace(variant="tones", audio=AUDIO, speech=True))
     make_store(work / "speech", captions=[], labels=[], transcript="printing, in the only sense")
     found = evaluate(work, store=str(work / "speech"), num_clips=4)
-    assert {(text, said) for text, _, said in FakeGenerator.seen} == {(job.VOICE, "printing, in the only sense")}
+    assert {(text, said) for text, _, said in FakeGenerator.seen} == {(VOICE, "printing, in the only sense")}
     assert "clap_score" in found.missing and "frechet_clap" in found.scores
 
 

@@ -12,8 +12,9 @@ from click.testing import CliRunner
 from pipelines import evaluate as job
 from pipelines import judging, metrics
 from pipelines.folders import score_folders
+from pipelines.heldout import HeldOut, captions_hash, write_captions
 from pipelines.judging import ClapJudge, Heard, Level, clip_files, hear_files, scores
-from pipelines.protocol import HeldOut, captions_hash, read_records, write_captions
+from pipelines.protocol import read_records
 from stages.base import UserError
 from stages.judges.judge import Judgement, Listening, random_judge
 

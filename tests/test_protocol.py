@@ -6,17 +6,14 @@ import json
 import numpy as np
 import pytest
 
+from pipelines.heldout import HeldOut, captions_hash, read_captions, write_captions
 from pipelines.protocol import (
     MEASURES,
-    HeldOut,
     Protocol,
     Record,
-    captions_hash,
     check_sounds,
-    read_captions,
     read_records,
     side_by_side,
-    write_captions,
     write_records,
 )
 from stages.base import UserError
