@@ -238,6 +238,17 @@ def test_averaged_weights_are_a_choice(tmp_path, sound_file, tokenizers):
         import_weights(str(without), tmp_path / "bare", tiny=True, settings=SMALL, weights="ema", given=tokenizers)
 
 
+def test_networks_that_nothing_here_has_are_named(tmp_path, sound_file, tokenizers, caplog):
+    """A whole file says nothing; one with a network beside the known ones is read, and what was left out is told."""
+    path, networks = sound_file
+    import_weights(str(path), tmp_path / "whole", tiny=True, settings=SMALL, given=tokenizers)
+    assert caplog.messages == []
+    more = changed(path, tmp_path / "more.pth", lambda s: s.update({"style_encoder.0.weight": torch.zeros(2), "lora.up": torch.zeros(1)}))
+    assert_holds(import_weights(str(more), tmp_path / "more", tiny=True, settings=SMALL, given=tokenizers), networks)
+    (told,) = caplog.messages
+    assert "2 weights" in told and "style_encoder.0.weight, lora.up" in told and "left out" in told
+
+
 def test_second_copies_serve_where_the_first_are_missing(tmp_path, sound_file, tokenizers):
     """Some files hold CLAP only as re-ranker and T5 only at the top level, and no AudioMAE; old vocoders keep their weight norm."""
     path, networks = sound_file

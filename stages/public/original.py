@@ -6,6 +6,8 @@ phoneme table of the speech models, which is loa's own.
 
 from __future__ import annotations
 
+import logging
+import re
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -31,6 +33,12 @@ VAE = "first_stage_model."
 VOCODER = "first_stage_model.vocoder."
 CONDITIONER = "cond_stage_models.0."
 NESTED = "cond_stage_models.0.cond_stage_models."  # CLAP, then T5 or the phoneme encoder, then AudioMAE
+# What a file holds beside the networks that are read: second copies, the discriminator of the VAE's training, the schedule's buffers.
+_ELSEWHERE = re.compile(
+    r"^(model\.diffusion_model|model_ema|clap|cond_stage_models|first_stage_model\.loss)\."
+    r"|^(scale_factor|logvar|lvlb_weights|betas|alphas_.*|sqrt_.*|log_one_minus_.*|posterior_.*)$"
+)
+log = logging.getLogger(__name__)
 WEIGHTS = ("raw", "ema")  # which T-UNet: the trained one, as the authors generate, or its running average
 
 
@@ -198,9 +206,11 @@ def write_stages(
     shapes = {key: shape for part in found for key, shape in layout.expected(part.places).items()}
     may_lack = {key for part in found for key in layout.computed(part.places)}
     homes = tuple(home for part in found for home in part.homes)
-    # Outside of these lie second copies of CLAP and T5, the T-UNet that was not chosen, and the noise schedule's buffers.
     used = {k: v for k, v in state.items() if k in shapes or (k.startswith(homes) and not layout.UNUSED.search(k))}
     require_fit(shapes, used, source, f"{variant.name} as the authors store it", may_lack)
+    if strange := [key for key in state if key not in used and not _ELSEWHERE.search(key) and not layout.UNUSED.search(key)]:
+        told = f"{', '.join(strange[:3])}{' …' if len(strange) > 3 else ''}"
+        log.warning("%s also holds %d weights of nothing that %s has; they are left out: %s", source, len(strange), variant.name, told)
     for part in found:
         network = part.build()  # one at a time: together they are some gigabytes
         held = part.held(network)
