@@ -56,3 +56,46 @@ def ray_cluster():
 
     serve.shutdown()
     ray.shutdown()
+
+
+# Tiny systems with random weights (tiny_bundle.py); whoever changes one makes a copy.
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory):
+    from tiny_bundle import make_bundle
+
+    return make_bundle(tmp_path_factory.mktemp("sound") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def speech_bundle(tmp_path_factory):
+    from tiny_bundle import make_bundle
+
+    return make_bundle(tmp_path_factory.mktemp("speech") / "bundle", speech=True)
+
+
+@pytest.fixture(scope="session")
+def generator(bundle):
+    from stages.generator import AudioGenerator
+
+    return AudioGenerator.load(bundle, "cpu")
+
+
+@pytest.fixture(scope="session")
+def speaker(speech_bundle):
+    from stages.generator import AudioGenerator
+
+    return AudioGenerator.load(speech_bundle, "cpu")
+
+
+@pytest.fixture(scope="session")
+def phonemes():
+    """Skips where espeak-ng cannot be had."""
+    from stages.base import UserError
+    from stages.phonemes import pronounce
+
+    try:
+        return pronounce("Hello there.")
+    except UserError as error:
+        pytest.skip(str(error))

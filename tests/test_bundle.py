@@ -16,11 +16,6 @@ from stages.variants import resolve
 META = {"variant": "audioldm2-full", "tiny": True, "audio": AUDIO, "provenance": {"made_by": "tests"}}
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    return make_bundle(tmp_path_factory.mktemp("bundle") / "bundle")
-
-
 def stages_of(bundle):
     return {folder.name: folder for folder in bundle.with_name(bundle.name + "-stages").iterdir()}
 

@@ -3,44 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from tiny_bundle import AUDIO, LOA_TOKENS, LOA_WIDTH, make_bundle
+from tiny_bundle import AUDIO, LOA_TOKENS, LOA_WIDTH
 
 from stages.base import UserError
 from stages.generator import AudioGenerator
 from stages.sampling import SCHEDULERS
 
 FEW = {"num_inference_steps": 4}
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    return make_bundle(tmp_path_factory.mktemp("sound") / "bundle")
-
-
-@pytest.fixture(scope="module")
-def speech_bundle(tmp_path_factory):
-    return make_bundle(tmp_path_factory.mktemp("speech") / "bundle", speech=True)
-
-
-@pytest.fixture(scope="module")
-def generator(bundle):
-    return AudioGenerator.load(bundle, "cpu")
-
-
-@pytest.fixture(scope="module")
-def speaker(speech_bundle):
-    return AudioGenerator.load(speech_bundle, "cpu")
-
-
-@pytest.fixture(scope="module")
-def phonemes(speaker):
-    """Skips where espeak-ng cannot be had."""
-    from stages.phonemes import pronounce
-
-    try:
-        return pronounce("Hello there.")
-    except UserError as error:
-        pytest.skip(str(error))
 
 
 # -------------------------------------------------------------------------------------------------------- conditions

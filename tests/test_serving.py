@@ -28,20 +28,9 @@ from serving.generate import output_files
 from serving.service import NDJSON, Busy, Job, Limits, ServeArgs, build, create_api, run_jobs
 from stages.base import UserError
 from stages.bundle import read_info
-from stages.generator import AudioGenerator
 from stages.sampling import Sampling
 
 ROUTE = "/v1/audio/generations"
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    return make_bundle(tmp_path_factory.mktemp("serving") / "bundle")
-
-
-@pytest.fixture(scope="module")
-def generator(bundle):
-    return AudioGenerator.load(bundle, "cpu")
 
 
 class Here:
