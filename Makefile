@@ -11,6 +11,9 @@ TESTS   ?=
 BIN := .venv/bin
 PY  := $(BIN)/python
 
+# Where it is set, as in many containers, every process compiles every library anew: ten seconds each, and Ray starts dozens.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test quick lint format types check serve mlflow clean
 

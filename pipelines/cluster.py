@@ -22,7 +22,9 @@ _QUIET_LOCAL = {
     "RAY_AUTH_MODE": "disabled",  # nothing of a local cluster listens beyond loopback
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers use this interpreter and this folder
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away; saves a process per training
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon the end of a training is noticed
 }
+_started: str | None = None  # address of the cluster that this process started
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,22 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
             "object_store_memory": min(OBJECT_STORE_BYTES, max(100 * 2**20, _shared_memory() * 3 // 4)),
             "include_dashboard": False,
         }
+    global _started
     try:
         ray.init(address=address, **settings)
+        _started = ray.get_runtime_context().gcs_address if address == "local" else None
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(f"Ray does not start or join a cluster at {address!r}: {error}") from error
     import ray.data  # its loggers exist only now; progress is told by our own bars
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def ends_with_us() -> bool:
+    """Whether the joined cluster was started by this process, with which it ends."""
+    import ray
+
+    return ray.is_initialized() and _started == ray.get_runtime_context().gcs_address
 
 
 def local_resources() -> Resources:

@@ -133,7 +133,18 @@ def _fit_on_ray(job: TrainJob, workers: int | None, max_failures: int) -> None:
         raise UserError(f"{count} workers were asked for and the cluster has {have.gpus} GPUs; choose at most {have.gpus}")
     cores = cluster.local_resources().cpus
     threads = max(1, cores // count) if not have.gpus else max(1, have.cpus // max(1, have.gpus))
-    trainer = TorchTrainer(
+
+    class Trainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            """Ray's, on a cluster of our own without the one that frees the workers' resources should the controller die.
+
+            It asks the cluster that `ray start` ran last, which is not ours: if that one is gone it waits for it, 12 idle
+            seconds at the end of every training (Ray 2.60), and our cluster dies with us anyway.
+            """
+            callbacks: list[Any] = super()._create_default_callbacks()
+            return [c for c in callbacks if not (cluster.ends_with_us() and type(c).__name__ == "PlacementGroupCleanerCallback")]
+
+    trainer = Trainer(
         ray_worker,
         train_loop_config={"job": cloudpickle.dumps(job), "threads": threads},  # opened by the workers alone
         scaling_config=ScalingConfig(

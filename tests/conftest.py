@@ -35,19 +35,11 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def ray_cluster():
     """One local cluster for the whole session; more logical CPUs than cores keeps pools from starving each other."""
-    import logging
-
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=4,
-        object_store_memory=200 * 2**20,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}},
-    )
+    from pipelines import cluster
+
+    cluster.connect("local", num_cpus=4)
     import ray.data
 
     ray.data.DataContext.get_current().print_on_execution_start = False
