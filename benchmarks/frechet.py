@@ -1,6 +1,6 @@
 """FD on 957 CNN14-sized embeddings: the low-rank form of pipelines/metrics.py and the plain matrix root, in one run.
 
-python benchmarks/frechet.py            about a minute and a half on one core
+python benchmarks/frechet.py            seconds on two cores, a minute and a half on a busy one
 """
 
 from __future__ import annotations
