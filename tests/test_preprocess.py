@@ -367,6 +367,12 @@ def test_an_address_where_nothing_listens_is_refused_at_once(monkeypatch):
             cluster.connect(address)
 
 
+def test_whose_cluster_it_is(ray_cluster, monkeypatch):
+    assert cluster.ends_with_us()
+    monkeypatch.setattr(cluster, "_started", "192.0.2.1:6379")  # one that we started earlier; this one was joined
+    assert not cluster.ends_with_us()
+
+
 @pytest.mark.parametrize("cpus", [1, 2, 3, 16, 200])
 @pytest.mark.parametrize("gpus", [0, 1, 8])
 @pytest.mark.parametrize("workers", [None, 1, 3, 64])
