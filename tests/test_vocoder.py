@@ -31,6 +31,17 @@ def stage() -> VocoderStage:
     return VocoderStage(CONFIG, LOSS, AUDIO)
 
 
+def test_segments_hold_sound(stage: VocoderStage) -> None:
+    """Of a clip that is two thirds padding every segment has sound in its first half; silence itself is taken as it is."""
+    rng, half = np.random.default_rng(0), LOSS.segment_samples // 2
+    short = np.zeros(AUDIO.clip_samples, np.float32)
+    short[: AUDIO.clip_samples // 3] = 0.1
+    segments = torch.stack([stage.example({"waveform": short}, rng)["segment"] for _ in range(50)])
+    assert segments.shape == (50, LOSS.segment_samples) and bool((segments[:, :half] != 0).any(1).all())
+    assert len(segments.count_nonzero(1).unique()) > 10  # of all places, not one
+    assert not stage.example({"waveform": 0 * short}, rng)["segment"].any()
+
+
 def make_batch(stage: VocoderStage, clips: int = 2, step: int = 0) -> dict:
     rng = np.random.default_rng(0)
     time = np.arange(5120) / 16_000

@@ -73,10 +73,15 @@ class VocoderStage(Stage):
         return {"discriminator": self.discriminator, "vocoder": self.vocoder}
 
     def example(self, clip: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Tensor]:
-        """`waveform` [T], the whole clip, and a random `segment` [segment_samples] of it."""
-        waveform = pad_or_cut(np.asarray(clip["waveform"], np.float32), self.audio.clip_samples)
-        start = int(rng.integers(len(waveform) - self.loss.segment_samples + 1))
-        segment = waveform[start : start + self.loss.segment_samples]
+        """`waveform` [T], the whole clip, and a random `segment` [segment_samples] of it, at most half of it padding.
+
+        A short sentence is mostly padding, of which there is nothing to learn but silence.
+        """
+        waveform, samples = pad_or_cut(np.asarray(clip["waveform"], np.float32), self.audio.clip_samples), self.loss.segment_samples
+        sounding = len(np.trim_zeros(waveform, "b"))
+        end = min(len(waveform), max(sounding + samples // 2, samples))
+        start = int(rng.integers(end - samples + 1))
+        segment = waveform[start : start + samples]
         return {"waveform": torch.from_numpy(waveform), "segment": torch.from_numpy(segment.copy())}
 
     def losses(self, batch: dict[str, Any]) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
