@@ -36,7 +36,8 @@ JOURNEY: dict[str, dict[str, Job]] = {
         "export": Job("pipelines.export:main", "Gather the trained stages into a bundle that diffusers loads, too."),
         "judges": Job("pipelines.judges:main", "Check public weights of the networks behind FAD, FD, IS and KL."),
         "evaluate": Job("pipelines.evaluate:main", "Score a system: held-out captions of a store, or folders of clips."),
-        "report": Job("pipelines.compare:main", "Scored systems side by side, beside the published numbers."),
+        "compare": Job("pipelines.compare:main", "Scored systems side by side, beside the published numbers."),
+        "report": Job("pipelines.report:main", "One page to hear and see a project: scores, sounds, curves, costs."),
     },
     "From a bundle to sound": {
         "generate": Job("serving.generate:main", "Write the sound of a prompt to a WAV file."),
