@@ -1,6 +1,6 @@
 """JOB: scores of several systems side by side, and what papers print as a block of its own.
 
-Every value of a column was measured by one protocol; records that mix protocols are refused (`pipelines.protocol`).
+Every value of a column was measured by one protocol; records that mix protocols are refused (`pipelines.evaluation.records`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import NamedTuple
 import click
 
 from options import friendly
+from pipelines.evaluation.metrics import SILENT_LIMIT
 from pipelines.evaluation.published import TABLES, PublishedTable
-from pipelines.evaluation.records import MEASURES, SILENT_LIMIT, Comparison, Protocol, Record, read_records, side_by_side
+from pipelines.evaluation.records import MEASURES, Comparison, Protocol, Record, read_records, side_by_side
 
 
 class Cell(NamedTuple):

@@ -287,6 +287,12 @@ def slaney_filterbank(sample_rate: int, n_fft: int, mel_bins: int, fmin: float, 
     return filters
 
 
+def mel_centres(audio: AudioConfig) -> NDArray[np.float64]:
+    """The frequency in Hz of each mel bin, `[M]`: the mean of its filter."""
+    filters = slaney_filterbank(audio.sample_rate, audio.n_fft, audio.mel_bins, audio.fmin, audio.fmax)
+    return np.asarray(filters @ np.linspace(0.0, audio.sample_rate / 2, filters.shape[1]) / filters.sum(1))
+
+
 def htk_filterbank(sample_rate: int, n_fft: int, mel_bins: int, fmin: float, fmax: float) -> NDArray[np.float64]:
     """Triangular mel filters `[mel_bins, n_fft // 2 + 1]` on the scale 1127 ln(1 + f / 700) of HTK and Kaldi.
 

@@ -23,7 +23,7 @@ from stages.audio import AudioConfig, encode_flac, log_mel, normalise
 from stages.bundle import read_info
 from stages.classifier.model import Classifier, ClassifierConfig
 from stages.errors import UserError
-from stages.judges.judge import Listening, random_judge
+from stages.judges.catalogue import Listening, random_judge
 
 AUDIO = AudioConfig(clip_seconds=0.64)
 RECONSTRUCTION = {"mel_l1", "mel_psnr", "mel_ssim", "log_spectral_distance", "spectral_convergence", "log_magnitude"}

@@ -15,7 +15,7 @@ from stages.audio import slaney_filterbank
 from stages.checkpoints import read_checkpoint
 from stages.errors import UserError
 from stages.judges import panns, passt, vggish
-from stages.judges.judge import AUDIOLDM_EVAL, JUDGES, Judgement, Listening, load_judge, random_judge
+from stages.judges.catalogue import AUDIOLDM_EVAL, JUDGES, JudgeOutput, Listening, load_judge, random_judge
 from stages.judges.network import Network
 from stages.judges.panns import CNN14_16K, CNN14_32K, Cnn14, fourier_kernels
 from stages.judges.passt import PaSST, PaSSTConfig
@@ -565,7 +565,7 @@ def test_a_clip_does_not_depend_on_its_neighbours(name) -> None:
 
 def test_rows_leave_the_padding_out() -> None:
     embedding = torch.arange(12.0).view(2, 3, 2)
-    assert Judgement(embedding, None, torch.tensor([1, 3])).rows().tolist() == [[0, 1], [6, 7], [8, 9], [10, 11]]
+    assert JudgeOutput(embedding, None, torch.tensor([1, 3])).rows().tolist() == [[0, 1], [6, 7], [8, 9], [10, 11]]
 
 
 @pytest.mark.parametrize("name", list(JUDGES))

@@ -17,7 +17,7 @@ from pipelines.evaluation.listening import ClapJudge, Heard, Level, clip_files, 
 from pipelines.evaluation.records import read_records
 from pipelines.score import score_folders
 from stages.errors import UserError
-from stages.judges.judge import Judgement, Listening, random_judge
+from stages.judges.catalogue import JudgeOutput, Listening, random_judge
 
 RATE = 16_000
 
@@ -51,7 +51,7 @@ class Counting:
         self.heard += len(waveforms)
         rows = [[np.std(w), np.abs(np.diff(w)).mean(), np.abs(w).max()] for w in waveforms]
         rows = torch.tensor(np.array(rows), dtype=torch.float32)
-        return Judgement(rows, torch.cat([10 * rows, -rows], 1))
+        return JudgeOutput(rows, torch.cat([10 * rows, -rows], 1))
 
     def protocol(self):
         listening = {"clip_seconds": self.clip_seconds, "min_samples": 0, "remove_mean": False, "resampler": "soxr-vhq"}
