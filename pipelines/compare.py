@@ -16,9 +16,8 @@ from typing import NamedTuple
 import click
 
 from options import friendly
-from pipelines.evaluation.metrics import SILENT_LIMIT
 from pipelines.evaluation.published import TABLES, PublishedTable
-from pipelines.evaluation.records import MEASURES, Comparison, Protocol, Record, read_records, side_by_side
+from pipelines.evaluation.records import MEASURES, SILENT_LIMIT, Comparison, Protocol, Record, read_records, side_by_side
 from pipelines.tables import aligned
 
 

@@ -18,6 +18,7 @@ import pandas as pd
 
 from pipelines.corpora.files import walk_audio
 from pipelines.evaluation import metrics
+from pipelines.evaluation.records import SILENT_LIMIT
 from pipelines.features.reader import StoreReader
 from stages.audio import Waveform, load_audio, probe
 from stages.errors import AudioError, UserError, some
@@ -180,7 +181,7 @@ class SoundCheck:
     def notes(self, name: str) -> list[str]:
         """One sentence per kind of finding; silence first."""
         notes = []
-        if len(self.silent) > metrics.SILENT_LIMIT * self.clips:
+        if len(self.silent) > SILENT_LIMIT * self.clips:
             share = len(self.silent) / self.clips
             notes.append(f"{share:.0%} of the clips of {name} are silent: do not rank this system by its distances")
         for kind in ("silent", "clipped", "short"):

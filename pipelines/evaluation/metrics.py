@@ -21,7 +21,6 @@ from scipy.stats import linregress, norm
 Array = NDArray[np.float64]
 
 SILENCE_DBFS = -60.0
-SILENT_LIMIT = 0.01  # above this share of silent clips a system is not ranked: distances can look good for silence
 STFT_SIZES = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))  # transform, hop, window in samples
 
 

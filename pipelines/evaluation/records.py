@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.evaluation.metrics import SILENT_LIMIT
 from stages.errors import UserError
 from stages.files import digest, write_json
 
 RECORD_FORMAT = 1
+SILENT_LIMIT = 0.01  # above this share of silent clips a system is not ranked: distances can look good for silence
 
 
 # ------------------------------------------------------------------------------------------------------ measures
