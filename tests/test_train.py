@@ -199,7 +199,7 @@ def test_logged_values_are_read_once_per_log(line: tuple[Path, Variant], tmp_pat
     longer = replace(variant, recipes=replace(variant.recipes, vae=recipe), vae_loss=replace(variant.vae_loss, critic_start=5))
     with Reads() as reads:
         train_stage("vae", longer, tmp_path, store=str(work / "store"), workers=0)
-    assert reads.counts.pop("_listen") == 6  # two pictures of each validation
+    assert reads.counts.pop("_listen") == 3 * 2 * 2  # of each validation two pictures, as .cpu().numpy()
     assert reads.counts == {"_update": 20 + 15, "_mean": 2 + 3}
 
 
@@ -264,7 +264,7 @@ def test_workers_agree_on_the_time_once_a_step(monkeypatch: pytest.MonkeyPatch) 
             tensor += 0.5  # the other worker began half a second earlier
 
     def step(batch: Any) -> dict[str, torch.Tensor]:
-        rates.append({group["lr"] for optimizer in run.state.optimizers.values() for group in optimizer.param_groups})
+        rates.append([group["lr"] for optimizer in run.state.optimizers.values() for group in optimizer.param_groups])
         return {"loss": torch.ones(())}
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
@@ -276,8 +276,9 @@ def test_workers_agree_on_the_time_once_a_step(monkeypatch: pytest.MonkeyPatch) 
     tracker = SimpleNamespace(metrics=lambda values, step: logged.append((step, values["train/learning_rate"])))
     run.fit(SimpleNamespace(), SimpleNamespace(), tracker)  # type: ignore[arg-type]
     assert asked == [4.0 * k for k in range(26)]  # 25 steps of 4 s end a run of 100 s
-    assert rates == [{pytest.approx(1.0 - (4.0 * k + 0.5) / 100)} for k in range(25)]
-    assert logged == [(k, pytest.approx(1.0 - (4.0 * (k - 1) + 0.5) / 100)) for k in (10, 20, 25)]
+    expected = [1.0 - (4.0 * k + 0.5) / 100 for k in range(25)]
+    assert rates == [pytest.approx([rate, rate]) for rate in expected]  # both optimisers
+    assert logged == [(k, pytest.approx(expected[k - 1])) for k in (10, 20, 25)]
 
 
 # -------------------------------------------------------------------------------------- resume, workers, bad weather
