@@ -1,4 +1,4 @@
-"""The T-UNet: noise prediction on VAE latents, with cross-attention to the LOA and to the text (facts 7)."""
+"""The T-UNet: noise prediction on VAE latents, with cross-attention to the LOA and to the text (references.md#t-unet)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class DiffusionConfig:
     norm_groups: int = 32
     prediction: str = "epsilon"  # or "v_prediction"
     poolings: tuple[int, ...] = (1, 2, 4, 8)  # λ of the self-supervised LOA, drawn per batch
-    condition_dropout: float = 0.1  # all conditions of a batch together (facts 7.4)
+    condition_dropout: float = 0.1  # all conditions of a batch together (references.md#condition-dropout)
 
     def build(self, latent_channels: int, latent_frames: int, loa_width: int, text_width: int | None) -> AudioLDM2UNet2DConditionModel:
         """A T-UNet with fresh weights. Every place attends to itself, the LOA and, if `text_width`, the text."""
@@ -50,7 +50,7 @@ class DiffusionConfig:
 
 
 def noise_schedule(prediction: str = "epsilon") -> DDIMScheduler:
-    """The forward process: 1000 steps, β = linspace(√0.0015, √0.0195)² (facts 7.3), and DDIM to run it backwards."""
+    """The forward process: 1000 steps, β = linspace(√0.0015, √0.0195)² (references.md#noise-schedule), and DDIM to run it backwards."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.0015,

@@ -25,7 +25,7 @@ from stages.translator.training import condition_example, cut_padding
 if TYPE_CHECKING:
     from stages.variants import Variant
 
-SCALE_CLIPS = 256  # clips whose latents set the scale factor; the reference takes its first batch (facts 2.2)
+SCALE_CLIPS = 256  # clips whose latents set the scale factor; the reference takes its first batch (references.md#latent-scale)
 
 
 class TUNet(nn.Module):
@@ -50,7 +50,7 @@ class LatentDiffusion:
         self.schedule, self.scale, self.null_text, self.dropout = schedule, scale, null_text, dropout
 
     def example(self, clip: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Tensor]:
-        """A posterior sample (not the mode, facts 2.2) [C, T', F'], its noise and its timestep."""
+        """A posterior sample (not the mode, references.md#latent-scale) [C, T', F'], its noise and its timestep."""
         mean, deviation = np.split(np.asarray(clip["latent"], np.float32), 2)
         latent = (mean + deviation * rng.standard_normal(mean.shape, np.float32)) * self.scale
         return {
@@ -60,7 +60,7 @@ class LatentDiffusion:
         }
 
     def drop(self, rng: np.random.Generator, loa: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """With probability `dropout` the whole batch loses all conditions: LOA → zeros, text → T5("") (facts 7.4)."""
+        """With probability `dropout` the whole batch loses all conditions: LOA → zeros, text → T5("") (references.md#condition-dropout)."""
         if rng.random() >= self.dropout:
             return loa, text, mask
         if self.null_text is None:  # speech: the T-UNet reads no text
