@@ -21,23 +21,25 @@ import numpy as np
 import torch
 from click.core import ParameterSource
 
-from pipelines import judging, plots
-from pipelines.folders import score_folders
-from pipelines.heldout import HeldOut, captions_hash, choose_clips, frozen_clips, write_captions
-from pipelines.judging import Channels, ClapJudge, ClassifierJudge, ClipFile, Judge
-from pipelines.protocol import MEASURES, Record, digest, write_records
-from pipelines.scoring import HEARD, SYSTEMS, Scored, records, score, words
-from pipelines.sounds import Sounds, mels
-from pipelines.store import FeatureStore
+from options import friendly, sampling_options, tracking_option, work_option
+from pipelines import plots
+from pipelines.evaluation import listening as judging
+from pipelines.evaluation.clips import HeldOut, captions_hash, choose_clips, frozen_clips, write_captions
+from pipelines.evaluation.listening import Channels, ClapJudge, ClassifierJudge, ClipFile, Judge
+from pipelines.evaluation.records import MEASURES, Record, digest, write_records
+from pipelines.evaluation.scores import HEARD, SYSTEMS, Scored, records, score, words
+from pipelines.evaluation.sounds import Sounds, mels
+from pipelines.features.store import FeatureStore
+from pipelines.score import score_folders
 from pipelines.tracking import Tracker
 from stages.audio import AudioConfig, Waveform, slaney_filterbank
-from stages.base import UserError, code_version, weights_hash, write_json
 from stages.bundle import BundleInfo, read_info
-from stages.cli import friendly, sampling_options, tracking_option, work_option
+from stages.errors import UserError
+from stages.files import code_version, weights_hash, write_json
 from stages.generator import AudioGenerator
 from stages.judges.judge import AUDIOLDM_EVAL, JUDGES, Listening
+from stages.judges.whisper import Transcriber
 from stages.sampling import OPTIONS, resolve
-from stages.transcriber import Transcriber
 
 if TYPE_CHECKING:
     from stages.variants import Variant

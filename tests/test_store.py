@@ -17,10 +17,10 @@ import pytest
 import tiny_store
 import webdataset
 
-from pipelines.shards import LedgerRow, Rejection, completing_command
-from pipelines.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore, StoreWarning
+from pipelines.features.shards import LedgerRow, Rejection, completing_command
+from pipelines.features.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore, StoreWarning
 from stages.audio import AudioConfig, encode_flac
-from stages.base import UserError
+from stages.errors import UserError
 
 REPO = Path(__file__).resolve().parent.parent
 AUDIO = AudioConfig(clip_seconds=0.5)
@@ -176,7 +176,7 @@ def test_a_reader_joins_series_and_refuses_incomplete_ones(tmp_path):
 
 
 def test_a_reader_serves_many_threads(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipelines.store_reader._MOST_OPEN_SHARDS", 2)
+    monkeypatch.setattr("pipelines.features.reader._MOST_OPEN_SHARDS", 2)
     store = make_store(tmp_path, 40)
     fill(store, "text")
     reader = store.reader(["text"])

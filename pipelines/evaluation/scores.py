@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines import judging, metrics
-from pipelines.folders import read_by, word_errors
-from pipelines.heldout import VOICE, HeldOut
-from pipelines.judging import ClapJudge, ClassifierJudge, Found, Heard, Judge
-from pipelines.protocol import MEASURES, Record, SoundCheck, check_sounds
+from pipelines.evaluation import listening as judging
+from pipelines.evaluation import metrics
+from pipelines.evaluation.clips import VOICE, HeldOut
+from pipelines.evaluation.listening import ClapJudge, ClassifierJudge, Found, Heard, Judge
+from pipelines.evaluation.records import MEASURES, Record, SoundCheck, check_sounds
+from pipelines.score import read_by, word_errors
 from stages.audio import AudioConfig, Waveform, log_mel
-from stages.base import code_version
-from stages.transcriber import Transcriber
+from stages.files import code_version
+from stages.judges.whisper import Transcriber
 
 # The columns of every table: without any skill, the system itself, its two ceilings, the real clips, and other real clips.
 SYSTEMS = {
