@@ -20,7 +20,7 @@ import psutil
 
 from options import friendly, require_disk, require_memory, set_option, shown, tracking_option
 from pipelines import cluster
-from pipelines.evaluate import Evaluation
+from pipelines.evaluation.results import Evaluation
 from pipelines.tracking import Tracker
 from stages.config import to_dict
 from stages.errors import UserError

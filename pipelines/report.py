@@ -23,9 +23,8 @@ import torch
 from PIL import Image
 
 from pipelines import plots
-from pipelines.evaluate import Evaluation, classes_picture, confusion_picture
 from pipelines.evaluation.records import MEASURES
-from pipelines.evaluation.scores import HEARD, SYSTEMS
+from pipelines.evaluation.results import HEARD, SYSTEMS, Evaluation, classes_picture, confusion_picture
 from pipelines.features.store import FeatureStore
 from pipelines.tracking import Run, read_runs, tracking_uri
 from stages import STAGES

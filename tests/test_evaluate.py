@@ -11,11 +11,12 @@ from click.testing import CliRunner
 from tiny_bundle import make_bundle
 
 from pipelines import evaluate as job
-from pipelines.evaluate import Evaluation, evaluate
+from pipelines.evaluate import evaluate
 from pipelines.evaluation import listening as judging
 from pipelines.evaluation.clips import VOICE, choose_clips, read_captions
 from pipelines.evaluation.listening import ClapJudge, ClassifierJudge, as_trained
 from pipelines.evaluation.records import read_records, side_by_side
+from pipelines.evaluation.results import Evaluation
 from pipelines.features.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore
 from pipelines.score import score_folders
 from stages.audio import AudioConfig, encode_flac, log_mel, normalise

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipelines import plots, report
-from pipelines.evaluate import Evaluation
+from pipelines.evaluation.results import Evaluation
 from pipelines.report import Project, render, write_report
 from pipelines.tracking import Run
 from stages.audio import write_wav

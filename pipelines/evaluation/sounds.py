@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pipelines.evaluation.clips import HeldOut
-from pipelines.evaluation.scores import SYSTEMS
+from pipelines.evaluation.results import SYSTEMS
 from pipelines.features.reader import StoreReader
 from stages.audio import AudioConfig, Waveform, load_audio, log_mel, normalise, pad_or_cut, write_wav
 from stages.files import replacing
