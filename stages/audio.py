@@ -77,7 +77,7 @@ class AudioConfig:
         return cls(**values)
 
 
-# The front end of the authors' 48 kHz model (facts 1.2): 1024 frames in 10.24 s as at 16 kHz, 256 bins.
+# The front end of the authors' 48 kHz model (references.md#log-mel): 1024 frames in 10.24 s as at 16 kHz, 256 bins.
 AUDIO_48K = AudioConfig(sample_rate=48_000, n_fft=2048, hop_length=480, mel_bins=256, fmin=20.0, fmax=24_000.0)
 
 

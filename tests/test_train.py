@@ -98,7 +98,7 @@ def test_learning_rate_warms_up_and_decays() -> None:
 
 
 def test_recipes_are_the_published_ones() -> None:
-    """Optimiser settings as facts 2.3, 3, 6 and 7.4 give them; tiny ones share all but the rates and lengths."""
+    """Optimiser settings as references.md#optimisers gives them; tiny ones share all but the rates and lengths."""
     recipes = resolve("audioldm2-full").recipes
     assert {getattr(recipes, name).epsilon for name in Recipes.__dataclass_fields__} == {1e-8}
     assert (recipes.vae.betas, recipes.vae.weight_decay) == ((0.5, 0.9), 0.0)

@@ -39,7 +39,7 @@ def local(tensor: Tensor) -> Tensor:
 class EMA:
     """Exponential moving average of trained parameters, sharded as they are.
 
-    Decay min(decay, (1 + n) / (10 + n)) after n updates, the reference's warm-up (facts 7.4).
+    Decay min(decay, (1 + n) / (10 + n)) after n updates, the reference's warm-up (references.md#averaged-weights).
     """
 
     def __init__(self, parts: Mapping[str, nn.Module], decay: float) -> None:

@@ -50,7 +50,7 @@ class JudgeOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class Listening:
-    """How a recording becomes what a judge hears. Scores of different listenings cannot be compared (facts 1).
+    """How a recording becomes what a judge hears. Scores of different listenings cannot be compared (references.md#listening).
 
     The default is loa's contract: soxr's best resampler, exactly 10 s, nothing removed. `AUDIOLDM_EVAL` is that of
     audioldm_eval, for approaching published numbers: whole clips of at least 32,000 samples, without their mean.
