@@ -10,8 +10,6 @@ from test_repo import REPO, text_of, tracked
 PAGE = REPO / "docs" / "references.md"
 # How notes outside the repository were cited
 ELSEWHERE = r"\bfacts,? (?:\d|page\b|section)|\bregister \d|\bnotes, section|\breference notes"
-AWAITED_FILES = {"records.py", "metrics.py", "listening.py"}  # still cite the old way
-AWAITED_ENTRIES = {"comparability", "fad-and-fd", "fad-at-infinite-size", "kl", "mel-pictures"}  # which these will cite
 
 
 def entries() -> dict[str, str]:
@@ -39,7 +37,6 @@ def test_citations_lead_to_entries() -> None:
 def test_entries_are_cited() -> None:
     """What nothing cites any more leaves the page."""
     uncited = set(entries()) - {anchor for _, anchor in cited(r"references\.md#([\w-]*)")}
-    uncited -= AWAITED_ENTRIES
     assert sorted(uncited) == []
 
 
@@ -56,5 +53,4 @@ def test_rows_cited_from_the_fidelity_page_exist() -> None:
 
 def test_nothing_cites_notes_outside_the_repository() -> None:
     old = cited(f"({ELSEWHERE})")
-    old = [hit for hit in old if hit[0].rpartition("/")[2] not in AWAITED_FILES]
     assert old == []

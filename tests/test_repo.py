@@ -75,11 +75,15 @@ def test_stages_import_without_ray() -> None:
     assert done.returncode == 0 and done.stdout.strip() == "False", done.stderr
 
 
-COMMON = {"cluster", "plots", "tracking", "weights"}  # files of pipelines/ that every room may import; the other files are commands
+COMMON = {
+    "cluster",
+    "plots",
+    "tables",
+    "tracking",
+    "weights",
+}  # files of pipelines/ that every room may import; the other files are commands
 ROOMS = {"corpora": set[str](), "features": set[str](), "evaluation": {"corpora", "features"}, "training": {"features", "evaluation"}}
 BORROWED = {
-    ("evaluation", "score"),  # helpers for word errors
-    ("evaluate", "score"),  # scores folders as well
     ("train", "plan"),  # `--dry-run` prints the plan
 }
 

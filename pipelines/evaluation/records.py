@@ -1,8 +1,8 @@
 """What a score is worth: the record of how it came about, and the rule that only equal protocols stand side by side.
 
 The same public system has been published with a FAD of 1.78, 2.18 and 3.39: a number without its protocol says nothing.
-So every score is written with everything that changes it besides the system, and scores that differ in any of it are not
-compared.
+So every score is written with everything that changes it besides the system (references.md#comparability), and scores
+that differ in any of it are not compared.
 """
 
 from __future__ import annotations
