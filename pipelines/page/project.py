@@ -70,8 +70,8 @@ class Project:
         return AudioConfig(sample_rate=int(protocol["sample_rate"]), clip_seconds=float(protocol["seconds"]))
 
     def sound(self, row: dict[str, Any], system: str) -> Waveform | None:
-        """A system's sound of an evaluated clip, or None when its file is gone."""
-        path = self.work / "evaluation" / row["files"][system]
+        """A system's sound of an evaluated clip, or None when there is none."""
+        path = self.work / "evaluation" / row["files"].get(system, "")
         return load_audio(path, self.audio().sample_rate) if path.is_file() else None
 
     def mel(self, waveform: Waveform) -> NDArray[np.float32]:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipelines import plots
 from pipelines.evaluation.records import MEASURES
-from pipelines.evaluation.results import HEARD, SYSTEMS, Evaluation, classes_picture, confusion_picture
+from pipelines.evaluation.results import SYSTEMS, WITH_SOUND, Evaluation, classes_picture, confusion_picture
 from pipelines.features.store import FeatureStore
 from pipelines.page.markup import absent, data_uri, definitions, duration, escape, memory, pretty
 from pipelines.page.project import Project
@@ -153,7 +153,7 @@ def _listen(project: Project, evaluation: Evaluation, num_clips: int) -> str:
     cards: list[str] = []
     size = 0
     for row in evaluation.clips[:num_clips]:
-        sounds = {system: sound for system in HEARD if (sound := project.sound(row, system)) is not None}
+        sounds = {system: sound for system in WITH_SOUND if (sound := project.sound(row, system)) is not None}
         players = "".join(_player(project, sound, system, row) for system, sound in sounds.items())
         card = f"<article class=clip>{_caption(row)}<div class=sounds>{players}</div></article>"
         size += len(card)
