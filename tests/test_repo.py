@@ -83,7 +83,13 @@ COMMON = {
     "tracking",
     "weights",
 }  # files of pipelines/ that every room may import; the other files are commands
-ROOMS = {"corpora": set[str](), "features": set[str](), "evaluation": {"corpora", "features"}, "training": {"features", "evaluation"}}
+ROOMS = {
+    "corpora": set[str](),
+    "features": set[str](),
+    "evaluation": {"corpora", "features"},
+    "training": {"features", "evaluation"},
+    "page": {"features", "evaluation"},
+}
 BORROWED = {
     ("train", "plan"),  # `--dry-run` prints the plan
 }
