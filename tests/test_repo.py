@@ -85,6 +85,7 @@ COMMON = {
 }  # files of pipelines/ that every room may import; the other files are commands
 ROOMS = {
     "corpora": set[str](),
+    "demo_corpus": set[str](),
     "features": set[str](),
     "evaluation": {"corpora", "features"},
     "training": {"features", "evaluation"},
