@@ -14,7 +14,8 @@ import click
 
 from options import friendly, set_option, tiny_option, variant_option, with_option, work_option
 from pipelines import cluster
-from pipelines.features.passes import LatentPass, LoaPass, MelPass, Pass, PassReport, SpeechPass, TextPass, execute
+from pipelines.features.passes import LatentPass, LoaPass, MelPass, Pass, SpeechPass, TextPass
+from pipelines.features.run import PassReport, execute
 from pipelines.features.store import FeatureStore
 from pipelines.weights import released_folders
 from stages.errors import UserError
