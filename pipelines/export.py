@@ -112,9 +112,16 @@ def _same_audio(cards: Mapping[str, Mapping[str, Any]], variant: Variant) -> Non
 @tracking_option
 @friendly
 def main(
-    work: Path, out: Path | None, released: dict[str, str], variant: str | None, tiny: bool, no_joint: bool, critics: bool, force: bool,
+    work: Path,
+    out: Path | None,
+    released: dict[str, str],
+    variant: str | None,
+    tiny: bool,
+    no_joint: bool,
+    critics: bool,
+    force: bool,
     tracking_uri: str | None,
-) -> None:  # fmt: skip
+) -> None:
     """Gather the trained stages into a bundle that diffusers loads, too."""
     chosen = resolve(variant, tiny) if variant else None
     bundle = export(work, chosen, out=out, given=released, joint=not no_joint, force=force, critics=critics)

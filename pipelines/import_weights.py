@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -147,10 +148,7 @@ def _verify(distance: Mapping[str, float]) -> None:
 @click.option("--verify", is_flag=True, help="Compare a LAION CLAP with the package laion-clap (extra: clap).")
 @click.option("--force", is_flag=True, help="Replace what is there.")
 @friendly
-def main(
-    source: str, work: Path, out: Path | None, variant: str | None, tiny: bool, settings: dict[str, str], weights: str,
-    given: dict[str, str], verify: bool, force: bool,
-) -> None:  # fmt: skip
+def main(source: str, work: Path, **options: Any) -> None:
     """Public weights in: SOURCE becomes a bundle, or weights for a stage.
 
     \b
@@ -162,9 +160,7 @@ def main(
 
     Files are read without running anything they hold.
     """
-    folder = import_weights(
-        source, work, out=out, variant=variant, tiny=tiny, settings=settings, weights=weights, given=given, verify=verify, force=force
-    )
+    folder = import_weights(source, work, **options)
     shown = os.path.relpath(folder)
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6
     if (folder / "model_index.json").is_file():

@@ -102,9 +102,17 @@ class Clip:
         """The row, in the columns of CLIP_SCHEMA."""
         r = self.recording
         return {
-            "clip_id": self.clip_id, "corpus": r.corpus, "path": r.path, "start": self.start, "seconds": self.seconds,
-            "captions": list(r.captions), "transcript": r.transcript, "labels": list(r.labels), "split": r.split, "licence": r.licence,
-        }  # fmt: skip
+            "clip_id": self.clip_id,
+            "corpus": r.corpus,
+            "path": r.path,
+            "start": self.start,
+            "seconds": self.seconds,
+            "captions": list(r.captions),
+            "transcript": r.transcript,
+            "labels": list(r.labels),
+            "split": r.split,
+            "licence": r.licence,
+        }
 
 
 def cut(recording: Recording, file_seconds: float, audio: AudioConfig, max_windows: int = MAX_WINDOWS) -> list[Clip] | Rejected:
@@ -371,9 +379,8 @@ def _names(folders: Sequence[Path]) -> str:
 )
 @friendly
 def main(
-    folders: tuple[Path, ...], data: tuple[Path, ...], work: Path, variant: str, tiny: bool, clip_seconds: float | None,
-    max_windows: int, limit: int | None, keep_blacklisted: bool, seed: int, shard_size: int, workers: int | None,
-) -> None:  # fmt: skip
+    folders: tuple[Path, ...], data: tuple[Path, ...], work: Path, variant: str, tiny: bool, clip_seconds: float | None, **options: Any
+) -> None:
     """Make the clip table of --work from the corpora or recordings in DIR.
 
     DIR holds any mix of corpora in their published layouts (AudioSet, AudioCaps, WavCaps, Million Song Dataset,
@@ -384,10 +391,7 @@ def main(
     audio = resolve(variant, tiny=tiny).audio
     if clip_seconds is not None:
         audio = replace(audio, clip_seconds=clip_seconds)
-    report = ingest(
-        folders + data, work / "store", audio, max_windows=max_windows, limit=limit, keep_blacklisted=keep_blacklisted,
-        seed=seed, shard_size=shard_size, workers=workers, say=click.echo,
-    )  # fmt: skip
+    report = ingest(folders + data, work / "store", audio, **options, say=click.echo)
     click.echo(report.table())
     click.echo(f"\n{report.summary()}\n{report.store}")
 

@@ -109,9 +109,17 @@ def _pass_command(name: str) -> click.Command:
 
     @friendly
     def command(
-        work: Path, variant: str, tiny: bool, settings: dict[str, str], store_url: str | None, workers: int | None,
-        limit_shards: int | None, verify: bool, released: dict[str, str] | None = None, poolings: tuple[int, ...] | None = None,
-    ) -> None:  # fmt: skip
+        work: Path,
+        variant: str,
+        tiny: bool,
+        settings: dict[str, str],
+        store_url: str | None,
+        workers: int | None,
+        limit_shards: int | None,
+        verify: bool,
+        released: dict[str, str] | None = None,
+        poolings: tuple[int, ...] | None = None,
+    ) -> None:
         system = resolve(variant, tiny, settings)
         store = FeatureStore.open(store_url or work / "store")
         chosen = build_pass(name, system, released_folders(work, released) if released is not None else None, poolings)
