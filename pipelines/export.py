@@ -129,9 +129,9 @@ def main(
     with Tracker.open(tracking_uri, work=work, job="export", variant=info.variant) as tracker:
         version = tracker.register(bundle, f"loa-{info.variant}")
     size = sum(p.stat().st_size for p in bundle.rglob("*") if p.is_file()) / 1e6
-    place, name = shown(bundle), info.variant + (" (tiny)" if info.tiny else "")
-    click.echo(f"{place}: {name}, {size:.0f} MB, version {version} of the model loa-{info.variant} in MLflow")
-    click.echo(f'Try it: loa generate "rain on a tin roof" --bundle {place}')
+    folder, name = shown(bundle), info.variant + (" (tiny)" if info.tiny else "")
+    click.echo(f"{folder}: {name}, {size:.0f} MB, version {version} of the model loa-{info.variant} in MLflow")
+    click.echo(f'Try it: loa generate "rain on a tin roof" --bundle {folder}')
 
 
 if __name__ == "__main__":

@@ -61,18 +61,20 @@ def import_weights(
         path = from_hub(source, [f"{name}/*" for name in FILES] + ["model_index.json"], source)
     if path.is_dir():
         return import_folder(path, out or work / "bundle", variant, {"imported": {"source": source, "layout": "diffusers"}}, force)
-    places = {name: _place(name, place) for name, place in (given or {}).items()}
+    given_parts = {name: _part_folder(name, folder) for name, folder in (given or {}).items()}
     state = weights_of(read_checkpoint(path), path)
     if is_original(state):
-        found = structure(state)
-        like = variants_like(found) if found else []
+        counts = structure(state)
+        like = variants_like(counts) if counts else []
         chosen = resolve(variant or (like[0] if like else DEFAULT_VARIANT), tiny, settings)
-        require_variant(found, chosen, path)
-        told = {"imported": {"source": path.name, "layout": "authors", "sha256": _sha256(path)}}
-        return import_original(state, chosen, out or work / "bundle", path, places, weights=weights, provenance=told, force=force)
+        require_variant(counts, chosen, path)
+        provenance = {"imported": {"source": path.name, "layout": "authors", "sha256": _sha256(path)}}
+        return import_original(
+            state, chosen, out or work / "bundle", path, given_parts, weights=weights, provenance=provenance, force=force
+        )
     sizes = resolve(variant or DEFAULT_VARIANT, tiny, settings)
     if laion.is_laion(state):
-        require_parts(places, ("tokenizer",), path)
+        require_parts(given_parts, ("tokenizer",), path)
         if verify:
             _verify(laion.disagreement(state))
         final = _free(out or work / "imported" / "clap", force)
@@ -80,11 +82,11 @@ def import_weights(
         with whole_folder(final) as draft:
             laion.clap_of(state, path, config).save_pretrained(draft / "text_encoder")
             config.feature_extractor().save_pretrained(draft / "feature_extractor")
-            add_tokenizer(draft, "tokenizer", places["tokenizer"], config.text_vocab)
-            if "text_encoder_2" in places:
-                require_parts(places, ("tokenizer_2",), places["text_encoder_2"])
-                add_t5(draft, places["text_encoder_2"])
-                add_tokenizer(draft, "tokenizer_2", places["tokenizer_2"], sizes.t5.vocab, sizes.t5.max_length)
+            add_tokenizer(draft, "tokenizer", given_parts["tokenizer"], config.text_vocab)
+            if "text_encoder_2" in given_parts:
+                require_parts(given_parts, ("tokenizer_2",), given_parts["text_encoder_2"])
+                add_t5(draft, given_parts["text_encoder_2"])
+                add_tokenizer(draft, "tokenizer_2", given_parts["tokenizer_2"], sizes.t5.vocab, sizes.t5.max_length)
         return final
     if is_audiomae(state):
         final = _free(out or work / "imported" / "audiomae", force)
@@ -97,12 +99,12 @@ def import_weights(
     )
 
 
-def _place(name: str, place: str) -> Path:
+def _part_folder(name: str, source: str) -> Path:
     if name not in PARTS:
-        raise UserError(f"--with {name}={place}: unknown part {name!r}; expected {', '.join(PARTS)}")
-    path = Path(place).expanduser()
+        raise UserError(f"--with {name}={source}: unknown part {name!r}; expected {', '.join(PARTS)}")
+    path = Path(source).expanduser()
     files = [f"{name}/*", "*.json", "*.txt", "*.model", "*.safetensors"]
-    return path if path.exists() else from_hub(place, files, f"--with {name}={place}")
+    return path if path.exists() else from_hub(source, files, f"--with {name}={source}")
 
 
 def _free(out: Path, force: bool) -> Path:
@@ -117,10 +119,10 @@ def _sha256(path: Path) -> str:
 
 
 def _verify(distance: Mapping[str, float]) -> None:
-    told = f"text {distance['text']:.1e}, audio {distance['audio']:.1e}"
+    distances = f"text {distance['text']:.1e}, audio {distance['audio']:.1e}"
     if max(distance.values()) > AGREE:
-        raise UserError(f"the converted CLAP disagrees with laion-clap: {told}, expected at most {AGREE:g}; it was not written")
-    click.echo(f"Same embeddings as laion-clap: greatest distance {told}")
+        raise UserError(f"the converted CLAP disagrees with laion-clap: {distances}, expected at most {AGREE:g}; it was not written")
+    click.echo(f"Same embeddings as laion-clap: greatest distance {distances}")
 
 
 @click.command("import")

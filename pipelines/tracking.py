@@ -248,8 +248,8 @@ class Tracker:
         """A local file that becomes the artifact `path`."""
         assert self._client is not None
         folder, _, name = path.rpartition("/")
-        with tempfile.TemporaryDirectory(prefix="loa-") as place:
-            draft = Path(place) / name
+        with tempfile.TemporaryDirectory(prefix="loa-") as temporary:
+            draft = Path(temporary) / name
             yield draft
             self._client.log_artifact(self._handle.run_id, str(draft), folder or None)
 
@@ -280,8 +280,8 @@ class Tracker:
             if not self._handle.uri.startswith("sqlite:"):
                 self.artifact(bundle, "bundle")
                 source = f"{client.get_run(self._handle.run_id).info.artifact_uri}/bundle"
-            told = {"loa.weights_sha256": digest, "loa.code_version": code_version(), **(tags or {})}
-            version = client.create_model_version(name, source, run_id=self._handle.run_id, tags=told)
+            version_tags = {"loa.weights_sha256": digest, "loa.code_version": code_version(), **(tags or {})}
+            version = client.create_model_version(name, source, run_id=self._handle.run_id, tags=version_tags)
         client.set_registered_model_alias(name, alias, version.version)
         return str(version.version)
 
@@ -327,27 +327,27 @@ class _Waiting:
 
 def run_key(work: Path | str, job: str, variant: str = "") -> str:
     """What identifies a job's run: `<work>/<job>/<variant>`."""
-    place = str(work) if "://" in str(work) else str(Path(work).absolute())
-    return "/".join([place, job, *([variant] if variant else [])]).replace("'", "_")
+    project = str(work) if "://" in str(work) else str(Path(work).absolute())
+    return "/".join([project, job, *([variant] if variant else [])]).replace("'", "_")
 
 
 def _experiment(client: Any, name: str, uri: str) -> str:
     """The experiment's id; a new one in a database on this machine keeps its files beside the database."""
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(name)
-    if found is not None:
-        return str(found.experiment_id)
+    known = client.get_experiment_by_name(name)
+    if known is not None:
+        return str(known.experiment_id)
     location = None
     if uri.startswith("sqlite:///"):
         location = (Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts").as_uri()
     try:
         return str(client.create_experiment(name, artifact_location=location))
     except MlflowException:  # another job was quicker
-        found = client.get_experiment_by_name(name)
-        if found is None:
+        known = client.get_experiment_by_name(name)
+        if known is None:
             raise
-        return str(found.experiment_id)
+        return str(known.experiment_id)
 
 
 @contextmanager

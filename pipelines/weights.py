@@ -28,19 +28,19 @@ def released_folders(work: Path, given: Mapping[str, str]) -> dict[str, Path]:
 
     Raises UserError for an unknown stage, a folder that is not one, or a hub id that cannot be had.
     """
-    found = {s: Path(work) / "stages" / s for s in STAGES if (Path(work) / "stages" / s / "stage.json").is_file()}
-    for stage, place in given.items():
+    folders = {s: Path(work) / "stages" / s for s in STAGES if (Path(work) / "stages" / s / "stage.json").is_file()}
+    for stage, source in given.items():
         stage_class(stage)
-        folder = Path(place).expanduser()
+        folder = Path(source).expanduser()
         if not folder.exists():
-            folder = _from_hub(stage, place)
+            folder = _from_hub(stage, source)
         missing = [name for name in NEEDS[stage] if not (folder / name).exists()]
         if missing:
             raise UserError(
-                f"--with {stage}={place}: the folder lacks {', '.join(missing)}; expected a released stage or a diffusers AudioLDM 2 folder"
+                f"--with {stage}={source}: it lacks {', '.join(missing)}; expected a released stage or a diffusers AudioLDM 2 folder"
             )
-        found[stage] = folder.absolute()
-    return found
+        folders[stage] = folder.absolute()
+    return folders
 
 
 def _from_hub(stage: str, name: str) -> Path:

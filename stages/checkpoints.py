@@ -147,7 +147,7 @@ def misfits(known: Iterable[str], missing: list[str], unknown: list[str], missha
         nearest = {key: difflib.get_close_matches(key, missing or list(known), 1) for key in unknown[:3]}
         problems.append(_listed("unknown", unknown, {key: f"nearest {near[0]}" for key, near in nearest.items() if near}))
     if misshaped:
-        notes = {key: f"{found} instead of {wanted}" for key, (found, wanted) in misshaped.items()}
+        notes = {key: f"{given} instead of {wanted}" for key, (given, wanted) in misshaped.items()}
         problems.append(_listed("of another shape", list(misshaped), notes))
     return "; ".join(problems)
 

@@ -44,12 +44,12 @@ def discover(data_dir: Path) -> list[tuple[str, Path]]:
     data_dir = Path(os.path.abspath(data_dir))
     if not data_dir.is_dir():
         raise UserError(f"{data_dir} {'is a file' if data_dir.exists() else 'does not exist'}; --data takes a folder of recordings")
-    found = [(name, data_dir) for name in known(data_dir)]
+    at_root = [(name, data_dir) for name in known(data_dir)]
     children = sorted(child for child in data_dir.iterdir() if child.is_dir() and not child.name.startswith("."))
     below = [(name, child) for child in children for name in known(child)]
-    if not found and folder.detect(data_dir, skip=[root for _, root in below]):
+    if not at_root and folder.detect(data_dir, skip=[root for _, root in below]):
         below.append(("folder", data_dir))
-    return found + below
+    return at_root + below
 
 
 def read(corpus: str, root: Path, keep_blacklisted: bool = False) -> Iterator[Record]:

@@ -239,10 +239,10 @@ def safe_id(name: str) -> str:
 
 def hash_split(recording_id: str, validation: float = 0.05, test: float = 0.05) -> str:
     """The split of a recording whose corpus has none: by a hash of its id, so it never depends on the other ones."""
-    place = int.from_bytes(hashlib.sha256(recording_id.encode()).digest()[:8]) / 2**64
-    if place < test:
+    share = int.from_bytes(hashlib.sha256(recording_id.encode()).digest()[:8]) / 2**64
+    if share < test:
         return "test"
-    return "validation" if place < test + validation else "train"
+    return "validation" if share < test + validation else "train"
 
 
 def split_named(name: str) -> str | None:

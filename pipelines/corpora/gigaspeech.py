@@ -93,7 +93,7 @@ def sentence(text: str) -> str:
         text = re.sub(rf"\s*{tag.lower()}", mark, text)
     text = tidy(_OTHER_TAG.sub(" ", text))
     text = _FIRST_PERSON.sub("I", text)
-    text = _SENTENCE_START.sub(lambda found: found[1] + found[2].upper(), text)
+    text = _SENTENCE_START.sub(lambda start: start[1] + start[2].upper(), text)
     return text if any(letter.isalnum() for letter in text) else ""
 
 

@@ -62,9 +62,9 @@ def _probe_with_ray(paths: Sequence[str], workers: int | None) -> Iterator[tuple
     context.enable_progress_bars = context.print_on_execution_start = False
     blocks = [pa.table({"path": paths[first : first + _BLOCK]}) for first in range(0, len(paths), _BLOCK)]
     pool = cluster.cpu_pool(cluster.cluster_resources(), len(blocks), workers)
-    found = ray.data.from_arrow(blocks).map_batches(
+    headers = ray.data.from_arrow(blocks).map_batches(
         probe_batch, batch_size=None, batch_format="numpy", num_cpus=1, compute=ray.data.TaskPoolStrategy(size=pool.size)
     )
-    for batch in found.iter_batches(batch_size=None, batch_format="numpy"):
+    for batch in headers.iter_batches(batch_size=None, batch_format="numpy"):
         for path, seconds, problem in zip(batch["path"], batch["seconds"], batch["problem"], strict=True):
             yield str(path), (float(seconds), str(problem))

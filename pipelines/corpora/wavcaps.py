@@ -91,8 +91,8 @@ def _sources(root: Path) -> list[Path]:
 def _audio_folders(root: Path, source: str) -> list[Path]:
     """Where a source's recordings lie: as published, and as the usual unpacking scripts leave them."""
     names = (source, f"{source}_flac")
-    places = [root / base / name for base in ("audio", "waveforms", ".") for name in names]
-    return [place for place in places if place.is_dir()]
+    folders = [root / base / name for base in ("audio", "waveforms", ".") for name in names]
+    return [folder for folder in folders if folder.is_dir()]
 
 
 def _stem(name: str) -> str:

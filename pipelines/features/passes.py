@@ -269,6 +269,6 @@ def _text_members(texts: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, M
     """K texts of a clip side by side, T5 states padded with zeros to the longest."""
     lengths = np.array([len(states) for _, states in texts], np.int16)
     padded = np.zeros((len(texts), int(lengths.max()), texts[0][1].shape[1]), np.float16)
-    for place, (_, states) in zip(padded, texts, strict=True):
-        place[: len(states)] = states
+    for row, (_, states) in zip(padded, texts, strict=True):
+        row[: len(states)] = states
     return {"clap_text.npy": np.stack([clap for clap, _ in texts]), "t5.npy": padded, "t5_length.npy": lengths}

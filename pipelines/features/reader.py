@@ -37,13 +37,13 @@ class StoreReader:
         shards: list[int] = []
         spans: dict[str, list[tuple[int, ...]]] = {name: [] for name in self.series}
         for rows in zip(*ledgers.values(), strict=True):
-            places = [dict(zip(row.clip_ids, row.spans, strict=True)) for row in rows]
+            by_id = [dict(zip(row.clip_ids, row.spans, strict=True)) for row in rows]
             for clip_id in rows[0].clip_ids:
-                if all(clip_id in place for place in places):
+                if all(clip_id in spans_of for spans_of in by_id):
                     self.clip_ids.append(clip_id)
                     shards.append(rows[0].shard)
-                    for name, place in zip(self.series, places, strict=True):
-                        spans[name].append(place[clip_id])
+                    for name, spans_of in zip(self.series, by_id, strict=True):
+                        spans[name].append(spans_of[clip_id])
         self._shards = np.array(shards, np.int32)
         self._spans = {name: np.array(spans[name], np.int64).reshape(len(shards), -1) for name in self.series}
         self._forget()

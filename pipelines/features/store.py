@@ -421,11 +421,11 @@ def _deal(clips: pa.Table, seed: int, shard_size: int) -> pa.Table:
             raise ValueError(f"{clip_id!r} is no clip id: it names tar members, so no dots, slashes or blanks")
     by_name = np.array(sorted(range(len(ids)), key=ids.__getitem__))
     order = by_name[np.random.default_rng(seed).permutation(len(ids))]
-    place = np.arange(len(ids), dtype=np.int32)
+    position = np.arange(len(ids), dtype=np.int32)
     return (
         clips.take(pa.array(order))
-        .append_column("shard", pa.array(place // shard_size))
-        .append_column("position", pa.array(place % shard_size))
+        .append_column("shard", pa.array(position // shard_size))
+        .append_column("position", pa.array(position % shard_size))
         .combine_chunks()
     )
 

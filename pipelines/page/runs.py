@@ -38,13 +38,13 @@ def read_runs(work: Path | str, uri: str | None = None, experiment: str = EXPERI
         return []
     with reachable(uri):
         client = mlflow().MlflowClient(uri)
-        found = client.get_experiment_by_name(experiment)
-        if found is None:
+        known = client.get_experiment_by_name(experiment)
+        if known is None:
             return []
         newest: dict[str, Any] = {}
         token: str | None = None
         while token != "":
-            page = client.search_runs([found.experiment_id], order_by=["attributes.start_time ASC"], page_token=token)
+            page = client.search_runs([known.experiment_id], order_by=["attributes.start_time ASC"], page_token=token)
             for run in page:
                 key = run.data.tags.get(RUN_KEY, "")
                 if key and (own or key.startswith(run_key(work, ""))):

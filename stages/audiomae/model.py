@@ -139,9 +139,9 @@ class WindowAttention(nn.Module):
 
     def distance_bias(self) -> Tensor:
         """Bias `[heads, 16, 16]` of every pair of places in a window: a function of sign(d) ln(1 + |d|)."""
-        place = torch.arange(WINDOW * WINDOW, device=self.tau.device)
-        place = torch.stack([place // WINDOW, place % WINDOW], dim=-1).float()
-        distance = place[:, None] - place[None]
+        position = torch.arange(WINDOW * WINDOW, device=self.tau.device)
+        position = torch.stack([position // WINDOW, position % WINDOW], dim=-1).float()
+        distance = position[:, None] - position[None]
         return self.meta_mlp(distance.sign() * distance.abs().log1p()).permute(2, 0, 1)
 
 

@@ -58,8 +58,8 @@ class AudioMAEStage(Stage):
 
     def losses(self, batch: dict[str, Any]) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         waveform = batch["waveform"]
-        place = torch.arange(waveform.shape[1], device=waveform.device)[None] - batch["roll"][:, None]
-        augmented = waveform.gather(1, place % waveform.shape[1]) * batch["gain"][:, None]
+        source = torch.arange(waveform.shape[1], device=waveform.device)[None] - batch["roll"][:, None]
+        augmented = waveform.gather(1, source % waveform.shape[1]) * batch["gain"][:, None]
         loss = self.model(fbank(augmented, self.audio), batch["noise"]).loss
         yield "audiomae", loss, {"reconstruction": loss}
 

@@ -88,8 +88,8 @@ def augment(batch: Mapping[str, Tensor]) -> Tensor:
     """The batch's mels `[B, F, M]` at another level, rolled in time, with a stretch of frames and of bins silenced."""
     mel, floor = batch["mel"], math.log(LOG_FLOOR)
     frames, bins = (torch.arange(length, device=mel.device) for length in mel.shape[1:])
-    place = (frames[None] - batch["roll"][:, None]) % len(frames)
-    mel = mel.gather(1, place[..., None].expand_as(mel)) + batch["gain"][:, None, None]
+    source = (frames[None] - batch["roll"][:, None]) % len(frames)
+    mel = mel.gather(1, source[..., None].expand_as(mel)) + batch["gain"][:, None, None]
     first, last = batch["hide"][..., :1], batch["hide"][..., 1:]  # [B, 2, 1]
     hidden_frames = (frames >= first[:, 0]) & (frames < last[:, 0])
     hidden_bins = (bins >= first[:, 1]) & (bins < last[:, 1])

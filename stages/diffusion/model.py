@@ -30,11 +30,11 @@ class DiffusionConfig:
 
     def build(self, latent_channels: int, latent_frames: int, loa_width: int, text_width: int | None) -> AudioLDM2UNet2DConditionModel:
         """A T-UNet with fresh weights. Every place attends to itself, the LOA and, if `text_width`, the text."""
-        place: tuple[int | None, ...] = (None, loa_width)
+        widths: tuple[int | None, ...] = (None, loa_width)
         if text_width is not None:
-            place += (text_width,)
+            widths += (text_width,)
         if self.trailing_self_attention:
-            place += (None,)
+            widths += (None,)
         levels = len(self.channels)
         return AudioLDM2UNet2DConditionModel(
             sample_size=latent_frames,
@@ -45,7 +45,7 @@ class DiffusionConfig:
             up_block_types=("CrossAttnUpBlock2D",) * (levels - 1) + ("UpBlock2D",),
             layers_per_block=self.layers_per_block,
             transformer_layers_per_block=self.transformer_depth,
-            cross_attention_dim=(place,) * levels,
+            cross_attention_dim=(widths,) * levels,
             attention_head_dim=self.heads,
             norm_num_groups=self.norm_groups,
             norm_eps=1e-5,

@@ -68,8 +68,8 @@ def make_solver(schedule: DDIMScheduler, sampling: Sampling, device: torch.devic
         solver.timesteps = solver.timesteps[:steps]
         solver.sigmas = torch.cat([solver.sigmas[:steps], solver.sigmas[-1:]])
         solver.num_inference_steps = steps
-    found: Solver = solver
-    return found
+    chosen: Solver = solver
+    return chosen
 
 
 class DDIM:

@@ -162,10 +162,10 @@ class PublishedJudge:
             for first in range(0, len(indices), self.batch):
                 chosen = indices[first : first + self.batch]
                 embedding, named = self._forward(torch.stack([clips[i] for i in chosen]).to(self.device), chosen)
-                for place, index in enumerate(chosen):
-                    embeddings[index] = embedding[place]
+                for row, index in enumerate(chosen):
+                    embeddings[index] = embedding[row]
                     if named is not None:
-                        logits[index] = named[place]
+                        logits[index] = named[row]
         together = torch.stack(logits) if self.has_logits else None
         if embeddings[0].ndim == 1:
             return JudgeOutput(torch.stack(embeddings), together)

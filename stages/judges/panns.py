@@ -118,10 +118,10 @@ class Cnn14(Network):
         and most of the weights: a batch shares the reading of those, and Winograd's form saves over half of the products.
         """
         self.singly = sum(block.conv1.out_channels < WINOGRAD_WIDTH for block in self.blocks)
-        for place, block in enumerate(self.blocks):
+        for number, block in enumerate(self.blocks):
             for conv, norm in (("conv1", "bn1"), ("conv2", "bn2")):
                 fused = fuse_conv_bn_eval(getattr(block, conv), getattr(block, norm))
-                setattr(block, conv, fused if place < self.singly else WinogradConv2d(fused))
+                setattr(block, conv, fused if number < self.singly else WinogradConv2d(fused))
                 setattr(block, norm, nn.Identity())
 
 

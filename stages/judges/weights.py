@@ -77,13 +77,13 @@ def read_weights(name: str, folder: str | Path) -> Weights:
     if not path.is_file():
         near = nearest(entry["file"], (file.name for file in _weight_files(folder)))
         raise UserError(f"{folder / MANIFEST} names {entry['file']} for {name!r}, which is not there{near}")
-    found = file_hash(path)
-    if found != entry["sha256"]:
+    digest = file_hash(path)
+    if digest != entry["sha256"]:
         raise UserError(
-            f"{path} is not the file of the manifest: its sha256 is {found}, expected {entry['sha256']}; fetch it again from "
+            f"{path} is not the file of the manifest: its sha256 is {digest}, expected {entry['sha256']}; fetch it again from "
             f"{entry['source']}, or run `loa judges {folder}` if the new file is meant"
         )
-    return Weights(weights_of(read_checkpoint(path), path), found, Provenance(entry["file"], entry["licence"], entry["source"]), path)
+    return Weights(weights_of(read_checkpoint(path), path), digest, Provenance(entry["file"], entry["licence"], entry["source"]), path)
 
 
 def read_manifest(folder: str | Path) -> dict[str, dict[str, str]]:

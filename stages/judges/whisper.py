@@ -53,13 +53,13 @@ class Transcriber:
         if sample_rate != self.sample_rate:
             waveforms = [soxr.resample(wave, sample_rate, self.sample_rate, quality="VHQ") for wave in waveforms]
         heard = self._processor(list(waveforms), sampling_rate=self.sample_rate, return_tensors="pt", return_attention_mask=True)
-        told = {"language": "en", "task": "transcribe"} if getattr(self._network.generation_config, "is_multilingual", False) else {}
+        task = {"language": "en", "task": "transcribe"} if getattr(self._network.generation_config, "is_multilingual", False) else {}
         tokens = self._network.generate(
             heard.input_features.to(self._network.device, self._network.dtype),
             attention_mask=heard.attention_mask.to(self._network.device),
             do_sample=False,
             num_beams=1,
             return_timestamps=False,
-            **told,
+            **task,
         )
         return [str(text).strip() for text in self._processor.batch_decode(tokens, skip_special_tokens=True)]

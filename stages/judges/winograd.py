@@ -37,13 +37,13 @@ class WinogradConv2d(nn.Module):
         return y.permute(0, 3, 1, 2)
 
 
-def _into(lines: list[Tensor], place: int) -> Tensor:
+def _into(lines: list[Tensor], dim: int) -> Tensor:
     """Bᵀ along one axis of the tiles, given as its four lines; the result's lines lie along `place`."""
     a, b, c, d = lines
-    return torch.stack([a - c, b + c, c - b, b - d], place)
+    return torch.stack([a - c, b + c, c - b, b - d], dim)
 
 
-def _out_of(products: Tensor, place: int) -> Tensor:
+def _out_of(products: Tensor, dim: int) -> Tensor:
     """Aᵀ along the first axis (four lines); the two lines of the result lie along `place`."""
     a, b, c, d = products
-    return torch.stack([a + b + c, b - c - d], place)
+    return torch.stack([a + b + c, b - c - d], dim)

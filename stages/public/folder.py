@@ -112,15 +112,15 @@ def _require_whole(component: Path, network: Any, named: Path) -> None:
     options = {argument: torch.float32, "use_safetensors": True, "local_files_only": True}
     with quiet():
         try:
-            model, told = network.from_pretrained(component, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+            model, loading = network.from_pretrained(component, output_loading_info=True, ignore_mismatched_sizes=True, **options)
         except (SafetensorError, OSError) as error:
             raise UserError(f"the weights of {named} are damaged or cannot be read; download that folder again") from error
     # The head of a language model saved without one is tied to its table; old buffers are recognised by the library.
     problems = misfits(
         model.state_dict(),
-        missing=[key for key in told["missing_keys"] if key != "lm_head.weight"],
-        unknown=list(told["unexpected_keys"]),
-        misshaped={key: (list(was), list(wanted)) for key, was, wanted in told["mismatched_keys"]},
+        missing=[key for key in loading["missing_keys"] if key != "lm_head.weight"],
+        unknown=list(loading["unexpected_keys"]),
+        misshaped={key: (list(was), list(wanted)) for key, was, wanted in loading["mismatched_keys"]},
     )
     if problems:
         raise UserError(f"the weights in {named} do not fit {network.__name__} of its configuration: {problems}")
@@ -129,15 +129,15 @@ def _require_whole(component: Path, network: Any, named: Path) -> None:
 def _structure(folder: Path) -> tuple[int, int]:
     """Transformers per attention place and blocks per transformer, from the T-UNet's configuration."""
     unet = read_json(folder / "unet" / "config.json")
-    place, depth = unet["cross_attention_dim"][-1], unet.get("transformer_layers_per_block", 1)
-    return len(place) if isinstance(place, list) else 1, max(depth) if isinstance(depth, list) else depth
+    widths, depth = unet["cross_attention_dim"][-1], unet.get("transformer_layers_per_block", 1)
+    return len(widths) if isinstance(widths, list) else 1, max(depth) if isinstance(depth, list) else depth
 
 
 def _looks_like(folder: Path, named: Path) -> str:
-    found = _structure(folder)
-    like = variants_like(found)
+    counts = _structure(folder)
+    like = variants_like(counts)
     if not like:
         raise UserError(
-            f"the T-UNet of {named} looks like no variant of loa: {found[0]} transformers of {found[1]} block(s) per attention place"
+            f"the T-UNet of {named} looks like no variant of loa: {counts[0]} transformers of {counts[1]} block(s) per attention place"
         )
     return like[0]

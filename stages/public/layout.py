@@ -39,26 +39,26 @@ _TIED = {"lm_head.weight": "transformer.wte.weight", "shared.weight": "encoder.e
 
 def origins(ours: Mapping[str, Tensor], where: Map, prefix: str = "") -> dict[str, Origin]:
     """The origin of every tensor of a network that lies below `prefix` in the file."""
-    found = {name: where(name, tuple(tensor.shape)) for name, tensor in ours.items() if name not in _TIED}
-    return {name: place._replace(key=prefix + place.key) for name, place in found.items()}
+    by_name = {name: where(name, tuple(tensor.shape)) for name, tensor in ours.items() if name not in _TIED}
+    return {name: origin._replace(key=prefix + origin.key) for name, origin in by_name.items()}
 
 
 def expected(places: Mapping[str, Origin]) -> dict[str, tuple[int, ...]]:
     """What a whole file holds: the authors' names with their shapes."""
-    return {place.key: place.shape for place in places.values()}
+    return {origin.key: origin.shape for origin in places.values()}
 
 
 def computed(places: Mapping[str, Origin]) -> set[str]:
     """The authors' names that a file may lack."""
-    return {place.key for name, place in places.items() if _COMPUTED.search(name)}
+    return {origin.key for name, origin in places.items() if _COMPUTED.search(name)}
 
 
 def take(ours: Mapping[str, Tensor], places: Mapping[str, Origin], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A network's tensors by our names out of a file that fits; what it need not hold stays as in `ours`."""
     taken = dict(ours)
-    for name, place in places.items():
-        if place.key in theirs:
-            piece = theirs[place.key].chunk(place.parts)[place.part] if place.parts > 1 else theirs[place.key]
+    for name, origin in places.items():
+        if origin.key in theirs:
+            piece = theirs[origin.key].chunk(origin.parts)[origin.part] if origin.parts > 1 else theirs[origin.key]
             taken[name] = piece.reshape(ours[name].shape).contiguous()
     return taken | {name: taken[table] for name, table in _TIED.items() if name in ours}
 
@@ -117,8 +117,8 @@ def unet(layers: int, transformers: int) -> Map:
         if kind == "resnets":
             return Origin(f"{side}.{first + index}.0.{_renamed(inner, _RESNET)}", shape)
         if kind == "attentions":
-            place, k = divmod(index, transformers)
-            return Origin(f"{side}.{first + place}.{1 + k}.{inner}", shape)
+            attention, k = divmod(index, transformers)
+            return Origin(f"{side}.{first + attention}.{1 + k}.{inner}", shape)
         if kind == "downsamplers":
             return Origin(f"{side}.{first + layers}.0.{inner.replace('conv', 'op')}", shape)
         return Origin(f"{side}.{first + layers}.{1 + transformers}.{inner}", shape)

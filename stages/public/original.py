@@ -89,7 +89,7 @@ def parts(variant: Variant, names: Collection[str] = (), averaged: bool = False,
     clap = _first(names, f"{NESTED}0.model.", "clap.model.")
     places = layout.unet(variant.diffusion.layers_per_block, structure_of(variant)[0])
     vae, levels = tuple(VAE + name for name in ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")), len(variant.vae.block_channels)
-    found = [
+    listed = [
         _part("clap", "text_encoder", variant.clap.build, layout.clap, clap),
         _part("translator", "language_model", lambda: translator().language_model, layout.gpt2, f"{CONDITIONER}model."),
         _part("translator", "projection_model", lambda: translator().projection_model, layout.projection, CONDITIONER, tables),
@@ -100,20 +100,20 @@ def parts(variant: Variant, names: Collection[str] = (), averaged: bool = False,
     if variant.phonemes is not None:
         phonemes = _before(names, f"{NESTED}1.", "emb.weight") or f"{NESTED}1.text_encoder."
         build = variant.phonemes.build
-        found.append(_part("translator", "text_encoder_2", build, layout.phoneme_encoder, phonemes, inner="text_encoder"))
+        listed.append(_part("translator", "text_encoder_2", build, layout.phoneme_encoder, phonemes, inner="text_encoder"))
     else:
         t5 = _first(names, f"{NESTED}1.model.", "cond_stage_models.1.model.")
-        found.append(_part("clap", "text_encoder_2", variant.t5.build, layout.same, t5))
+        listed.append(_part("clap", "text_encoder_2", variant.t5.build, layout.same, t5))
     wrapper = _before(names, CONDITIONER, "cls_token") if names else f"{NESTED}2.audiomae.model."
     if wrapper is not None:  # files may have left it out: generating needs none
         inner_names = [name.removeprefix(wrapper) for name in names if name.startswith(wrapper)]
         # Never used, but there: in the authors' files a decoder of plain attention, eight blocks deep (references.md#audiomae-pretraining).
         usual = replace(variant.audiomae, decoder="global", decoder_depth=8)
         config = with_decoder_of(variant.audiomae, inner_names) if names else usual
-        found.append(_part("audiomae", "", lambda: AudioMAE(config), layout.same, wrapper))
+        listed.append(_part("audiomae", "", lambda: AudioMAE(config), layout.same, wrapper))
     if averaged:
-        found = [_averaged(part) if part.folder == "unet" else part for part in found]
-    return [part for part in found if part.folder not in without and part.stage not in without]
+        listed = [_averaged(part) if part.folder == "unet" else part for part in listed]
+    return [part for part in listed if part.folder not in without and part.stage not in without]
 
 
 def _part(stage: str, folder: str, build: Callable[[], Any], where: Map, prefix: str, homes: tuple[str, ...] = (), inner: str = "") -> Part:
@@ -125,7 +125,7 @@ def _part(stage: str, folder: str, build: Callable[[], Any], where: Map, prefix:
 
 def _averaged(unet: Part) -> Part:
     """The same network, read from the file's running average."""
-    places = {name: place._replace(key=layout.ema(place.key.removeprefix(UNET))) for name, place in unet.places.items()}
+    places = {name: origin._replace(key=layout.ema(origin.key.removeprefix(UNET))) for name, origin in unet.places.items()}
     return replace(unet, places=places, homes=("model_ema.diffusion",))
 
 
@@ -155,17 +155,17 @@ def structure_of(variant: Variant) -> tuple[int, int]:
     return places, variant.diffusion.transformer_depth
 
 
-def variants_like(found: tuple[int, int]) -> list[str]:
+def variants_like(counts: tuple[int, int]) -> list[str]:
     """Names of the variants whose T-UNet has this structure; the first is the one that reaches furthest."""
-    return [name for name, make in VARIANTS.items() if structure_of(make()) == found]
+    return [name for name, make in VARIANTS.items() if structure_of(make()) == counts]
 
 
-def require_variant(found: tuple[int, int] | None, variant: Variant, source: Path | str) -> None:
+def require_variant(counts: tuple[int, int] | None, variant: Variant, source: Path | str) -> None:
     """Refuse weights of another system, and say which it looks like."""
-    if found is None or found == structure_of(variant):
+    if counts is None or counts == structure_of(variant):
         return
-    like = variants_like(found)
-    seen = f"{found[0]} transformers of {found[1]} block(s) per attention place"
+    like = variants_like(counts)
+    seen = f"{counts[0]} transformers of {counts[1]} block(s) per attention place"
     if not like:
         raise UserError(f"{source} is not {variant.name}, nor any variant of loa: its T-UNet has {seen}")
     raise UserError(f"{source} looks like {' or '.join(like)} ({seen}), not like {variant.name}; import it with --variant {like[0]}")
@@ -203,16 +203,16 @@ def write_stages(
     require_variant(structure(state), variant, source)
     scale, schedule = scale_factor(state, source), noise_schedule(variant.diffusion.prediction)
     _require_schedule(state, schedule.alphas_cumprod, source)
-    found = parts(variant, state.keys(), averaged, without)
-    shapes = {key: shape for part in found for key, shape in layout.expected(part.places).items()}
-    may_lack = {key for part in found for key in layout.computed(part.places)}
-    homes = tuple(home for part in found for home in part.homes)
+    wanted = parts(variant, state.keys(), averaged, without)
+    shapes = {key: shape for part in wanted for key, shape in layout.expected(part.places).items()}
+    may_lack = {key for part in wanted for key in layout.computed(part.places)}
+    homes = tuple(home for part in wanted for home in part.homes)
     used = {k: v for k, v in state.items() if k in shapes or (k.startswith(homes) and not layout.UNUSED.search(k))}
     require_fit(shapes, used, source, f"{variant.name} as the authors store it", may_lack)
     if strange := [key for key in state if key not in used and not _ELSEWHERE.search(key) and not layout.UNUSED.search(key)]:
-        told = f"{', '.join(strange[:3])}{' …' if len(strange) > 3 else ''}"
-        log.warning("%s also holds %d weights of nothing that %s has; they are left out: %s", source, len(strange), variant.name, told)
-    for part in found:
+        examples = f"{', '.join(strange[:3])}{' …' if len(strange) > 3 else ''}"
+        log.warning("%s also holds %d weights of nothing that %s has; they are left out: %s", source, len(strange), variant.name, examples)
+    for part in wanted:
         network = part.build()  # one at a time: together they are some gigabytes
         held = part.held(network)
         held.load_state_dict(layout.take(held.state_dict(), part.places, state))

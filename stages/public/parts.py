@@ -35,48 +35,48 @@ def require_parts(given: Mapping[str, Path], needed: Iterable[str], source: Path
     missing = [name for name in needed if name not in given]
     if missing:
         ways = " ".join(f"--with {name}=FOLDER" for name in missing)
-        told = "; ".join(f"{name}: {PARTS[name]}" for name in missing)
-        raise UserError(f"{source} holds no {' and no '.join(missing)}; name {ways} (a folder of any AudioLDM 2 pipeline serves; {told})")
+        about = "; ".join(f"{name}: {PARTS[name]}" for name in missing)
+        raise UserError(f"{source} holds no {' and no '.join(missing)}; name {ways} (a folder of any AudioLDM 2 pipeline serves; {about})")
 
 
-def component(name: str, place: Path) -> Path:
+def component(name: str, folder: Path) -> Path:
     """The folder of component `name`: `place` itself, or the one of that name in a pipeline's folder."""
-    if not place.exists():
-        raise UserError(f"--with {name}={place}: there is nothing at that place; expected {PARTS[name]} or an AudioLDM 2 folder")
-    return place / name if (place / name).is_dir() else place
+    if not folder.exists():
+        raise UserError(f"--with {name}={folder}: there is nothing at that place; expected {PARTS[name]} or an AudioLDM 2 folder")
+    return folder / name if (folder / name).is_dir() else folder
 
 
-def add_tokenizer(stage: Path, name: str, place: Path, vocabulary: int, length: int | None = None) -> None:
+def add_tokenizer(stage: Path, name: str, given: Path, vocabulary: int, length: int | None = None) -> None:
     """Write a given tokenizer into a stage's folder, reading at most `length` tokens.
 
     Raises UserError when it is none, or has more tokens than the network's `vocabulary`.
     """
-    folder = component(name, place)
+    tokenizer_folder = component(name, given)
     try:
         with quiet():
-            tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--with {name}={place}: no tokenizer could be read there; expected {PARTS[name]}") from error
+        raise UserError(f"--with {name}={given}: no tokenizer could be read there; expected {PARTS[name]}") from error
     if len(tokenizer) > vocabulary:
-        raise UserError(f"--with {name}={place}: it has {len(tokenizer)} tokens, the network knows {vocabulary}; expected {PARTS[name]}")
+        raise UserError(f"--with {name}={given}: it has {len(tokenizer)} tokens, the network knows {vocabulary}; expected {PARTS[name]}")
     if length is not None:
         tokenizer.model_max_length = length
     tokenizer.save_pretrained(stage / name)
 
 
-def add_t5(stage: Path, place: Path) -> None:
+def add_t5(stage: Path, given: Path) -> None:
     """Write the encoder of a given T5 into a stage's folder."""
-    folder = component("text_encoder_2", place)
+    folder = component("text_encoder_2", given)
     try:
         with quiet():
             T5EncoderModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).save_pretrained(stage / "text_encoder_2")
     except (OSError, ValueError) as error:
-        raise UserError(f"--with text_encoder_2={place}: no T5 could be read there ({str(error).splitlines()[0][:120]})") from error
+        raise UserError(f"--with text_encoder_2={given}: no T5 could be read there ({str(error).splitlines()[0][:120]})") from error
 
 
-def add_audiomae(stage: Path, place: Path, config: AudioMAEConfig) -> Path:
+def add_audiomae(stage: Path, given: Path, config: AudioMAEConfig) -> Path:
     """Write a given AudioMAE (a folder of loa, or `pretrained.pth`) as the stage's folder; return it."""
-    network = AudioMAE.load(component("audiomae", place)) if place.is_dir() else read_audiomae(place, config)
+    network = AudioMAE.load(component("audiomae", given)) if given.is_dir() else read_audiomae(given, config)
     network.save(stage)
     return stage
 
