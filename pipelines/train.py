@@ -144,6 +144,12 @@ def _fit_on_ray(job: TrainJob, workers: int | None, max_failures: int) -> None:
             callbacks: list[Any] = super()._create_default_callbacks()
             return [c for c in callbacks if not (cluster.ends_with_us() and type(c).__name__ == "PlacementGroupCleanerCallback")]
 
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """Not Ray's, after which the driver leaves without a word; Ctrl-C is an exception here, as everywhere in loa.
+
+            The controller and its workers belong to this driver and end with it.
+            """
+
     trainer = Trainer(
         ray_worker,
         train_loop_config={"job": cloudpickle.dumps(job), "threads": threads},  # opened by the workers alone
