@@ -21,6 +21,7 @@ OBJECT_STORE_BYTES = 400 * 2**20  # units of work are shard numbers: features tr
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of tasks that were under way when a command was stopped; all others are fetched
 }
 _QUIET_LOCAL = {
     "RAY_AUTH_MODE": "disabled",  # nothing of a local cluster listens beyond loopback

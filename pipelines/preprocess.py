@@ -15,7 +15,7 @@ import click
 from pipelines import cluster
 from pipelines.passes import LatentPass, LoaPass, MelPass, Pass, PassReport, SpeechPass, TextPass, execute
 from pipelines.store import FeatureStore
-from pipelines.weights import released_folders
+from pipelines.weights import released_folders, require_used
 from stages.base import UserError
 from stages.cli import friendly, set_option, tiny_option, variant_option, with_option, work_option
 from stages.translator.model import PhonemeEncoderConfig
@@ -113,6 +113,7 @@ def _pass_command(name: str) -> click.Command:
     ) -> None:  # fmt: skip
         system = resolve(variant, tiny, settings)
         store = FeatureStore.open(store_url or work / "store")
+        require_used(released or {}, [kind.encoder], f"the {name} pass")
         chosen = build_pass(name, system, released_folders(work, released) if released is not None else None, poolings)
         if verify:
             for series in chosen.series:

@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
@@ -93,6 +93,7 @@ class Stage(nn.Module):
     name: ClassVar[str]
     any_corpus: ClassVar[bool] = True  # learns from whatever the store holds, not from the variant's corpora alone
     series: ClassVar[tuple[str, ...]] = ()  # feature-store series it reads
+    otherwise: ClassVar[str] = ""  # what to do where a store has nothing to train it on
     blocks: tuple[type[nn.Module], ...] = ()  # repeated blocks, sharded one by one before their part
     entries: tuple[type[nn.Module], ...] = ()  # modules inside a part that are also called alone: sharded on their own
 
@@ -100,6 +101,11 @@ class Stage(nn.Module):
     def reads(cls, variant: Variant) -> tuple[str, ...]:
         """The feature-store series it reads for this variant."""
         return cls.series
+
+    @classmethod
+    def builds_on(cls, variant: Variant) -> tuple[str, ...]:
+        """The earlier stages whose released weights `prepare` and `build` read for this variant."""
+        return ()
 
     @classmethod
     def prepare(cls, variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path) -> None:
@@ -121,6 +127,16 @@ class Stage(nn.Module):
     def wants(cls, row: Mapping[str, Any]) -> bool:
         """Whether a clip of the table (a row without arrays) is of use to this stage."""
         return True
+
+    @classmethod
+    def asks(cls, variant: Variant) -> str:
+        """What it needs of a store, in words: "clips with captions or labels"."""
+        return "clips"
+
+    @classmethod
+    def learns_from(cls, rows: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether these training clips are enough for it."""
+        return any(cls.wants(row) for row in rows)
 
     def example(self, clip: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Tensor]:
         """One training example from a clip's row and arrays; every random choice is drawn from `rng`."""
@@ -144,10 +160,6 @@ class Stage(nn.Module):
     def save(self, folder: Path) -> None:
         """Write the weights that later stages and the bundle use, as safetensors and JSON."""
         raise TypeError(f"{type(self).__name__} does not say how it is released")
-
-    def num_parameters(self) -> dict[str, int]:
-        """Trained parameters by part."""
-        return {name: sum(p.numel() for p in part.parameters()) for name, part in self.parts().items()}
 
 
 # ---------------------------------------------------------------------------------------------- released folders
@@ -257,6 +269,25 @@ def from_dict(like: Any, values: Mapping[str, Any]) -> Any:
         old = _field(like, key)
         changes[key] = from_dict(old, value) if dataclasses.is_dataclass(old) and isinstance(value, Mapping) else _retype(old, value, key)
     return dataclasses.replace(like, **changes)
+
+
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted names."""
+    if isinstance(values, Mapping):
+        return {k: v for key, inner in values.items() for k, v in flat(inner, f"{prefix}{key}.").items()}
+    return {prefix.removesuffix("."): values}
+
+
+def differences(was: Any, now: Any, most: int = 5) -> str:
+    """What differs between two configurations (dataclasses or `to_dict` results): "name: was A, now B; …"; "" if nothing."""
+    old, new = (flat(json.loads(json.dumps(to_dict(config)))) for config in (was, now))
+    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    told = [f"{name}: was {_said(old.get(name))}, now {_said(new.get(name))}" for name in changed[:most]]
+    return "; ".join(told + ([f"and {len(changed) - most} more"] if len(changed) > most else []))
+
+
+def _said(value: Any) -> str:
+    return "none" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def override(config: Any, settings: Mapping[str, str]) -> Any:

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import errno
 import functools
+import math
 import os
 import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +38,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 DEFAULT_WORK = "outputs"
 DEFAULT_VARIANT = "audioldm2-full"
+SAME_WISH = 2.0  # seconds
 STOPPED = "Stopped. What was finished is kept; the same command continues from there."
 
 
@@ -72,21 +75,23 @@ def friendly(function: Function) -> Function:
 
 @contextmanager
 def _stoppable(received: list[int]) -> Iterator[None]:
-    """Within the block SIGINT and SIGTERM become a KeyboardInterrupt of the main thread, once; `received` says which it was.
+    """Within the block SIGINT and SIGTERM become a KeyboardInterrupt of the main thread; `received` says which they were.
 
-    Later signals are ignored until the block is left: a wrapper may pass on what the terminal has already sent to all, and
-    a second exception would break off the cleaning up. What the caller's parent had ignored (nohup) stays ignored.
+    A signal soon after another one is the same wish: wrappers pass on what the terminal has already sent to all. A later
+    one breaks off the cleaning up, and after the block it ends the process. What a parent had ignored (nohup) stays ignored.
     """
     mine = (signal.SIG_DFL, signal.default_int_handler)
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) in mine}
     if threading.current_thread() is not threading.main_thread():
         before = {}  # only the main thread has handlers
+    last = -math.inf
 
     def stop(number: int, frame: FrameType | None) -> None:
-        for each in before:
-            signal.signal(each, signal.SIG_IGN)
-        received.append(number)  # Ray raises an exception of its own in place of this one
-        raise KeyboardInterrupt
+        nonlocal last
+        again, last = time.monotonic() - last < SAME_WISH, time.monotonic()
+        if not again:
+            received.append(number)  # Ray raises an exception of its own in place of this one
+            raise KeyboardInterrupt
 
     for number in before:
         signal.signal(number, stop)
@@ -94,7 +99,7 @@ def _stoppable(received: list[int]) -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if received else handler)
 
 
 def plain_sentence(error: BaseException) -> str | None:
