@@ -33,8 +33,9 @@ from transformers import (
 )
 
 from stages.audio import AudioConfig
-from stages.base import UserError, weights_hash, whole_folder, write_json
 from stages.diffusion.model import latent_scale
+from stages.errors import UserError
+from stages.files import weights_hash, whole_folder, write_json
 
 BUNDLE_FORMAT = 1
 PIPELINE = "AudioLDM2Pipeline"

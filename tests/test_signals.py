@@ -15,8 +15,8 @@ import pyarrow as pa
 import pytest
 from tiny_store import make_store, small
 
-from pipelines.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore
-from stages.cli import STOPPED
+from options import STOPPED
+from pipelines.features.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore
 
 REPO = Path(__file__).resolve().parent.parent
 WAYS = [(signal.SIGINT, "leader"), (signal.SIGINT, "group"), (signal.SIGTERM, "leader"), (signal.SIGTERM, "group")]

@@ -22,17 +22,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import GPT2LMHeadModel
 
-from pipelines.checkpoint import EMA, full_weights
-from pipelines.dataset import ClipDataset, clip_rng, permutation, places, step_rng
 from pipelines.export import export
+from pipelines.features.store import FeatureStore
 from pipelines.preprocess import PASSES, build_pass
 from pipelines.preprocess import main as preprocess
-from pipelines.store import FeatureStore
 from pipelines.train import main, train_stage
-from pipelines.train_loop import OneProcess
+from pipelines.training.checkpoint import EMA, full_weights
+from pipelines.training.dataset import ClipDataset, clip_rng, permutation, places, step_rng
+from pipelines.training.loop import OneProcess
 from pipelines.weights import released_folders
-from stages import STAGES, stage_class
-from stages.base import Recipe, UserError, read_card
+from stages import STAGES
+from stages.base import read_card, stage_class
+from stages.config import Recipe
+from stages.errors import UserError
 from stages.variants import VARIANTS, Recipes, Variant, resolve
 
 REPO = Path(__file__).resolve().parent.parent

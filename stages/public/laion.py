@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import ClapModel, RobertaConfig, RobertaModel
 
-from stages.base import UserError
 from stages.checkpoints import require_fit
 from stages.clap.model import ClapConfig, clap_mel
+from stages.errors import UserError
 from stages.public.layout import UNUSED, clap, computed, expected, origins, take
 
 ROBERTA_HEAD = 64  # channels per head of every RoBERTa; the heads leave no trace in the shapes
