@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from options import friendly
-from stages.judges.judge import JUDGES, load_judge
+from stages.judges.catalogue import JUDGES, load_judge
 from stages.judges.weights import PUBLISHED, describe_folder
 
 
