@@ -17,7 +17,7 @@ from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 import loa
-from stages import cli
+import options as cli
 from stages.errors import AudioError, UserError
 
 REPO = Path(__file__).resolve().parent.parent
