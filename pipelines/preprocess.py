@@ -16,7 +16,7 @@ from options import friendly, set_option, tiny_option, variant_option, with_opti
 from pipelines import cluster
 from pipelines.features.passes import LatentPass, LoaPass, MelPass, Pass, PassReport, SpeechPass, TextPass, execute
 from pipelines.features.store import FeatureStore
-from pipelines.weights import released_folders
+from pipelines.weights import released_folders, require_used
 from stages.errors import UserError
 from stages.translator.model import PhonemeEncoderConfig
 from stages.variants import Variant, resolve
@@ -113,6 +113,7 @@ def _pass_command(name: str) -> click.Command:
     ) -> None:  # fmt: skip
         system = resolve(variant, tiny, settings)
         store = FeatureStore.open(store_url or work / "store")
+        require_used(released or {}, [kind.encoder], f"the {name} pass")
         chosen = build_pass(name, system, released_folders(work, released) if released is not None else None, poolings)
         if verify:
             for series in chosen.series:
