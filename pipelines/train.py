@@ -145,6 +145,8 @@ def _fit_on_ray(job: TrainJob, workers: int | None, max_failures: int) -> None:
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
+    from pipelines.rendezvous import OneMachine
+
     have = cluster.cluster_resources()
     count = workers or max(1, have.gpus)
     if have.gpus and count > have.gpus:
@@ -171,6 +173,7 @@ def _fit_on_ray(job: TrainJob, workers: int | None, max_failures: int) -> None:
     trainer = Trainer(
         ray_worker,
         train_loop_config={"job": cloudpickle.dumps(job), "threads": threads},  # opened by the workers alone
+        torch_config=OneMachine() if cluster.ends_with_us() else None,
         scaling_config=ScalingConfig(
             num_workers=count, use_gpu=have.gpus > 0, resources_per_worker={"CPU": 1} | ({"GPU": 1} if have.gpus else {})
         ),

@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 
+import local_ray
 from options import friendly
 from stages.bundle import find_bundle, read_info
 from stages.errors import UserError
@@ -55,12 +56,7 @@ def connect(num_replicas: int) -> tuple[int, int]:
     address = os.environ.get("RAY_ADDRESS") or "local"
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nothing of it listens beyond loopback
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-        # replicas import this package whatever folder the command was started in
-        here = str(Path(__file__).resolve().parent.parent)
-        os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
+        local_ray.prepare()
         settings |= {"num_cpus": max(os.cpu_count() or 1, num_replicas) + 1, "object_store_memory": 200 * 2**20, "include_dashboard": False}
     import ray
 
@@ -70,6 +66,7 @@ def connect(num_replicas: int) -> tuple[int, int]:
         raise UserError(
             f"no Ray cluster answers at {address!r} ({error}); start one with `ray start --head` or unset RAY_ADDRESS"
         ) from error
+    local_ray.quieten()
     have = ray.cluster_resources()
     return int(have.get("CPU", 1)), int(have.get("GPU", 0))
 
