@@ -10,7 +10,7 @@ import time
 import numpy as np
 from scipy.linalg import sqrtm
 
-from pipelines.metrics import frechet_distance
+from pipelines.evaluation.metrics import frechet_distance
 
 CLIPS, WIDTH = 957, 2048  # AudioCaps' test clips; the layer that FD is taken from
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 import webdataset
 
-from pipelines.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore
+from pipelines.features.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore
 from stages.audio import AudioConfig
 from stages.clap.model import ClapConfig, clap_mel
 from stages.translator.model import TranslatorConfig, generate_loa

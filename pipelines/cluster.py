@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.base import UserError
+from stages.errors import UserError
 
 OBJECT_STORE_BYTES = 400 * 2**20  # units of work are shard numbers: features travel through files, not through Ray
 

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import click
 
-from pipelines.protocol import MEASURES, SILENT_LIMIT, Comparison, Protocol, Record, read_records, side_by_side
-from pipelines.published import TABLES, PublishedTable
-from stages.cli import friendly
+from options import friendly
+from pipelines.evaluation.published import TABLES, PublishedTable
+from pipelines.evaluation.records import MEASURES, SILENT_LIMIT, Comparison, Protocol, Record, read_records, side_by_side
 
 
 class Cell(NamedTuple):

@@ -18,11 +18,13 @@ from typing import Any
 import click
 import psutil
 
+from options import friendly, require_disk, require_memory, set_option, shown, tracking_option
 from pipelines import cluster
-from pipelines.evaluate import Evaluation
+from pipelines.evaluation.results import Evaluation
 from pipelines.tracking import Tracker
-from stages.base import UserError, to_dict, write_json
-from stages.cli import friendly, require_disk, require_memory, set_option, shown, tracking_option
+from stages.config import to_dict
+from stages.errors import UserError
+from stages.files import write_json
 from stages.variants import Variant, resolve
 
 MEMORY_GB, DISK_GB = 6.0, 4.0  # measured peak and footprint of the default preset, rounded up (docs/log.md)

@@ -28,7 +28,8 @@ import numpy as np
 import soundfile
 from scipy.signal import butter, sosfilt
 
-from stages.base import UserError, write_json
+from stages.errors import UserError
+from stages.files import write_json
 
 SAMPLE_RATE = 16_000
 CARD = "demo_corpus.json"  # written last: what the corpus was made with, and what it holds

@@ -7,11 +7,10 @@ waveforms, which lie in `<work>/evaluation` with the record of how they were mad
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,83 +20,32 @@ import numpy as np
 import torch
 from click.core import ParameterSource
 
-from pipelines import judging, plots
-from pipelines.folders import score_folders
-from pipelines.heldout import HeldOut, captions_hash, choose_clips, frozen_clips, write_captions
-from pipelines.judging import Channels, ClapJudge, ClassifierJudge, ClipFile, Judge
-from pipelines.protocol import MEASURES, Record, digest, write_records
-from pipelines.scoring import HEARD, SYSTEMS, Scored, records, score, words
-from pipelines.sounds import Sounds, mels
-from pipelines.store import FeatureStore
+from options import friendly, sampling_options, tracking_option, work_option
+from pipelines import plots
+from pipelines.evaluation import listening as judging
+from pipelines.evaluation.clips import HeldOut, captions_hash, choose_clips, frozen_clips, write_captions
+from pipelines.evaluation.listening import Channels, ClapJudge, ClassifierJudge, ClipFile, Judge
+from pipelines.evaluation.records import Record, digest, write_records
+from pipelines.evaluation.results import HEARD, SYSTEMS, Evaluation, classes_picture, confusion_picture
+from pipelines.evaluation.scores import Scored, records, score, words
+from pipelines.evaluation.sounds import Sounds, mels
+from pipelines.features.store import FeatureStore
+from pipelines.score import score_folders
 from pipelines.tracking import Tracker
 from stages.audio import AudioConfig, Waveform, slaney_filterbank
-from stages.base import UserError, code_version, weights_hash, write_json
 from stages.bundle import BundleInfo, read_info
-from stages.cli import friendly, sampling_options, tracking_option, work_option
+from stages.errors import UserError
+from stages.files import code_version, weights_hash, write_json
 from stages.generator import AudioGenerator
 from stages.judges.judge import AUDIOLDM_EVAL, JUDGES, Listening
+from stages.judges.whisper import Transcriber
 from stages.sampling import OPTIONS, resolve
-from stages.transcriber import Transcriber
 
 if TYPE_CHECKING:
     from stages.variants import Variant
 
-EVALUATION_FORMAT = 1
 LISTENING = {"loa": Listening(), "audioldm_eval": AUDIOLDM_EVAL}
 HEARD_IN_MLFLOW = 8  # clips whose sound and spectrograms are logged
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Scores with the record of how they came about; `<work>/evaluation/evaluation.json`."""
-
-    protocol: dict[str, Any]
-    scores: dict[str, dict[str, float]]  # measure -> system -> value
-    intervals: dict[str, dict[str, list[float]]]  # 95 % intervals, where there are any
-    missing: dict[str, str]  # measure -> why there is no score
-    notes: list[str]  # what a reader should know before believing a number
-    classes: list[dict[str, Any]]  # per class: name, count, accuracy of every system
-    confusion: dict[str, Any]  # names, counts: generated clips, asked for against recognised
-    clips: list[dict[str, Any]]  # per clip: text, label, recognised, scores, files of every system
-    format: int = EVALUATION_FORMAT
-
-    @classmethod
-    def read(cls, work: Path) -> Evaluation | None:
-        """The evaluation of a project folder, or None when there is none."""
-        path = Path(work) / "evaluation" / "evaluation.json"
-        if not path.is_file():
-            return None
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if values.get("format") != EVALUATION_FORMAT:
-            raise UserError(
-                f"{path} has format {values.get('format')}, this version of loa reads {EVALUATION_FORMAT}; run `loa evaluate` again"
-            )
-        return cls(**values)
-
-    def summary(self) -> str:
-        """The headline in one line."""
-        parts = []
-        for name, short in (("accuracy", "recognised"), ("frechet_clap", "Fréchet (CLAP)"), ("clap_score", "CLAP score")):
-            if "generated" in (values := self.scores.get(name, {})):
-                form = MEASURES[name].form.format
-                beside = ", ".join(f"{SYSTEMS[s]} {form(values[s])}" for s in ("chance", "vae", "real") if s in values)
-                parts.append(f"{short} {form(values['generated'])}" + (f" ({beside})" if beside else ""))
-        return f"{len(self.clips)} clips: " + "; ".join(parts or ["nothing could be scored"])
-
-    def table(self) -> str:
-        """All scores as a text table, with what is missing and why."""
-        columns = [s for s in SYSTEMS if any(s in values for values in self.scores.values())]
-        rows = [["", *(SYSTEMS[s] for s in columns)]]
-        for name, values in self.scores.items():
-            cells = [MEASURES[name].form.format(values[s]) if s in values else "–" for s in columns]
-            rows.append([MEASURES[name].heading, *cells])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        padded = [
-            [f"{cell:{'<' if i == 0 else '>'}{width}}" for i, (cell, width) in enumerate(zip(row, widths, strict=True))] for row in rows
-        ]
-        lines = ["  ".join(row).rstrip() for row in padded]
-        lines += [f"{MEASURES[name].title}: not measured, {reason}" for name, reason in self.missing.items()]
-        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)]) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------------- the job
@@ -267,26 +215,6 @@ def _records(
 
 
 # ------------------------------------------------------------------------------------------------ what is left of it
-
-
-def confusion_picture(found: Evaluation, most: int = 24) -> plots.Picture | None:
-    """Asked-for against recognised classes; of many classes the most frequent. None without a classifier."""
-    if not found.confusion:
-        return None
-    counts = np.array(found.confusion["counts"])
-    frequent = np.argsort(-(counts.sum(0) + counts.sum(1)), kind="stable")[:most]
-    shown = sorted(i for i in frequent.tolist() if counts[i].sum() + counts[:, i].sum())
-    return plots.confusion([found.confusion["names"][i] for i in shown], counts[np.ix_(shown, shown)])
-
-
-def classes_picture(found: Evaluation, most: int = 24) -> plots.Picture | None:
-    """Accuracy by class, of generated clips, restored ones and real ones. None without a classifier."""
-    rows = sorted(found.classes, key=lambda row: -row["count"])[:most]
-    if not rows:
-        return None
-    rows.sort(key=lambda row: str(row["name"]))
-    shares = {SYSTEMS[s]: [row[s] for row in rows] for s in ("generated", "vae", "real")}
-    return plots.class_bars([row["name"] for row in rows], shares, found.scores["accuracy"]["chance"])
 
 
 def _write(found: Evaluation, place: Path) -> None:

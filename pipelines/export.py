@@ -9,11 +9,13 @@ from typing import Any
 
 import click
 
+from options import friendly, shown, tracking_option, with_option, work_option
 from pipelines.tracking import Tracker
 from pipelines.weights import released_folders
-from stages.base import UserError, code_version, to_dict, weights_hash
 from stages.bundle import assemble, read_info
-from stages.cli import friendly, shown, tracking_option, with_option, work_option
+from stages.config import to_dict
+from stages.errors import UserError
+from stages.files import code_version, weights_hash
 from stages.variants import VARIANTS, Variant, resolve
 
 SEPARATE = ("translator", "diffusion")

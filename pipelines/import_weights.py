@@ -9,11 +9,12 @@ from pathlib import Path
 
 import click
 
+from options import DEFAULT_VARIANT, friendly, pairs, set_option, work_option
 from pipelines.weights import from_hub
-from stages.base import UserError, whole_folder
 from stages.bundle import FILES, read_info
 from stages.checkpoints import read_checkpoint, weights_of
-from stages.cli import DEFAULT_VARIANT, friendly, pairs, set_option, work_option
+from stages.errors import UserError
+from stages.files import whole_folder
 from stages.public import laion
 from stages.public.folder import import_folder
 from stages.public.original import WEIGHTS, import_original, is_original, require_variant, structure, variants_like

@@ -19,13 +19,13 @@ import click
 import numpy as np
 import pyarrow as pa
 
+from options import friendly, tiny_option, variant_option, work_option
 from pipelines import corpora
 from pipelines.corpora.headers import probe_headers
 from pipelines.corpora.records import Record, Recording, Rejected
-from pipelines.store import CLIP_SCHEMA, DEFAULT_SHARD_SIZE, REJECTED_SCHEMA, FeatureStore
+from pipelines.features.store import CLIP_SCHEMA, DEFAULT_SHARD_SIZE, REJECTED_SCHEMA, FeatureStore
 from stages.audio import AudioConfig
-from stages.base import UserError
-from stages.cli import friendly, tiny_option, variant_option, work_option
+from stages.errors import UserError
 from stages.variants import resolve
 
 REPORT = "ingest.json"  # in the store: what it was made from, and the report

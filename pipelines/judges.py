@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from stages.cli import friendly
+from options import friendly
 from stages.judges.judge import JUDGES, load_judge
 from stages.judges.weights import PUBLISHED, describe_folder
 

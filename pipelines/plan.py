@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from stages import STAGES, stage_class
-from stages.base import to_dict
-from stages.cli import friendly, set_option, tiny_option
+from options import friendly, set_option, tiny_option
+from stages import STAGES
+from stages.base import stage_class
+from stages.config import to_dict
 from stages.variants import VARIANTS, Variant, resolve
 
 # One H200 does about 790 TFLOP/s in bf16 matrix products; training loops that are not tuned see about a third of that.

@@ -12,12 +12,12 @@ from typing import Any
 
 import click
 
+from options import friendly, set_option, tiny_option, variant_option, with_option, work_option
 from pipelines import cluster
-from pipelines.passes import LatentPass, LoaPass, MelPass, Pass, PassReport, SpeechPass, TextPass, execute
-from pipelines.store import FeatureStore
+from pipelines.features.passes import LatentPass, LoaPass, MelPass, Pass, PassReport, SpeechPass, TextPass, execute
+from pipelines.features.store import FeatureStore
 from pipelines.weights import released_folders
-from stages.base import UserError
-from stages.cli import friendly, set_option, tiny_option, variant_option, with_option, work_option
+from stages.errors import UserError
 from stages.translator.model import PhonemeEncoderConfig
 from stages.variants import Variant, resolve
 

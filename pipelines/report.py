@@ -23,14 +23,15 @@ import torch
 from PIL import Image
 
 from pipelines import plots
-from pipelines.evaluate import Evaluation, classes_picture, confusion_picture
-from pipelines.protocol import MEASURES
-from pipelines.scoring import HEARD, SYSTEMS
-from pipelines.store import FeatureStore
+from pipelines.evaluation.records import MEASURES
+from pipelines.evaluation.results import HEARD, SYSTEMS, Evaluation, classes_picture, confusion_picture
+from pipelines.features.store import FeatureStore
 from pipelines.tracking import Run, read_runs, tracking_uri
 from stages import STAGES
 from stages.audio import AudioConfig, encode_flac, load_audio, log_mel
-from stages.base import UserError, code_version, to_dict
+from stages.config import to_dict
+from stages.errors import UserError
+from stages.files import code_version, replacing
 
 MOST_BYTES = 11_000_000  # of base64 sounds and spectrograms; charts and text stay below 1 MB
 MOST_PANELS = 6  # curves of one stage
@@ -64,9 +65,8 @@ def write_report(work: Path, *, tracking_uri: str | None = None, output: Path | 
     """
     project = _gather(Path(work).absolute(), tracking_uri)
     output = Path(output or project.work / "report.html")
-    draft = output.with_name(f".{output.name}.{os.getpid()}")
-    draft.write_text(render(project, num_clips), encoding="utf-8")
-    os.replace(draft, output)
+    with replacing(output) as draft:
+        draft.write_text(render(project, num_clips), encoding="utf-8")
     return output
 
 

@@ -25,7 +25,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stages.audio import write_wav
-from stages.base import UserError, code_version, to_dict, weights_hash
+from stages.config import to_dict
+from stages.errors import UserError
+from stages.files import code_version, weights_hash
 
 EXPERIMENT = "loa"
 RUN_KEY = "loa.run_key"

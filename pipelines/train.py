@@ -13,17 +13,20 @@ from typing import Any
 import click
 from tqdm import tqdm
 
+from options import friendly, set_option, shown, tiny_option, tracking_option, variant_option, with_option, work_option
 from pipelines import cluster
 from pipelines.corpora import PUBLISHED
-from pipelines.dataset import ClipDataset
-from pipelines.ray_worker import ray_worker
-from pipelines.store import FeatureStore
+from pipelines.features.store import FeatureStore
 from pipelines.tracking import Tracker
-from pipelines.train_loop import OneProcess, TrainJob, follow, train
+from pipelines.training.dataset import ClipDataset
+from pipelines.training.loop import OneProcess, TrainJob, follow, train
+from pipelines.training.ray_worker import ray_worker
 from pipelines.weights import released_folders
-from stages import STAGES, stage_class
-from stages.base import UserError, read_card, to_dict, weights_hash, whole_folder, write_json
-from stages.cli import friendly, set_option, shown, tiny_option, tracking_option, variant_option, with_option, work_option
+from stages import STAGES
+from stages.base import read_card, stage_class
+from stages.config import to_dict
+from stages.errors import UserError
+from stages.files import weights_hash, whole_folder, write_json
 from stages.variants import Variant, resolve
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from stages import STAGES, stage_class
-from stages.base import UserError
+from stages import STAGES
+from stages.base import stage_class
+from stages.errors import UserError
 
 # What makes a folder usable for a stage (the layout of a released stage, or of a diffusers AudioLDM 2 folder).
 NEEDS: dict[str, tuple[str, ...]] = {

@@ -17,9 +17,9 @@ from typing import Any
 
 import click
 
-from stages.base import UserError
+from options import friendly
 from stages.bundle import find_bundle, read_info
-from stages.cli import friendly
+from stages.errors import UserError
 
 ANSWER_WITHIN = 900  # seconds; a CPU takes its time
 

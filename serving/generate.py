@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from pathlib import Path
@@ -12,8 +11,9 @@ import click
 import numpy as np
 from tqdm import tqdm
 
-from stages.base import UserError
-from stages.cli import friendly, sampling_options
+from options import friendly, sampling_options
+from stages.errors import UserError
+from stages.files import replacing
 from stages.sampling import resolve
 
 FORMATS = {".wav": "WAV", ".flac": "FLAC"}
@@ -42,12 +42,8 @@ def write_sound(path: Path, waveform: np.ndarray, sample_rate: int) -> None:
     """Write a waveform [T] as 16 bits, so that a reader sees the whole file or none."""
     import soundfile
 
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as draft:
         soundfile.write(draft, np.clip(waveform, -1.0, 1.0), sample_rate, format=FORMATS[path.suffix.lower()], subtype="PCM_16")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 @click.command()

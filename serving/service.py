@@ -31,8 +31,8 @@ from ray import serve
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
-from stages.base import UserError
 from stages.bundle import BundleInfo, read_info
+from stages.errors import UserError
 from stages.generator import AudioGenerator
 from stages.sampling import PROFILES, SCHEDULERS, Sampling, resolve
 

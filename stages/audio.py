@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stages.errors import AudioError
+
 Waveform = NDArray[np.float32]
 Source = str | PathLike[str] | bytes | BinaryIO
 
@@ -32,10 +34,6 @@ LOG_FLOOR = 1e-5  # the log-mel spectrogram bottoms out at ln 1e-5 = -11.5129
 FBANK_RATE = 16_000  # Hz; the published AudioMAE hears 16 kHz, other rates are resampled first
 FBANK_SHIFT_SECONDS = 0.010
 FBANK_MEAN, FBANK_STD = -4.2677393, 4.5689974  # over AudioSet; the features are divided by twice the deviation
-
-
-class AudioError(ValueError):
-    """A recording that cannot be used; the message names it and says what is wrong with it."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ from transformers import (
 )
 
 from stages.audio import AudioConfig
-from stages.base import UserError, weights_hash, whole_folder, write_json
+from stages.errors import UserError
+from stages.files import weights_hash, whole_folder, write_json
 from stages.tokenizers import read_tokenizer
 
 BUNDLE_FORMAT = 1

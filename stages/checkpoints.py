@@ -18,7 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stages.base import UserError, from_dict, to_dict, write_json
+from stages.config import from_dict, to_dict
+from stages.errors import UserError
+from stages.files import write_json
 
 Network = TypeVar("Network", bound=nn.Module)
 Config = TypeVar("Config")

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from stages.base import UserError
+from stages.errors import UserError
 
 LANGUAGE = "en-us"
 

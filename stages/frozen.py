@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import ClapFeatureExtractor, ClapModel, SpeechT5HifiGan, T5EncoderModel
 
 from stages.audio import resample
-from stages.base import UserError
 from stages.clap.model import clap_mel
+from stages.errors import UserError
 from stages.tokenizers import read_tokenizer
 
 # Small networks are loaded and saved at every turn: the bars of their libraries would drown loa's own.

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stages.base import UserError
 from stages.bundle import Components, load
 from stages.clap.model import clap_mel
 from stages.diffusion.solvers import make_solver
+from stages.errors import UserError
 from stages.frozen import resample
 from stages.phonemes import phoneme_ids
 from stages.sampling import Sampling, resolve

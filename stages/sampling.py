@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from stages.base import UserError
+from stages.errors import UserError
 
 SCHEDULERS = ("dpm-solver++", "ddim", "unipc", "pndm", "euler")
 CHOICES = {

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from stages.base import UserError
+from stages.errors import UserError
 
 
 def read_tokenizer(folder: Path, network: Any) -> PreTrainedTokenizerBase:

@@ -12,16 +12,15 @@ from dataclasses import dataclass, field, replace
 
 from stages.audio import AudioConfig
 from stages.audiomae.model import AudioMAEConfig
-from stages.base import Recipe, UserError, override
 from stages.clap.model import ClapConfig, T5Config
 from stages.classifier.model import ClassifierConfig
+from stages.config import Recipe, override
 from stages.diffusion.model import DiffusionConfig
-from stages.joint.training import JointConfig
+from stages.errors import UserError
+from stages.joint.model import JointConfig
 from stages.translator.model import PhonemeEncoderConfig, TranslatorConfig
-from stages.vae.model import VAEConfig
-from stages.vae.training import VAELossConfig
-from stages.vocoder.model import VocoderConfig
-from stages.vocoder.training import VocoderLossConfig
+from stages.vae.model import VAEConfig, VAELossConfig
+from stages.vocoder.model import VocoderConfig, VocoderLossConfig
 
 PATCH = 16  # AudioMAE's patches are 16 frames by 16 bins
 

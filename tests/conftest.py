@@ -102,7 +102,7 @@ def speaker(speech_bundle):
 @pytest.fixture(scope="session")
 def phonemes():
     """Skips where espeak-ng cannot be had."""
-    from stages.base import UserError
+    from stages.errors import UserError
     from stages.phonemes import pronounce
 
     try:

@@ -13,7 +13,6 @@ import torch
 from stages.audio import (
     AUDIO_48K,
     AudioConfig,
-    AudioError,
     decode_flac,
     encode_flac,
     fbank,
@@ -26,6 +25,7 @@ from stages.audio import (
     slaney_filterbank,
     write_wav,
 )
+from stages.errors import AudioError
 
 TINY = AudioConfig(clip_seconds=2.56)
 

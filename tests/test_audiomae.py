@@ -14,7 +14,7 @@ import torch
 from stages.audio import AudioConfig
 from stages.audiomae.model import AudioMAE, AudioMAEConfig, SwinBlock, load_weights, pool_loa, position_table
 from stages.audiomae.training import AudioMAEStage
-from stages.base import UserError
+from stages.errors import UserError
 
 PUBLISHED = AudioMAEConfig()
 GOLDEN = AudioMAEConfig(width=64, heads=4, decoder="global", decoder_width=32, decoder_depth=2, decoder_heads=4)

@@ -9,8 +9,11 @@ from safetensors.torch import load_file
 from tiny_bundle import AUDIO, LOA_TOKENS, SCALE, make_bundle, write_stages
 
 from pipelines.export import export
-from stages.base import UserError, read_card, to_dict, write_json
+from stages.base import read_card
 from stages.bundle import assemble, find_bundle, load, read_info
+from stages.config import to_dict
+from stages.errors import UserError
+from stages.files import write_json
 from stages.variants import resolve
 
 META = {"variant": "audioldm2-full", "tiny": True, "audio": AUDIO, "provenance": {"made_by": "tests"}}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.base import UserError
+from stages.errors import UserError
 from stages.public import laion
 from stages.public.extra import INSTALL
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from stages.base import UserError
 from stages.classifier.model import Classifier, ClassifierConfig
 from stages.classifier.training import UNKNOWN, ClassifierStage, augment
+from stages.errors import UserError
 
 FLOOR = math.log(1e-5)
 CONFIG = ClassifierConfig(width=8)

@@ -14,8 +14,7 @@ from click.testing import CliRunner
 
 import loa
 from stages import cli
-from stages.audio import AudioError
-from stages.base import UserError
+from stages.errors import AudioError, UserError
 
 REPO = Path(__file__).resolve().parent.parent
 

@@ -9,9 +9,9 @@ from click.testing import CliRunner
 from test_protocol import record
 
 from pipelines.compare import FORMATS, main, report
-from pipelines.protocol import write_records
-from pipelines.published import TABLES
-from stages.base import UserError
+from pipelines.evaluation.published import TABLES
+from pipelines.evaluation.records import write_records
+from stages.errors import UserError
 
 KL = {"metric": "kl_passt", "judge": "passt-s", "direction": "KL(reference || generated)"}
 CLAP = {"metric": "clap_score", "judge": "clap", "num_reference": None}

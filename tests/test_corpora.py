@@ -14,7 +14,7 @@ import soundfile
 from pipelines import corpora
 from pipelines.corpora import Recording, Rejected, audiocaps, audioset, folder, gigaspeech, ljspeech, msd, wavcaps
 from pipelines.corpora.files import BadLine, csv_lines, hash_split, inside, json_entries, safe_id, tidy, walk_audio
-from stages.base import UserError
+from stages.errors import UserError
 
 
 def sound(path: Path, seconds: float = 1.0) -> Path:

@@ -21,10 +21,11 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from pipelines.demo import PRESETS, Demo, main
+from pipelines.features.store import FeatureStore
 from pipelines.ingest import ingest
-from pipelines.store import FeatureStore
 from stages import STAGES
-from stages.base import Recipe, read_card
+from stages.base import read_card
+from stages.config import Recipe
 from stages.variants import Recipes, Variant, resolve
 
 REPO = Path(__file__).resolve().parent.parent
@@ -97,7 +98,7 @@ def test_mlflow_holds_every_job_under_the_demo(finished: Path) -> None:
 
 
 def test_other_settings_do_not_mix_into_a_demo(tmp_path: Path) -> None:
-    from stages.base import UserError
+    from stages.errors import UserError
 
     demo = Demo(tmp_path, None, hurried(), SMALL, 1, None, 0)
     demo._check_same()

@@ -12,7 +12,7 @@ import torch
 from pipelines import corpora
 from pipelines.demo_corpus import KINDS, TEMPLATES, TEST_TEMPLATES, Traits, caption, make_clip, make_demo_corpus
 from stages.audio import AudioConfig, log_mel, normalise
-from stages.base import UserError
+from stages.errors import UserError
 
 
 def digest(folder: Path) -> dict[str, str]:

@@ -11,17 +11,18 @@ from click.testing import CliRunner
 from tiny_bundle import make_bundle
 
 from pipelines import evaluate as job
-from pipelines import judging
-from pipelines.evaluate import Evaluation, evaluate
-from pipelines.folders import score_folders
-from pipelines.heldout import VOICE, choose_clips, read_captions
-from pipelines.judging import ClapJudge, ClassifierJudge, as_trained
-from pipelines.protocol import read_records, side_by_side
-from pipelines.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore
+from pipelines.evaluate import evaluate
+from pipelines.evaluation import listening as judging
+from pipelines.evaluation.clips import VOICE, choose_clips, read_captions
+from pipelines.evaluation.listening import ClapJudge, ClassifierJudge, as_trained
+from pipelines.evaluation.records import read_records, side_by_side
+from pipelines.evaluation.results import Evaluation
+from pipelines.features.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore
+from pipelines.score import score_folders
 from stages.audio import AudioConfig, encode_flac, log_mel, normalise
-from stages.base import UserError
 from stages.bundle import read_info
 from stages.classifier.model import Classifier, ClassifierConfig
+from stages.errors import UserError
 from stages.judges.judge import Listening, random_judge
 
 AUDIO = AudioConfig(clip_seconds=0.64)

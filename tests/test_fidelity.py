@@ -16,16 +16,19 @@ from tiny_bundle import make_bundle
 from torch import nn
 from transformers import ClapFeatureExtractor
 
-from pipelines.checkpoint import EMA
+from pipelines.training.checkpoint import EMA
 from stages.audiomae.model import AudioMAE, AudioMAEConfig
-from stages.base import UserError, override, write_json
 from stages.bundle import load, read_info
 from stages.clap.model import ClapConfig, clap_mel
-from stages.diffusion.model import DiffusionConfig, noise_schedule
-from stages.diffusion.training import LatentDiffusion, prepare_latents
+from stages.conditions import ClapDropout
+from stages.config import override
+from stages.diffusion.model import DiffusionConfig, LatentDiffusion, noise_schedule
+from stages.diffusion.training import prepare_latents
+from stages.errors import UserError
+from stages.files import write_json
 from stages.frozen import TextEncoders
 from stages.joint.training import JointStage
-from stages.translator.training import ClapDropout, TranslatorStage, translation_loss
+from stages.translator.training import TranslatorStage, translation_loss
 from stages.variants import resolve
 
 REPO = Path(__file__).resolve().parent.parent

@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny_bundle import AUDIO, LOA_TOKENS, LOA_WIDTH
 
-from stages.base import UserError
+from stages.errors import UserError
 from stages.generator import AudioGenerator
 from stages.sampling import SCHEDULERS
 

@@ -22,9 +22,10 @@ from transformers import GPT2LMHeadModel
 import loa
 from pipelines.import_weights import import_weights
 from stages.audiomae.model import AudioMAE
-from stages.base import UserError, weights_hash, write_json
 from stages.bundle import load, read_info
 from stages.checkpoints import fold_weight_norm, read_checkpoint, weights_of
+from stages.errors import UserError
+from stages.files import weights_hash, write_json
 from stages.generator import AudioGenerator
 from stages.public import laion, layout
 from stages.public.original import UNET, parts, structure_of

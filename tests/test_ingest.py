@@ -12,10 +12,10 @@ from click.testing import CliRunner
 
 from pipelines.corpora import Recording, Rejected
 from pipelines.corpora.headers import probe_header, probe_headers
+from pipelines.features.store import FeatureStore
 from pipelines.ingest import cut, ingest, main, without_leaks
-from pipelines.store import FeatureStore
 from stages.audio import AudioConfig
-from stages.base import UserError
+from stages.errors import UserError
 
 AUDIO = AudioConfig(clip_seconds=2.0)
 

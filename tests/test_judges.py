@@ -12,8 +12,8 @@ from click.testing import CliRunner
 
 from pipelines.judges import main as judges_command
 from stages.audio import slaney_filterbank
-from stages.base import UserError
 from stages.checkpoints import read_checkpoint
+from stages.errors import UserError
 from stages.judges import panns, passt, vggish
 from stages.judges.judge import AUDIOLDM_EVAL, JUDGES, Judgement, Listening, load_judge, random_judge
 from stages.judges.network import Network

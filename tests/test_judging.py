@@ -10,12 +10,13 @@ import torch
 from click.testing import CliRunner
 
 from pipelines import evaluate as job
-from pipelines import judging, metrics
-from pipelines.folders import score_folders
-from pipelines.heldout import HeldOut, captions_hash, write_captions
-from pipelines.judging import ClapJudge, Heard, Level, clip_files, hear_files, scores
-from pipelines.protocol import read_records
-from stages.base import UserError
+from pipelines.evaluation import listening as judging
+from pipelines.evaluation import metrics
+from pipelines.evaluation.clips import HeldOut, captions_hash, write_captions
+from pipelines.evaluation.listening import ClapJudge, Heard, Level, clip_files, hear_files, scores
+from pipelines.evaluation.records import read_records
+from pipelines.score import score_folders
+from stages.errors import UserError
 from stages.judges.judge import Judgement, Listening, random_judge
 
 RATE = 16_000

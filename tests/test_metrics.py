@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 
-from pipelines import metrics
+from pipelines.evaluation import metrics
 from stages.text import normalise_transcript
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages.base import UserError
+from stages.errors import UserError
 from stages.phonemes import MAX_LENGTH, PAD_ID, STOP_ID, SYMBOL_TO_ID, SYMBOLS, clean, encode, phoneme_ids, phoneme_vocab, pronounce
 from stages.public import layout
 from stages.translator.model import PhonemeEncoderConfig

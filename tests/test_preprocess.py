@@ -17,11 +17,11 @@ import torch
 from click.testing import CliRunner
 
 from pipelines import cluster
-from pipelines.passes import MelPass, ShardWorker, execute
+from pipelines.features.passes import MelPass, ShardWorker, execute
+from pipelines.features.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore, StoreWarning
 from pipelines.preprocess import build_pass, main, run_pass
-from pipelines.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore, StoreWarning
 from stages.audio import fbank, load_audio, log_mel, normalise, pad_or_cut
-from stages.base import UserError
+from stages.errors import UserError
 from stages.variants import resolve
 
 REPO = Path(__file__).resolve().parent.parent

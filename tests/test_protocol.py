@@ -6,17 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from pipelines.heldout import HeldOut, captions_hash, read_captions, write_captions
-from pipelines.protocol import (
-    MEASURES,
-    Protocol,
-    Record,
-    check_sounds,
-    read_records,
-    side_by_side,
-    write_records,
-)
-from stages.base import UserError
+from pipelines.evaluation.clips import HeldOut, captions_hash, read_captions, write_captions
+from pipelines.evaluation.records import MEASURES, Protocol, Record, check_sounds, read_records, side_by_side, write_records
+from stages.errors import UserError
 
 FAD = Protocol(
     metric="fad", implementation="Fréchet distance", judge="vggish", judge_sha256="a" * 64, sample_rate=16_000, resampler="soxr-vhq",

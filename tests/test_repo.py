@@ -58,8 +58,8 @@ def test_pipelines_and_serving_meet_at_the_bundle() -> None:
 
 
 def test_stages_do_not_read_each_others_training() -> None:
-    """Only the joint stage composes others; the diffusion stage takes the translator's condition format."""
-    allowed = {("joint", "diffusion"), ("joint", "translator"), ("diffusion", "translator")}
+    """Only the joint stage composes others."""
+    allowed = {("joint", "diffusion"), ("joint", "translator")}
     seen = {
         (path.parent.name, name.split(".")[1])
         for path in (REPO / "stages").glob("*/*.py")

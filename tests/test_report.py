@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from pipelines import plots, report
-from pipelines.evaluate import Evaluation
+from pipelines.evaluation.results import Evaluation
 from pipelines.report import Project, render, write_report
 from pipelines.tracking import Run
 from stages.audio import write_wav
-from stages.base import UserError, write_json
+from stages.errors import UserError
+from stages.files import write_json
 
 NASTY = 'a "dog" <script>alert(1)</script> & barks'
 

@@ -12,9 +12,9 @@ import torch
 from diffusers import AudioLDM2Pipeline, DDIMScheduler, PNDMScheduler
 from tiny_bundle import LOA_TOKENS, SCALE
 
-from stages.base import UserError
 from stages.diffusion.model import noise_schedule
 from stages.diffusion.solvers import DDIM, LIBRARY, make_solver, strides
+from stages.errors import UserError
 from stages.generator import AudioGenerator, Conditioning
 from stages.sampling import PROFILES, SCHEDULERS, Sampling, resolve
 

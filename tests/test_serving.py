@@ -26,8 +26,8 @@ from serving import app
 from serving.generate import main as generate_command
 from serving.generate import output_files
 from serving.service import NDJSON, Busy, Job, Limits, ServeArgs, build, create_api, run_jobs
-from stages.base import UserError
 from stages.bundle import read_info
+from stages.errors import UserError
 from stages.sampling import Sampling
 
 ROUTE = "/v1/audio/generations"

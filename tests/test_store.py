@@ -13,10 +13,10 @@ import pyarrow as pa
 import pytest
 import webdataset
 
-from pipelines.shards import LedgerRow, Rejection, completing_command
-from pipelines.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore, StoreWarning
+from pipelines.features.shards import LedgerRow, Rejection, completing_command
+from pipelines.features.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore, StoreWarning
 from stages.audio import AudioConfig, encode_flac
-from stages.base import UserError
+from stages.errors import UserError
 
 AUDIO = AudioConfig(clip_seconds=0.5)
 RECIPE = {"format": 1, "weights": {"vae": "abc"}, "pooling": 8, "provenance": {"code": "one"}}
@@ -161,7 +161,7 @@ def test_a_reader_joins_series_and_refuses_incomplete_ones(tmp_path):
 
 
 def test_a_reader_serves_many_threads(tmp_path, monkeypatch, rounds):
-    monkeypatch.setattr("pipelines.store_reader._MOST_OPEN_SHARDS", 2)
+    monkeypatch.setattr("pipelines.features.reader._MOST_OPEN_SHARDS", 2)
     store = make_store(tmp_path, 40)
     fill(store, "text")
     reader = store.reader(["text"])

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, RobertaTokenizerFast
 
 from pipelines.import_weights import import_weights
-from stages.base import UserError
 from stages.bundle import load
+from stages.errors import UserError
 from stages.frozen import TextEncoders
 from stages.tokenizers import misfit
 

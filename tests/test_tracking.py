@@ -9,7 +9,7 @@ import pytest
 
 from pipelines.tracking import RunHandle, Tracker, _Waiting, read_runs, run_key, tracking_uri
 from stages.audio import load_audio
-from stages.base import UserError
+from stages.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -20,13 +20,15 @@ from tiny_store import make_store, run_here, small
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from pipelines.checkpoint import EMA, full_weights
-from pipelines.dataset import clip_rng, permutation, places, step_rng
 from pipelines.train import train_stage
-from pipelines.train_loop import OneProcess
+from pipelines.training.checkpoint import EMA, full_weights
+from pipelines.training.dataset import clip_rng, permutation, places, step_rng
+from pipelines.training.loop import OneProcess
 from pipelines.weights import released_folders
 from stages import STAGES
-from stages.base import Recipe, UserError, read_card
+from stages.base import read_card
+from stages.config import Recipe
+from stages.errors import UserError
 from stages.variants import VARIANTS, Recipes, Variant, resolve
 
 REPO = Path(__file__).resolve().parent.parent

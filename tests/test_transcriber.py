@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperProcessor, WhisperTokenizer
 
-from stages.base import UserError
-from stages.transcriber import Transcriber
+from stages.errors import UserError
+from stages.judges.whisper import Transcriber
 
 SPECIAL = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|translate|>", "<|transcribe|>", "<|nospeech|>", "<|notimestamps|>"]
 

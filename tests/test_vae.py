@@ -13,9 +13,10 @@ from diffusers import AutoencoderKL
 
 from stages.adversarial import balance, hinge_adversarial_loss, hinge_discriminator_loss
 from stages.audio import AudioConfig
-from stages.base import UserError, override
-from stages.vae.model import PatchCriticConfig, VAEConfig
-from stages.vae.training import VAELossConfig, VAEStage, kl_divergence
+from stages.config import override
+from stages.errors import UserError
+from stages.vae.model import PatchCriticConfig, VAEConfig, VAELossConfig
+from stages.vae.training import VAEStage, kl_divergence
 
 AUDIO = AudioConfig(clip_seconds=0.64)  # 64 frames
 CONFIG = VAEConfig(block_channels=(8, 16), layers_per_block=1, latent_channels=4, norm_groups=4, start_mean=-6.0, start_std=3.0)

@@ -12,9 +12,9 @@ from transformers import SpeechT5HifiGan
 
 from stages.adversarial import feature_matching_loss, least_squares_adversarial_loss, least_squares_discriminator_loss
 from stages.audio import AUDIO_48K, AudioConfig, log_mel
-from stages.base import UserError
-from stages.vocoder.model import CriticConfig, VocoderConfig
-from stages.vocoder.training import VocoderLossConfig, VocoderStage, magnitude, spectral_loss
+from stages.errors import UserError
+from stages.vocoder.model import CriticConfig, VocoderConfig, VocoderLossConfig
+from stages.vocoder.training import VocoderStage, magnitude, spectral_loss
 
 AUDIO = AudioConfig(clip_seconds=0.32)  # 5120 samples, 32 frames
 CONFIG = VocoderConfig(

@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from stages.audio import AudioConfig
-from stages.base import write_json
 from stages.bundle import assemble
 from stages.diffusion.model import noise_schedule
+from stages.files import write_json
 from stages.translator.model import PhonemeEncoderConfig
 
 AUDIO = AudioConfig(clip_seconds=0.64)  # 10,240 samples, 64 mel frames

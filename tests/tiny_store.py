@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipelines.passes import Unit, make_shard
+from pipelines.features.passes import Unit, make_shard
+from pipelines.features.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore
 from pipelines.preprocess import build_pass
-from pipelines.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore
 from stages.audio import AudioConfig, write_wav
-from stages.base import Recipe
+from stages.config import Recipe
 from stages.variants import Recipes, Variant, resolve
 
 KINDS = ("tone", "noise", "clicks")

@@ -13,7 +13,7 @@ from types import ModuleType
 
 from pipelines.corpora import audiocaps, audioset, folder, gigaspeech, ljspeech, msd, wavcaps
 from pipelines.corpora.records import Record, Recording, Rejected
-from stages.base import UserError
+from stages.errors import UserError
 
 __all__ = ["LAYOUTS", "PUBLISHED", "READERS", "Record", "Recording", "Rejected", "discover", "read"]
 

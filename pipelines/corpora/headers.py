@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from pipelines.corpora.files import MISSING
-from stages.audio import AudioError, probe
+from stages.audio import probe
+from stages.errors import AudioError
 
 # Fewer headers than this are read sooner than a Ray cluster starts.
 FEW = 4096

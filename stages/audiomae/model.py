@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.base import UserError
 from stages.checkpoints import load_network, load_weights, read_checkpoint, save_network
+from stages.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from stages.audio import AudioConfig, fbank
 from stages.audiomae.model import AudioMAE, AudioMAEConfig, Block, Reconstruction, SwinBlock
-from stages.base import Stage, UserError
-
-if TYPE_CHECKING:
-    from stages.variants import Variant
+from stages.base import Stage
+from stages.errors import UserError
+from stages.variants import Variant
 
 
 class AudioMAEStage(Stage):

@@ -1,0 +1,1 @@
+"""CLAP: words and sounds in one space."""

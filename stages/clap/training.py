@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,12 +16,11 @@ from torch.distributed.nn.functional import all_gather
 from transformers import AutoTokenizer
 
 from stages.audio import resample
-from stages.base import ClipSource, Stage, UserError
+from stages.base import ClipSource, Stage
 from stages.clap.model import ClapConfig, SecondTextTower, T5Config, clap_mel, train_tokenizers
+from stages.errors import UserError
 from stages.text import clip_texts
-
-if TYPE_CHECKING:
-    from stages.variants import Variant
+from stages.variants import Variant
 
 
 def gather(x: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.base import UserError
 from stages.checkpoints import load_network, save_network
+from stages.errors import UserError
 
 MEL_MEAN, MEL_STD = -6.0, 3.0  # rough level and spread of log-mel values; the floor, ln 1e-5, becomes -1.8
 

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.audio import LOG_FLOOR
-from stages.base import ClipSource, Stage, UserError, write_json
+from stages.base import ClipSource, Stage
 from stages.classifier.model import Classifier, ClassifierConfig
-
-if TYPE_CHECKING:
-    from stages.variants import Variant
+from stages.errors import UserError
+from stages.files import write_json
+from stages.variants import Variant
 
 UNKNOWN = -100  # target of a clip whose label no training clip has; it counts in no measure
 

@@ -1,0 +1,1 @@
+"""The T-UNet: LOA to latent."""

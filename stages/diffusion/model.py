@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from diffusers import DDIMScheduler
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2UNet2DConditionModel
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -62,3 +67,71 @@ def noise_schedule(prediction: str = "epsilon") -> DDIMScheduler:
         steps_offset=1,
         timestep_spacing="leading",
     )
+
+
+class TUNet(nn.Module):
+    """The T-UNet behind the signature that training uses."""
+
+    def __init__(self, unet: AudioLDM2UNet2DConditionModel) -> None:
+        super().__init__()
+        self.unet = unet
+        self.reads_text = len(unet.config.cross_attention_dim[0]) > 2
+
+    def forward(self, noisy: Tensor, timestep: Tensor, loa: Tensor, text: Tensor | None, text_mask: Tensor | None) -> Tensor:
+        """Prediction [B, C, T', F'] for noisy latents, timesteps [B], LOA [B, N, D], text states [B, L, D'], mask [B, L]."""
+        extra = {"encoder_hidden_states_1": text, "encoder_attention_mask_1": text_mask} if self.reads_text else {}
+        predicted: Tensor = self.unet(noisy, timestep, encoder_hidden_states=loa, **extra).sample
+        return predicted
+
+
+class LatentDiffusion:
+    """What self-supervised and joint training share: latents, noise, the null conditions, the loss."""
+
+    def __init__(self, schedule: DDIMScheduler, scale: float, null_text: Tensor | None, dropout: float) -> None:
+        self.schedule, self.scale, self.null_text, self.dropout = schedule, scale, null_text, dropout
+
+    def example(self, clip: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Tensor]:
+        """A posterior sample (not the mode, facts 2.2) [C, T', F'], its noise and its timestep."""
+        mean, deviation = np.split(np.asarray(clip["latent"], np.float32), 2)
+        latent = (mean + deviation * rng.standard_normal(mean.shape, np.float32)) * self.scale
+        return {
+            "latent": torch.from_numpy(latent),
+            "noise": torch.from_numpy(rng.standard_normal(mean.shape, np.float32)),
+            "timestep": torch.tensor(int(rng.integers(self.schedule.config.num_train_timesteps))),
+        }
+
+    def drop(self, rng: np.random.Generator, loa: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """With probability `dropout` the whole batch loses all conditions: LOA → zeros, text → T5("") (facts 7.4)."""
+        if rng.random() >= self.dropout:
+            return loa, text, mask
+        if self.null_text is None:  # speech: the T-UNet reads no text
+            return torch.zeros_like(loa), text, mask
+        null = self.null_text.to(text).expand(len(text), -1, -1)
+        return torch.zeros_like(loa), null, mask.new_ones(null.shape[:2])
+
+    def noisy(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """z_t and what the network should say about it."""
+        z, noise, t = batch["latent"], batch["noise"], batch["timestep"]
+        noisy = self.schedule.add_noise(z, noise, t)
+        target = noise if self.schedule.config.prediction_type == "epsilon" else self.schedule.get_velocity(z, noise, t)
+        return noisy, target
+
+    @torch.no_grad()
+    def sample(
+        self, network: TUNet, loa: Tensor, text: Tensor, mask: Tensor, like: Tensor, steps: int = 20, guidance: float = 3.5
+    ) -> Tensor:
+        """Latents [B, C, T', F'] sampled for listening, from a fixed seed; scaled back for the decoder."""
+        solver = DPMSolverMultistepScheduler.from_config(self.schedule.config)
+        solver.set_timesteps(steps, device=like.device)
+        z = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
+        # The empty prompt is padded to the prompts' length, so that both branches fit in one batch.
+        null, null_mask = torch.zeros_like(text), torch.zeros_like(mask)
+        if self.null_text is not None:
+            length = self.null_text.shape[0]
+            null[:, :length], null_mask[:, :length] = self.null_text.to(text), 1
+        both = torch.cat([torch.zeros_like(loa), loa]), torch.cat([null, text]), torch.cat([null_mask, mask])
+        for t in solver.timesteps:
+            out = network(torch.cat([z, z]), t.expand(2 * len(z)).to(z.device), *both).to(z.dtype)
+            without, with_ = out.chunk(2)
+            z = solver.step(without + guidance * (with_ - without), t, z).prev_sample
+        return z / self.scale

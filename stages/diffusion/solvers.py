@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
-from stages.base import UserError
+from stages.errors import UserError
 from stages.sampling import Sampling
 
 # These three ask for σ at their timesteps and so walk any list of them; `trailing` starts at the very last timestep.

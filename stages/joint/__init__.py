@@ -1,0 +1,1 @@
+"""Translator and T-UNet, finetuned together."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,46 +16,15 @@ from torch import Tensor, nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from stages.base import ClipSource, Stage
-from stages.diffusion.training import LatentDiffusion, TUNet, load_latents, prepare_latents, save_diffusion
+from stages.conditions import ClapDropout, condition_example, cut_padding
+from stages.diffusion.model import LatentDiffusion, TUNet
+from stages.diffusion.training import load_latents, prepare_latents, save_diffusion
 from stages.frozen import SoundDecoder
+from stages.joint.model import JointConfig, System
 from stages.text import clip_texts
 from stages.translator.model import PhonemeEncoderConfig, Translator
-from stages.translator.training import ClapDropout, build_translator, condition_example, cut_padding, translation_loss
-
-if TYPE_CHECKING:
-    from stages.variants import Variant
-
-
-@dataclass(frozen=True)
-class JointConfig:
-    """How the two are finetuned together (facts 8)."""
-
-    ground_truth: float = 0.25  # P_gt, per batch; the rest of the batches see the translator's own LOA
-    translation_weight: float = 2.0  # the authors' step adds the translation loss twice (register 2)
-
-
-class System(nn.Module):
-    """Translator and T-UNet as one part: one backward pass goes through both."""
-
-    def __init__(self, translator: Translator, network: TUNet) -> None:
-        super().__init__()
-        self.translator, self.network = translator, network
-
-    def forward(
-        self,
-        clap: Tensor,
-        text: Tensor,
-        mask: Tensor,
-        loa: Tensor,
-        noisy: Tensor,
-        timestep: Tensor,
-        drop: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
-        use_truth: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """(noise prediction, teacher-forced LOA); gradients of the first reach the translator when it made the LOA."""
-        forced = self.translator(clap, text, mask, loa=loa)
-        heard = loa if use_truth else self.translator(clap, text, mask)
-        return self.network(noisy, timestep, *drop(heard, text, mask)), forced
+from stages.translator.training import build_translator, translation_loss
+from stages.variants import Variant
 
 
 class JointStage(Stage):

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from stages.audio import resample
-from stages.base import UserError
 from stages.checkpoints import load_weights
+from stages.errors import UserError
 from stages.judges.network import Network
 from stages.judges.panns import CNN14_16K, CNN14_32K, Cnn14, Cnn14Config
 from stages.judges.passt import PaSST, PaSSTConfig

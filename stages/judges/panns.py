@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from stages.audio import slaney_filterbank
-from stages.base import UserError
+from stages.errors import UserError
 from stages.judges.network import Network
 from stages.judges.winograd import WinogradConv2d
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.audio import htk_filterbank
-from stages.base import UserError
+from stages.errors import UserError
 from stages.judges.network import Network
 
 SAMPLE_RATE = 16_000  # Hz

@@ -19,8 +19,9 @@ from typing import Any
 
 from torch import Tensor
 
-from stages.base import UserError, write_json
 from stages.checkpoints import read_checkpoint, weights_of
+from stages.errors import UserError
+from stages.files import write_json
 
 MANIFEST = "judges.json"
 MANIFEST_FORMAT = 1

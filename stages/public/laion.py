@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import ClapModel, RobertaConfig, RobertaModel
 
-from stages.base import UserError
 from stages.checkpoints import read_checkpoint, require_fit, weights_of
 from stages.clap.model import ClapConfig, clap_mel
+from stages.errors import UserError
 from stages.public.extra import INSTALL, torchvision_fault
 from stages.public.layout import UNUSED, clap, computed, expected, origins, take
 

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from stages.audiomae.model import AudioMAE
-from stages.base import UserError, write_json
 from stages.bundle import assemble
 from stages.checkpoints import require_fit
 from stages.diffusion.model import noise_schedule
+from stages.errors import UserError
+from stages.files import write_json
 from stages.public import layout
 from stages.public.layout import Map, Origin
 from stages.public.parts import add_audiomae, add_t5, add_tokenizer, beside, require_parts, with_decoder_of

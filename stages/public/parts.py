@@ -10,9 +10,9 @@ from typing import Any
 from transformers import AutoTokenizer, T5EncoderModel
 
 from stages.audiomae.model import AudioMAE, AudioMAEConfig
-from stages.base import UserError
 from stages.bundle import quiet
 from stages.checkpoints import read_checkpoint, weights_of
+from stages.errors import UserError
 from stages.tokenizers import misfit
 
 # What can be given, and where it is found where one has no AudioLDM 2 folder.

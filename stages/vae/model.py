@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from stages.base import UserError
+from stages.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -165,3 +165,24 @@ class PatchCritic(nn.Module):
         """Logits [B, 1, F', M'] of mels [B, F, M]."""
         logits: Tensor = self.layers(mel[:, None])
         return logits
+
+
+@dataclass(frozen=True)
+class VAELossConfig:
+    """Weights of the objective, against an absolute error that is summed over a mel's pixels.
+
+    The reference adds an LPIPS term in its training code, though the papers name none. It needs VGG weights made for
+    photographs, which an offline installation has not, so it is left out. Its variance parameter s is never
+    optimised and stays 0, which makes the reconstruction term the plain sum below.
+    """
+
+    kl_weight: float = 1000.0  # on the mean over C, F', M', not on the sum
+    adversarial_weight: float = 0.5  # times the adaptive weight
+    adaptive_limit: float = 1e4
+    critic_start: int = 25_000  # steps; the reference writes 50,001 and counts both optimisers
+    critic: PatchCriticConfig = PatchCriticConfig()
+
+    @classmethod
+    def tiny(cls) -> VAELossConfig:
+        """A small critic that joins late; the KL's weight per latent value is the reference's at a 16th of its pixels."""
+        return cls(kl_weight=60.0, critic_start=800, critic=PatchCriticConfig(channels=16, layers=2, norm="group"))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,31 +17,8 @@ from torch import Tensor, nn
 from stages.adversarial import balance, hinge_adversarial_loss, hinge_discriminator_loss
 from stages.audio import AudioConfig
 from stages.base import Stage
-from stages.vae.model import Autoencoder, PatchCriticConfig, VAEConfig
-
-if TYPE_CHECKING:
-    from stages.variants import Variant
-
-
-@dataclass(frozen=True)
-class VAELossConfig:
-    """Weights of the objective, against an absolute error that is summed over a mel's pixels.
-
-    The reference adds an LPIPS term in its training code, though the papers name none. It needs VGG weights made for
-    photographs, which an offline installation has not, so it is left out. Its variance parameter s is never
-    optimised and stays 0, which makes the reconstruction term the plain sum below.
-    """
-
-    kl_weight: float = 1000.0  # on the mean over C, F', M', not on the sum
-    adversarial_weight: float = 0.5  # times the adaptive weight
-    adaptive_limit: float = 1e4
-    critic_start: int = 25_000  # steps; the reference writes 50,001 and counts both optimisers
-    critic: PatchCriticConfig = PatchCriticConfig()
-
-    @classmethod
-    def tiny(cls) -> VAELossConfig:
-        """A small critic that joins late; the KL's weight per latent value is the reference's at a 16th of its pixels."""
-        return cls(kl_weight=60.0, critic_start=800, critic=PatchCriticConfig(channels=16, layers=2, norm="group"))
+from stages.vae.model import Autoencoder, VAEConfig, VAELossConfig
+from stages.variants import Variant
 
 
 class VAEStage(Stage):

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
 from stages.audio import AudioConfig
-from stages.base import UserError
+from stages.errors import UserError
 
 SLOPE = 0.1  # of every LeakyReLU but the generator's last
 
@@ -175,3 +175,26 @@ def _activations(x: Tensor, layers: nn.ModuleList, last: nn.Module) -> list[Tens
         x = F.leaky_relu(layer(x), SLOPE)
         features.append(x)
     return [*features, last(x)]
+
+
+@dataclass(frozen=True)
+class VocoderLossConfig:
+    """Weights of the objective and the length it is computed on; the defaults are HiFi-GAN's."""
+
+    segment_samples: int = 8192
+    mel_weight: float = 45.0
+    feature_weight: float = 2.0
+    spectral_weight: float = 0.0  # of the multi-resolution STFT loss, which HiFi-GAN has not
+    spectral_windows: tuple[int, ...] = (256, 512, 1024, 2048)  # samples
+    critic_start: int = 0  # steps without critics at the beginning
+    critics: CriticConfig = CriticConfig()
+
+    @classmethod
+    def tiny(cls) -> VocoderLossConfig:
+        """Spectral losses lead, and small critics join late (trials in docs/log.md)."""
+        return cls(
+            segment_samples=8000,
+            spectral_weight=15.0,
+            critic_start=1200,
+            critics=CriticConfig(periods=(2, 3, 5), period_channels=(8, 16, 32, 64), scales=1, scale_channels=(8, 16, 16, 32, 32, 64, 64)),
+        )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,34 +16,10 @@ from transformers.models.speecht5.modeling_speecht5 import HifiGanResidualBlock
 
 from stages.adversarial import feature_matching_loss, least_squares_adversarial_loss, least_squares_discriminator_loss
 from stages.audio import AudioConfig, log_mel, pad_or_cut
-from stages.base import Stage, UserError
-from stages.vocoder.model import CriticConfig, VocoderConfig
-
-if TYPE_CHECKING:
-    from stages.variants import Variant
-
-
-@dataclass(frozen=True)
-class VocoderLossConfig:
-    """Weights of the objective and the length it is computed on; the defaults are HiFi-GAN's."""
-
-    segment_samples: int = 8192
-    mel_weight: float = 45.0
-    feature_weight: float = 2.0
-    spectral_weight: float = 0.0  # of the multi-resolution STFT loss, which HiFi-GAN has not
-    spectral_windows: tuple[int, ...] = (256, 512, 1024, 2048)  # samples
-    critic_start: int = 0  # steps without critics at the beginning
-    critics: CriticConfig = CriticConfig()
-
-    @classmethod
-    def tiny(cls) -> VocoderLossConfig:
-        """Spectral losses lead, and small critics join late (trials in docs/log.md)."""
-        return cls(
-            segment_samples=8000,
-            spectral_weight=15.0,
-            critic_start=1200,
-            critics=CriticConfig(periods=(2, 3, 5), period_channels=(8, 16, 32, 64), scales=1, scale_channels=(8, 16, 16, 32, 32, 64, 64)),
-        )
+from stages.base import Stage
+from stages.errors import UserError
+from stages.variants import Variant
+from stages.vocoder.model import VocoderConfig, VocoderLossConfig
 
 
 class VocoderStage(Stage):

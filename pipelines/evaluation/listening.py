@@ -24,13 +24,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from pipelines import metrics
 from pipelines.corpora.files import walk_audio
-from pipelines.protocol import MEASURES, Protocol, some
-from pipelines.protocol import digest as digest_of
+from pipelines.evaluation import metrics
+from pipelines.evaluation.records import MEASURES, Protocol, some
+from pipelines.evaluation.records import digest as digest_of
 from stages.audio import PEAK, AudioConfig, Waveform, load_audio, log_mel, normalise, pad_or_cut, probe
-from stages.base import UserError, weights_hash
 from stages.classifier.model import Classifier
+from stages.errors import UserError
+from stages.files import weights_hash
 from stages.frozen import TextEncoders
 from stages.judges.judge import JUDGES, Judgement, Listening, load_judge
 from stages.judges.weights import read_manifest

@@ -43,8 +43,8 @@ def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
     import torch
     from ray import cloudpickle
 
-    from pipelines.train_loop import train
-    from stages.base import UserError
+    from pipelines.training.loop import train
+    from stages.errors import UserError
 
     torch.set_num_threads(config["threads"])
     try:

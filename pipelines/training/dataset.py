@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pipelines.store import FeatureStore
-from stages.base import Stage, UserError
+from pipelines.features.store import FeatureStore
+from stages.base import Stage
+from stages.errors import UserError
 
 VALIDATION_EPOCH = 2**31  # an epoch number no training reaches: validation draws are the same every time
 

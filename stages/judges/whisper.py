@@ -11,7 +11,8 @@ import torch
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
 from stages.audio import Waveform
-from stages.base import UserError, weights_hash
+from stages.errors import UserError
+from stages.files import weights_hash
 
 
 class Transcriber:

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipelines.protocol import digest, some
-from pipelines.store_reader import StoreReader
-from stages.base import UserError, write_json
+from pipelines.evaluation.records import digest, some
+from pipelines.features.reader import StoreReader
+from stages.errors import UserError
+from stages.files import write_json
 from stages.text import clip_texts
 
 CAPTIONS_FORMAT = 1

@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from pipelines import metrics
+from pipelines.evaluation import metrics
 from stages.audio import Waveform
-from stages.base import UserError, write_json
+from stages.errors import UserError
+from stages.files import write_json
 
 RECORD_FORMAT = 1
 SILENT_LIMIT = 0.01  # above this share of silent clips a system is not ranked: distances can look good for silence

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
-from pipelines.shards import LedgerRow, completing_command, decode_member, feature_name
-from stages.base import UserError
+from pipelines.features.shards import LedgerRow, completing_command, decode_member, feature_name
+from stages.errors import UserError
 
 if TYPE_CHECKING:
-    from pipelines.store import FeatureStore
+    from pipelines.features.store import FeatureStore
 
 _MOST_OPEN_SHARDS = 256
 

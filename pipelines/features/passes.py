@@ -27,12 +27,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from options import plain_sentence
 from pipelines import cluster
-from pipelines.shards import Member, ShardWriter
-from pipelines.store import FeatureStore
-from stages.audio import AudioConfig, AudioError, encode_flac, fbank, load_audio, log_mel, normalise, pad_or_cut
-from stages.base import UserError, code_version, weights_hash
-from stages.cli import plain_sentence
+from pipelines.features.shards import Member, ShardWriter
+from pipelines.features.store import FeatureStore
+from stages.audio import AudioConfig, encode_flac, fbank, load_audio, log_mel, normalise, pad_or_cut
+from stages.errors import AudioError, UserError
+from stages.files import code_version, weights_hash
 from stages.text import clip_texts
 
 SILENCE = 1e-4  # a clip whose samples all lie below is rejected

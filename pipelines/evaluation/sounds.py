@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pipelines.heldout import HeldOut
-from pipelines.scoring import SYSTEMS
-from pipelines.store_reader import StoreReader
+from pipelines.evaluation.clips import HeldOut
+from pipelines.evaluation.results import SYSTEMS
+from pipelines.features.reader import StoreReader
 from stages.audio import AudioConfig, Waveform, load_audio, log_mel, normalise, pad_or_cut, write_wav
+from stages.files import replacing
 from stages.generator import AudioGenerator
 from stages.sampling import OPTIONS
 
@@ -45,11 +45,8 @@ class Sounds:
         return [clip for clip in clips if not self.path(system, clip).is_file()]
 
     def _write(self, system: str, clip: HeldOut, waveform: Waveform) -> None:
-        final = self.path(system, clip)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        draft = final.with_name(f".{final.name}.{os.getpid()}")
-        write_wav(draft, waveform, self.audio.sample_rate)
-        os.replace(draft, final)
+        with replacing(self.path(system, clip)) as draft:
+            write_wav(draft, waveform, self.audio.sample_rate)
 
     def generate(
         self, clips: Sequence[HeldOut], generator: Callable[[], AudioGenerator], settings: Mapping[str, Any], speech: bool, batch: int

@@ -24,8 +24,7 @@ import click
 import psutil
 from click.shell_completion import CompletionItem
 
-from stages.audio import AudioError
-from stages.base import UserError
+from stages.errors import AudioError, UserError
 from stages.sampling import CHOICES, OPTIONS, PROFILES
 
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -33,10 +33,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from pipelines.shards import LedgerRow, Member, Rejection, ShardWriter, completing_command
-from pipelines.store_reader import StoreReader
+from pipelines.features.reader import StoreReader
+from pipelines.features.shards import LedgerRow, Member, Rejection, ShardWriter, completing_command
 from stages.audio import AudioConfig
-from stages.base import UserError
+from stages.errors import UserError
 
 STORE_FORMAT = 1
 DEFAULT_SHARD_SIZE = 256

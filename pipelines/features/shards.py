@@ -23,7 +23,7 @@ import webdataset
 from stages.audio import decode_flac
 
 if TYPE_CHECKING:
-    from pipelines.store import FeatureStore
+    from pipelines.features.store import FeatureStore
 
 Member = np.ndarray | bytes
 

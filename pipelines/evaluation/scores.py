@@ -9,25 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines import judging, metrics
-from pipelines.folders import read_by, word_errors
-from pipelines.heldout import VOICE, HeldOut
-from pipelines.judging import ClapJudge, ClassifierJudge, Found, Heard, Judge
-from pipelines.protocol import MEASURES, Record, SoundCheck, check_sounds
+from pipelines.evaluation import listening as judging
+from pipelines.evaluation import metrics
+from pipelines.evaluation.clips import VOICE, HeldOut
+from pipelines.evaluation.listening import ClapJudge, ClassifierJudge, Found, Heard, Judge
+from pipelines.evaluation.records import MEASURES, Record, SoundCheck, check_sounds
+from pipelines.evaluation.results import HEARD, SYSTEMS
+from pipelines.score import read_by, word_errors
 from stages.audio import AudioConfig, Waveform, log_mel
-from stages.base import code_version
-from stages.transcriber import Transcriber
-
-# The columns of every table: without any skill, the system itself, its two ceilings, the real clips, and other real clips.
-SYSTEMS = {
-    "chance": "chance",
-    "generated": "generated",
-    "vae": "VAE + vocoder",
-    "vocoder": "vocoder",
-    "real": "real",
-    "other_real": "other real clips",
-}
-HEARD = ("generated", "vae", "vocoder", "real")
+from stages.files import code_version
+from stages.judges.whisper import Transcriber
 
 
 @dataclass

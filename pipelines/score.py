@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from pipelines import metrics
-from pipelines.heldout import HeldOut, captions_hash, read_captions
-from pipelines.judging import (
+from pipelines.evaluation import metrics
+from pipelines.evaluation.clips import HeldOut, captions_hash, read_captions
+from pipelines.evaluation.listening import (
     AT_A_TIME,
     Channels,
     ClapJudge,
@@ -28,11 +28,12 @@ from pipelines.judging import (
     scores,
     set_hash,
 )
-from pipelines.protocol import MEASURES, Record, check_sounds, some
-from stages.audio import AudioError, Waveform
-from stages.base import UserError, code_version
+from pipelines.evaluation.records import MEASURES, Record, check_sounds, some
+from stages.audio import Waveform
+from stages.errors import AudioError, UserError
+from stages.files import code_version
+from stages.judges.whisper import Transcriber
 from stages.text import normalise_transcript
-from stages.transcriber import Transcriber
 
 REAL = "real clips"
 

@@ -23,13 +23,15 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from pipelines import checkpoint
-from pipelines.checkpoint import EMA, Progress
-from pipelines.dataset import ClipDataset, step_rng, training_batches, validation_batches
-from pipelines.store import FeatureStore
+from pipelines.features.store import FeatureStore
 from pipelines.tracking import Tracker
-from stages import stage_class
-from stages.base import Recipe, Stage, UserError, release, to_dict, write_json
+from pipelines.training import checkpoint
+from pipelines.training.checkpoint import EMA, Progress
+from pipelines.training.dataset import ClipDataset, step_rng, training_batches, validation_batches
+from stages.base import Stage, release, stage_class
+from stages.config import Recipe, to_dict
+from stages.errors import UserError
+from stages.files import write_json
 from stages.variants import Variant
 
 LOG_EVERY = 10  # steps

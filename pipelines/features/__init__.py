@@ -1,0 +1,1 @@
+"""Features of clips: the store that holds them, and the passes that compute them."""

@@ -1,0 +1,122 @@
+"""Settings as nested frozen dataclasses: the recipe of a stage, JSON and back, single settings put in by dotted names."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+from stages.errors import UserError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a stage is optimised. Rates are per optimiser step; `global_batch` counts clips over all workers."""
+
+    steps: int
+    global_batch: int
+    learning_rate: float
+    _: KW_ONLY
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8  # Adam divides by sqrt(second moment) + epsilon
+    weight_decay: float = 0.01
+    warmup_steps: int = 0
+    decay: str = "constant"  # after the warm-up: "constant", "linear" or "cosine" down to zero
+    clip_norm: float | None = 1.0
+    micro_batch: int | None = None  # clips per forward on one worker; None = the worker's whole share
+    ema_decay: float | None = None  # release and validate the averaged weights
+    validate_every: int = 2000
+    checkpoint_every: int = 2000
+    max_seconds: float | None = None  # stop earlier than `steps`, with the schedule brought to its end in time
+
+    def __post_init__(self) -> None:
+        if self.decay not in ("constant", "linear", "cosine"):
+            raise UserError(f"decay is {self.decay!r}; expected constant, linear or cosine")
+        if self.steps < 1 or self.global_batch < 1:
+            raise UserError(f"steps and global_batch must be positive, got {self.steps} and {self.global_batch}")
+
+    def rate_at(self, step: int, progress: float) -> float:
+        """Learning rate of the update after `step` finished ones; `progress` in [0, 1] is the share of the run done."""
+        rate = self.learning_rate
+        if step < self.warmup_steps:
+            return rate * (step + 1) / self.warmup_steps
+        if self.decay == "linear":
+            return rate * (1.0 - progress)
+        if self.decay == "cosine":
+            return rate * 0.5 * (1.0 + math.cos(math.pi * progress))
+        return rate
+
+
+def to_dict(config: Any) -> Any:
+    """A configuration value as JSON: dataclasses become dicts, tuples become lists."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, (tuple, list)):
+        return [to_dict(v) for v in config]
+    return config
+
+
+def from_dict(like: Any, values: Mapping[str, Any]) -> Any:
+    """The dataclass value `like` with the fields of `values` (a `to_dict` result) put in."""
+    changes = {}
+    for key, value in values.items():
+        old = _field(like, key)
+        changes[key] = from_dict(old, value) if dataclasses.is_dataclass(old) and isinstance(value, Mapping) else _retype(old, value, key)
+    return dataclasses.replace(like, **changes)
+
+
+def override(config: Any, settings: Mapping[str, str]) -> Any:
+    """Apply dotted settings such as {"diffusion.recipe.learning_rate": "5e-5"} to a nested dataclass value.
+
+    Raises UserError for a name that does not exist, with the nearest that do.
+    """
+    for path, text in settings.items():
+        config = _set(config, path.split("."), text, path)
+    return config
+
+
+def _set(config: Any, keys: list[str], text: str, path: str) -> Any:
+    old = _field(config, keys[0], path)
+    if len(keys) > 1:
+        if not dataclasses.is_dataclass(old):
+            raise UserError(f"--set {path}: {keys[0]!r} is a plain value and has no field {keys[1]!r}")
+        new = _set(old, keys[1:], text, path)
+    elif dataclasses.is_dataclass(old):
+        raise UserError(f"--set {path}: this is a group; name one of its fields: {', '.join(f.name for f in dataclasses.fields(old))}")
+    else:
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        new = _retype(old, value, path)
+    return dataclasses.replace(config, **{keys[0]: new})
+
+
+def _field(config: Any, name: str, path: str | None = None) -> Any:
+    names = [f.name for f in dataclasses.fields(config)]
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 3, 0.4) or names
+        raise UserError(f"unknown setting {path or name!r}: {type(config).__name__} has no field {name!r}; nearest: {', '.join(near)}")
+    return getattr(config, name)
+
+
+def _retype(old: Any, value: Any, path: str) -> Any:
+    """`value` (from JSON) in the type of the value it replaces; None in either place admits anything."""
+    if isinstance(value, list):
+        value = tuple(_retype(None, v, path) for v in value)
+    if old is None or value is None:
+        return value
+    if isinstance(old, bool) or isinstance(value, bool):
+        fits = isinstance(old, bool) and isinstance(value, bool)
+    elif isinstance(old, float):
+        fits = isinstance(value, (int, float))
+        value = float(value) if fits else value
+    else:
+        fits = isinstance(value, type(old))
+    if not fits:
+        raise UserError(f"setting {path!r} takes a value like {old!r} ({type(old).__name__}), got {value!r}")
+    return value

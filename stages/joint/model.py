@@ -1,0 +1,43 @@
+"""Translator and T-UNet as one network, and how the two are finetuned together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from stages.diffusion.model import TUNet
+from stages.translator.model import Translator
+
+
+@dataclass(frozen=True)
+class JointConfig:
+    """How the two are finetuned together (facts 8)."""
+
+    ground_truth: float = 0.25  # P_gt, per batch; the rest of the batches see the translator's own LOA
+    translation_weight: float = 2.0  # the authors' step adds the translation loss twice (register 2)
+
+
+class System(nn.Module):
+    """Translator and T-UNet as one part: one backward pass goes through both."""
+
+    def __init__(self, translator: Translator, network: TUNet) -> None:
+        super().__init__()
+        self.translator, self.network = translator, network
+
+    def forward(
+        self,
+        clap: Tensor,
+        text: Tensor,
+        mask: Tensor,
+        loa: Tensor,
+        noisy: Tensor,
+        timestep: Tensor,
+        drop: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
+        use_truth: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """(noise prediction, teacher-forced LOA); gradients of the first reach the translator when it made the LOA."""
+        forced = self.translator(clap, text, mask, loa=loa)
+        heard = loa if use_truth else self.translator(clap, text, mask)
+        return self.network(noisy, timestep, *drop(heard, text, mask)), forced
