@@ -27,7 +27,7 @@ def others(tmp_path):
     t5_tokenizer().save_pretrained(tmp_path / "t5")
     return {
         "larger": r"it has 1\d\d\d tokens, the network knows 300",
-        "gaps": "it has 301 tokens",
+        "gaps": "it has 301 tokens, the network knows 300",
         "t5": "it pads with token 0, the network with 1",
     }
 
