@@ -82,8 +82,8 @@ def import_weights(
             add_tokenizer(draft, "tokenizer", places["tokenizer"], config.text_vocab)
             if "text_encoder_2" in places:
                 require_parts(places, ("tokenizer_2",), places["text_encoder_2"])
-                add_t5(draft, places["text_encoder_2"])
-                add_tokenizer(draft, "tokenizer_2", places["tokenizer_2"], sizes.t5.vocab, sizes.t5.max_length)
+                rows = add_t5(draft, places["text_encoder_2"])
+                add_tokenizer(draft, "tokenizer_2", places["tokenizer_2"], rows, sizes.t5.max_length)
         return final
     if is_audiomae(state):
         final = _free(out or work / "imported" / "audiomae", force)

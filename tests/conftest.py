@@ -1,11 +1,15 @@
 """What the tests share: real recordings where they are at hand, one local Ray cluster, quiet libraries."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
 import local_ray
+
+T = TypeVar("T")
 
 # Before ray is imported anywhere: a closed cluster, no telemetry, short polls.
 local_ray.prepare()
@@ -21,6 +25,20 @@ for key, value in {
     os.environ.setdefault(key, value)
 
 REPO = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that asks for `rounds` is one that `make soak` runs at length."""
+    for item in items:
+        if "rounds" in getattr(item, "fixturenames", ()):
+            item.add_marker("soak")
+
+
+@pytest.fixture(scope="session")
+def rounds() -> Callable[[T, T], T]:
+    """`rounds(short, long)`: how often to kill, draw or repeat; `long` where LOA_SOAK is set (`make soak`), `short` elsewhere."""
+    soaking = os.environ.get("LOA_SOAK", "0") not in ("", "0")
+    return lambda short, long: long if soaking else short
 
 
 @pytest.fixture(scope="session")

@@ -607,12 +607,6 @@ def test_same_clap_weights_same_embeddings_in_both_packages(laion_weights):
     assert (told - other).abs().max() > 1e-4  # so the measure would see such a slip
 
 
-def test_without_the_package_verification_names_the_extra(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'loa\[clap\]'"):
-        laion.package()
-
-
 @pytest.mark.parametrize("decoder", ["swin", "global"])
 def test_audiomae_checkpoints_become_weights_for_a_stage(tmp_path, decoder):
     config = replace(resolve("audioldm2-full", tiny=True).audiomae, decoder=decoder, decoder_depth=3)

@@ -214,19 +214,23 @@ execute(MelPass(store.audio), store, workers=1, progress=False)
 
 
 @pytest.mark.slow
-def test_a_killed_driver_resumes_to_the_same_bytes(ray_cluster, tmp_path):
+def test_a_killed_driver_resumes_to_the_same_bytes(ray_cluster, tmp_path, rounds):
     rows = [clip(tone(tmp_path / "sounds", i, seconds=2.5)) for i in range(80)]
     killed, calm = make_store(tmp_path / "killed", rows, 2), make_store(tmp_path / "calm", rows, 2)
     environment = os.environ | {"PYTHONPATH": str(REPO), "RAY_AUTH_MODE": "disabled"}
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER, killed.root], env=environment, cwd=REPO)
-    try:
-        deadline = time.monotonic() + 180
-        while not list(Path(killed.root).glob("waveform/*.json")):
-            assert driver.poll() is None and time.monotonic() < deadline, "the driver made no shard"
-            time.sleep(0.01)
-    finally:
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
+    for _ in range(rounds(1, 20)):
+        done = len(list(Path(killed.root).glob("waveform/*.json")))
+        if done > killed.num_shards - 10:  # the last run shall find something to do
+            break
+        driver = subprocess.Popen([sys.executable, "-c", DRIVER, killed.root], env=environment, cwd=REPO)
+        try:
+            deadline = time.monotonic() + 180
+            while len(list(Path(killed.root).glob("waveform/*.json"))) == done:
+                assert driver.poll() is None and time.monotonic() < deadline, "the driver made no shard"
+                time.sleep(0.01)
+        finally:
+            driver.send_signal(signal.SIGKILL)
+            driver.wait()
     run_pass("mel", calm, VARIANT, progress=False)
     left = len(killed.missing_shards("mel"))
     assert 0 < left < killed.num_shards

@@ -175,12 +175,12 @@ def test_a_reader_joins_series_and_refuses_incomplete_ones(tmp_path):
         store.reader(["text", "other"])
 
 
-def test_a_reader_serves_many_threads(tmp_path, monkeypatch):
+def test_a_reader_serves_many_threads(tmp_path, monkeypatch, rounds):
     monkeypatch.setattr("pipelines.features.reader._MOST_OPEN_SHARDS", 2)
     store = make_store(tmp_path, 40)
     fill(store, "text")
     reader = store.reader(["text"])
-    ids = np.random.default_rng(0).choice(reader.clip_ids, 800).tolist()
+    ids = np.random.default_rng(0).choice(reader.clip_ids, rounds(800, 100_000)).tolist()
     with ThreadPoolExecutor(8) as threads:
         read = list(threads.map(reader.read, ids))
     assert all(np.array_equal(clip["wide"], features(i)["wide.npy"]) for i, clip in zip(ids, read, strict=True))
