@@ -145,7 +145,7 @@ def _fit_on_ray(job: TrainJob, workers: int | None, max_failures: int) -> None:
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
-    from pipelines.rendezvous import OneMachine
+    from pipelines.training.rendezvous import OneMachine
 
     have = cluster.cluster_resources()
     count = workers or max(1, have.gpus)
