@@ -38,6 +38,7 @@ JOURNEY: dict[str, dict[str, Job]] = {
         "evaluate": Job("pipelines.evaluate:main", "Generate for held-out captions, and score the clips."),
         "score": Job("pipelines.score:main", "Score a folder of clips from any system, beside a folder of real clips."),
         "compare": Job("pipelines.compare:main", "Scored systems side by side, beside the published numbers."),
+        "report": Job("pipelines.report:main", "One page to hear and see a project: scores, sounds, curves, costs."),
     },
     "From a bundle to sound": {
         "generate": Job("serving.generate:main", "Write the sound of a prompt to a WAV file."),

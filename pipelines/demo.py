@@ -84,7 +84,7 @@ class Demo:
         ]
 
     def _corpus(self, tracker: Tracker) -> str:
-        from pipelines.demo_corpus import make_demo_corpus
+        from pipelines.demo_corpus.make import make_demo_corpus
 
         folder, count = self.work / "recordings", self.preset.clips_per_kind
         if self.variant.phonemes is None:

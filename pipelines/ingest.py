@@ -24,6 +24,7 @@ from pipelines import corpora
 from pipelines.corpora.headers import probe_headers
 from pipelines.corpora.records import Record, Recording, Rejected
 from pipelines.features.store import CLIP_SCHEMA, DEFAULT_SHARD_SIZE, REJECTED_SCHEMA, FeatureStore
+from pipelines.tables import aligned
 from stages.audio import AudioConfig
 from stages.config import differences
 from stages.errors import UserError
@@ -81,9 +82,7 @@ class IngestReport:
             rejected = f"{self.counts()['rejected']:,.0f}" if counts is total else reasons or "0"
             numbers = (f"{counts.recordings:,.0f}", f"{counts.clips:,.0f}", f"{counts.hours:,.2f}", f"{counts.captions:,.0f}")
             rows.append([counts.corpus, *numbers, rejected])
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        lines = ["  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 5)), row[5]]) for row in rows]
-        return "\n".join(lines)
+        return aligned(rows, remarks=1)
 
 
 # ------------------------------------------------------------------------------------------- recordings become clips

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from options import friendly, set_option, tiny_option
+from pipelines.tables import aligned
 from stages import STAGES
-from stages.base import stage_class
 from stages.config import to_dict
 from stages.variants import VARIANTS, Variant, resolve
 
@@ -102,28 +102,37 @@ def describe(variant: Variant, stage: str | None = None, workers: int | None = N
     shown = {k: config[k] for k in config if k != "recipes"} | {
         "recipes": config["recipes"] if stage is None else {stage: config["recipes"][stage]}
     }
-    lines = [f"variant {variant.name}: {variant.summary}", "", json.dumps(shown, indent=2), "", "parameters"]
-    nets = networks(variant)
-    lines += [f"  {name:<12}{parameters(net):>14,}" for name, net in nets.items()]
-    flops = forward_flops(variant)
-    count = workers or 1
-    lines += ["", f"training, {count} worker{'s' if count > 1 else ''} (hours assume {ASSUMED_FLOPS / 1e12:.0f} TFLOP/s sustained each)"]
-    for name in [stage] if stage else [s for s in STAGES if s in flops or s == "joint"]:
-        stage_class(name)
-        recipe = getattr(variant.recipes, name)
-        trained = {"joint": ("diffusion", "translator")}.get(name, (name,))
-        size = sum(parameters(nets[n]) for n in trained if n in nets)
-        state = size * (BYTES_PER_PARAMETER + (4 if recipe.ema_decay else 0)) / count / 1e9
-        work = sum(flops.get(n, 0.0) for n in trained)
-        hours = f"{3 * work * recipe.steps * recipe.global_batch / (ASSUMED_FLOPS * count) / 3600:,.1f} h" if work else "not estimated"
-        lines.append(
-            f"  {name:<12}{recipe.steps:>9,} steps x {recipe.global_batch:<5}{state:>8.2f} GB of state per worker + activations   {hours}"
-        )
-    sizes = clip_bytes(variant)
+    nets, flops, sizes = networks(variant), forward_flops(variant), clip_bytes(variant)
+    workers = workers or 1
+    chosen = [stage] if stage else [s for s in STAGES if s in flops or s == "joint"]
     total = sum(sizes.values()) / 1e3
-    lines += ["", f"storage per clip of {variant.audio.clip_seconds} s: {total:,.0f} kB, a million clips {total:,.0f} GB"]
-    lines += [f"  {name:<12}{size / 1e3:>10,.1f} kB" for name, size in sizes.items()]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            f"variant {variant.name}: {variant.summary}",
+            "",
+            json.dumps(shown, indent=2),
+            "",
+            "parameters",
+            aligned([[name, f"{parameters(net):,}"] for name, net in nets.items()], indent="  "),
+            "",
+            f"training, {workers} worker{'s' if workers > 1 else ''} (hours assume {ASSUMED_FLOPS / 1e12:.0f} TFLOP/s sustained each)",
+            aligned([_cost(name, variant, nets, flops, workers) for name in chosen], indent="  "),
+            "",
+            f"storage per clip of {variant.audio.clip_seconds} s: {total:,.0f} kB, a million clips {total:,.0f} GB",
+            aligned([[name, f"{size / 1e3:,.1f} kB"] for name, size in sizes.items()], indent="  "),
+        ]
+    )
+
+
+def _cost(name: str, variant: Variant, nets: dict[str, nn.Module], flops: dict[str, float], workers: int) -> list[str]:
+    """A stage's row: steps and batch, memory of its state, time."""
+    recipe = getattr(variant.recipes, name)
+    trained = {"joint": ("diffusion", "translator")}.get(name, (name,))
+    size = sum(parameters(nets[n]) for n in trained if n in nets)
+    state = size * (BYTES_PER_PARAMETER + (4 if recipe.ema_decay else 0)) / workers / 1e9
+    work = sum(flops.get(n, 0.0) for n in trained)
+    hours = f"{3 * work * recipe.steps * recipe.global_batch / (ASSUMED_FLOPS * workers) / 3600:,.1f} h" if work else "not estimated"
+    return [name, f"{recipe.steps:,} steps", f"of {recipe.global_batch} clips", f"{state:.2f} GB of state per worker + activations", hours]
 
 
 @click.command()
@@ -136,12 +145,13 @@ def main(name: str | None, tiny: bool, settings: dict[str, str]) -> None:
     if name:
         click.echo(describe(resolve(name, tiny, settings)))
         return
-    click.echo(f"{'variant':<26}{'T-UNet':>14}{'translator':>14}{'λ':>4}  what it is")
+    rows = [["variant", "T-UNet", "translator", "λ", "what it is"]]
     for each in VARIANTS:
         variant = resolve(each, tiny, settings)
         nets = networks(variant)
-        counts = f"{parameters(nets['diffusion']):>14,}{parameters(nets['translator']):>14,}"
-        click.echo(f"{each:<26}{counts}{variant.translator.pooling:>4}  {variant.summary}")
+        counts = [f"{parameters(nets[part]):,}" for part in ("diffusion", "translator")]
+        rows.append([each, *counts, str(variant.translator.pooling), variant.summary])
+    click.echo(aligned(rows, remarks=1))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,7 +83,14 @@ COMMON = {
     "tracking",
     "weights",
 }  # files of pipelines/ that every room may import; the other files are commands
-ROOMS = {"corpora": set[str](), "features": set[str](), "evaluation": {"corpora", "features"}, "training": {"features", "evaluation"}}
+ROOMS = {
+    "corpora": set[str](),
+    "demo_corpus": set[str](),
+    "features": set[str](),
+    "evaluation": {"corpora", "features"},
+    "training": {"features", "evaluation"},
+    "page": {"features", "evaluation"},
+}
 BORROWED = {
     ("train", "plan"),  # `--dry-run` prints the plan
 }
@@ -196,6 +204,16 @@ def test_no_registry_host_and_no_path_of_one_machine() -> None:
     pattern = re.compile("|".join(re.escape(word) + r"(?![\w-])" for word in [*hosts, *(p for p in places if len(p) > 2)]))
     found = [f"{path.relative_to(REPO)}: {match.group()}" for path in tracked() if (match := pattern.search(text_of(path)))]
     assert found == []
+
+
+def test_a_wheel_takes_every_file_along() -> None:
+    """What is no module travels as package data: the report's frame, style and script, the service's page."""
+    data = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
+    packed = {
+        path for package, patterns in data.items() for pattern in patterns for path in (REPO / package.replace(".", "/")).glob(pattern)
+    }
+    others = {path for path in tracked() if path.suffix != ".py" and path.relative_to(REPO).parts[0] in PACKAGES}
+    assert sorted(others - packed) == []
 
 
 def test_gitignore_is_anchored() -> None:
