@@ -7,6 +7,9 @@ A job's command is built as
     @variant_option
     @friendly
     def main(work: Path, variant: str) -> None: ...
+
+Neither this file nor a command's file imports torch, pyarrow and their like at its top: `--help`, completion and a mistyped
+option answer at once. A command imports what does the work where the work begins.
 """
 
 from __future__ import annotations

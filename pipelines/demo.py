@@ -13,19 +13,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import psutil
 
 from options import friendly, require_disk, require_memory, set_option, shown, tracking_option
 from pipelines import cluster
-from pipelines.evaluation.results import Evaluation
 from pipelines.tracking import Tracker
 from stages.config import to_dict
 from stages.errors import UserError
 from stages.files import write_json
-from stages.variants import Variant, resolve
+
+if TYPE_CHECKING:
+    from stages.variants import Variant
 
 MEMORY_GB, DISK_GB = 6.0, 4.0  # measured peak and footprint of the default preset, rounded up (docs/log.md)
 
@@ -331,6 +332,9 @@ def main(
     tracking_uri: str | None,
 ) -> None:
     """Run the whole line on a small corpus, from recordings to sound."""
+    from pipelines.evaluation.results import Evaluation
+    from stages.variants import resolve
+
     chosen = PRESETS[preset]
     resolved = resolve(variant, tiny=True, settings=chosen.settings | settings)
     if data is not None and not data.is_dir():

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from options import friendly, shown, tracking_option, with_option, work_option
 from pipelines.tracking import Tracker
 from pipelines.weights import released_folders
-from stages.bundle import assemble, read_info
 from stages.config import to_dict
 from stages.errors import UserError
 from stages.files import code_version, weights_hash
-from stages.variants import VARIANTS, Variant, resolve
+
+if TYPE_CHECKING:
+    from stages.variants import Variant
 
 SEPARATE = ("translator", "diffusion")
 ALWAYS = ("clap", "audiomae", "vae", "vocoder")
@@ -45,6 +46,9 @@ def export(
     Raises:
         UserError: a stage is missing, the stages do not belong together, or another bundle is in the way.
     """
+    from stages.bundle import assemble
+    from stages.variants import resolve
+
     folders = released_folders(work, given or {})
     if not joint or "joint" not in folders or any(stage in (given or {}) for stage in SEPARATE):
         folders.pop("joint", None)
@@ -78,6 +82,8 @@ def _card(folder: Path) -> dict[str, Any]:
 
 
 def _variant_of(cards: Mapping[str, Mapping[str, Any]]) -> Variant:
+    from stages.variants import VARIANTS, resolve
+
     for stage in ("joint", "diffusion", "translator", "vae"):
         card = cards.get(stage, {})
         if card.get("variant") in VARIANTS:
@@ -116,6 +122,9 @@ def main(
     tracking_uri: str | None,
 ) -> None:  # fmt: skip
     """Gather the trained stages into a bundle that diffusers loads, too."""
+    from stages.bundle import read_info
+    from stages.variants import resolve
+
     chosen = resolve(variant, tiny) if variant else None
     bundle = export(work, chosen, out=out, given=released, joint=not no_joint, force=force, critics=critics)
     info = read_info(bundle)

@@ -11,15 +11,9 @@ import click
 
 from options import DEFAULT_VARIANT, friendly, pairs, set_option, work_option
 from pipelines.weights import from_hub
-from stages.bundle import FILES, read_info
-from stages.checkpoints import read_checkpoint, weights_of
 from stages.errors import UserError
 from stages.files import whole_folder
-from stages.public import laion
-from stages.public.folder import import_folder
-from stages.public.original import WEIGHTS, import_original, is_original, require_variant, structure, variants_like
-from stages.public.parts import PARTS, add_audiomae, add_t5, add_tokenizer, is_audiomae, require_parts
-from stages.variants import resolve
+from stages.public import PARTS, WEIGHTS
 
 AGREE = 1e-4  # embeddings of one CLAP in two packages; measured 1e-7
 
@@ -55,6 +49,14 @@ def import_weights(
     Raises:
         UserError: the source is none of these, does not fit, or something else is in the way.
     """
+    from stages.bundle import FILES
+    from stages.checkpoints import read_checkpoint, weights_of
+    from stages.public import laion
+    from stages.public.folder import import_folder
+    from stages.public.original import import_original, is_original, require_variant, structure, variants_like
+    from stages.public.parts import add_audiomae, add_t5, add_tokenizer, is_audiomae, require_parts
+    from stages.variants import resolve
+
     path = Path(source).expanduser()
     if not path.exists():
         path = from_hub(source, [f"{name}/*" for name in FILES] + ["model_index.json"], source)
@@ -168,6 +170,8 @@ def main(
     shown = os.path.relpath(folder)
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6
     if (folder / "model_index.json").is_file():
+        from stages.bundle import read_info
+
         info = read_info(folder)
         click.echo(f"{shown}: {info.variant}{' (tiny)' if info.tiny else ''}, {size:.0f} MB")
         words = ' --transcription "Hello there."' if info.speech else ""

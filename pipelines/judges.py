@@ -7,8 +7,6 @@ from pathlib import Path
 import click
 
 from options import friendly
-from stages.judges.judge import JUDGES, load_judge
-from stages.judges.weights import PUBLISHED, describe_folder
 
 
 @click.command()
@@ -19,6 +17,9 @@ def main(folder: Path) -> None:
 
     Nothing is downloaded: for weights that are not there it says where they come from.
     """
+    from stages.judges.judge import JUDGES, load_judge
+    from stages.judges.weights import PUBLISHED, describe_folder
+
     entries = describe_folder(folder)
     for name, published in PUBLISHED.items():
         if name not in entries:

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from tqdm import tqdm
 
 from options import friendly, set_option, shown, tiny_option, tracking_option, variant_option, with_option, work_option
 from pipelines import cluster
 from pipelines.corpora import PUBLISHED
-from pipelines.features.store import FeatureStore
 from pipelines.tracking import Tracker
-from pipelines.training.dataset import ClipDataset
-from pipelines.training.loop import OneProcess, TrainJob, follow, train
-from pipelines.training.ray_worker import ray_worker
 from pipelines.weights import released_folders
-from stages import STAGES
-from stages.base import read_card, stage_class
+from stages import STAGES, require_stage
 from stages.config import to_dict
 from stages.errors import UserError
 from stages.files import weights_hash, whole_folder, write_json
-from stages.variants import Variant, resolve
+
+if TYPE_CHECKING:
+    from pipelines.features.store import FeatureStore
+    from pipelines.training.loop import TrainJob
+    from stages.variants import Variant
 
 
 def train_stage(
@@ -58,6 +55,11 @@ def train_stage(
     Raises:
         UserError: something the stage needs is missing, or an earlier run used another configuration.
     """
+    from pipelines.features.store import FeatureStore
+    from pipelines.training.dataset import ClipDataset
+    from pipelines.training.loop import OneProcess, TrainJob, train
+    from stages.base import read_card, stage_class
+
     work = Path(work).absolute()
     cls = stage_class(stage)
     opened = FeatureStore.open(store or str(work / "store"))
@@ -130,6 +132,8 @@ def _fit_on_ray(job: TrainJob, workers: int | None, max_failures: int) -> None:
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
+    from pipelines.training.ray_worker import ray_worker
+
     have = cluster.cluster_resources()
     count = workers or max(1, have.gpus)
     if have.gpus and count > have.gpus:
@@ -182,6 +186,10 @@ class _progress_bar:
         self.thread.join()
 
     def _show(self) -> None:
+        from tqdm import tqdm
+
+        from pipelines.training.loop import follow
+
         steps = self.job.recipe.steps
         interval = 1.0 if sys.stderr.isatty() else 15.0
         with tqdm(total=steps, desc=self.job.stage, unit="step", mininterval=interval, file=sys.stderr, dynamic_ncols=True) as bar:
@@ -228,6 +236,8 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _finished(output: Path, stage: str, steps: int, max_seconds: float | None) -> bool:
+    from stages.base import read_card
+
     card = read_card(output, stage)
     return bool(card["steps"] >= steps or (max_seconds is not None and card["seconds"] >= max_seconds))
 
@@ -247,11 +257,6 @@ def _input_hashes(stage: str, folders: Mapping[str, Path]) -> dict[str, str]:
         if name in folders and any(Path(folders[name]).rglob("*.safetensors")):
             hashes[name] = weights_hash(folders[name])
     return hashes
-
-
-def _stage_names(context: click.Context, parameter: click.Parameter, value: str) -> str:
-    stage_class(value)  # raises with the nearest name
-    return value
 
 
 @click.command()
@@ -279,16 +284,18 @@ def main(
 
     A killed or finished run is found again by the same command.
     """
-    stage_class(stage)
+    require_stage(stage)
+    from stages.variants import resolve
+
     resolved = resolve(variant, tiny, settings)
     if dry_run:
-        from pipelines.plan import describe
+        from stages.sizes import describe
 
         click.echo(describe(resolved, stage, workers))
         return
     tags = {"loa.stage": stage, "loa.variant": resolved.name}
     with Tracker.open(tracking_uri, work=work, job=f"train-{stage}", variant=resolved.name, tags=tags, fresh=fresh) as tracker:
-        tracker.params({"seed": seed, **_flat(to_dict(dataclasses.replace(resolved)))})
+        tracker.params({"seed": seed, **_flat(to_dict(resolved))})
         folder = train_stage(
             stage, resolved, work, store=store, given=released, workers=workers, tracker=tracker, seed=seed, precision=precision,
             loader_workers=loader_workers, max_failures=max_failures, fresh=fresh,

@@ -13,14 +13,7 @@ from stages.audiomae.model import AudioMAE, AudioMAEConfig
 from stages.bundle import quiet
 from stages.checkpoints import read_checkpoint, weights_of
 from stages.errors import UserError
-
-# What can be given, and where it is found where one has no AudioLDM 2 folder.
-PARTS = {
-    "tokenizer": "roberta-base's tokenizer files",
-    "tokenizer_2": "google/flan-t5-large's tokenizer files",
-    "text_encoder_2": "google/flan-t5-large's weights",
-    "audiomae": "AudioMAE's pretrained.pth",
-}
+from stages.public import PARTS
 
 
 def beside(out: Path) -> Path:
