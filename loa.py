@@ -35,8 +35,9 @@ JOURNEY: dict[str, dict[str, Job]] = {
         "train": Job("pipelines.train:main", "Train one stage of a variant on this machine or a cluster."),
         "export": Job("pipelines.export:main", "Gather the trained stages into a bundle that diffusers loads, too."),
         "judges": Job("pipelines.judges:main", "Check public weights of the networks behind FAD, FD, IS and KL."),
-        "evaluate": Job("pipelines.evaluate:main", "Score a system: held-out captions of a store, or folders of clips."),
-        "report": Job("pipelines.compare:main", "Scored systems side by side, beside the published numbers."),
+        "evaluate": Job("pipelines.evaluate:main", "Generate for held-out captions, and score the clips."),
+        "score": Job("pipelines.score:main", "Score a folder of clips from any system, beside a folder of real clips."),
+        "compare": Job("pipelines.compare:main", "Scored systems side by side, beside the published numbers."),
     },
     "From a bundle to sound": {
         "generate": Job("serving.generate:main", "Write the sound of a prompt to a WAV file."),

@@ -127,17 +127,16 @@ class Demo:
         return shown(bundle)
 
     def _evaluate(self, tracker: Tracker) -> str:
-        from pipelines.evaluate import evaluate
+        from pipelines.evaluation.clips import Selection
+        from pipelines.evaluation.run import evaluate
 
-        found = evaluate(
+        evaluation = evaluate(
             self.work,
-            self.variant,
-            num_clips=self.preset.evaluated_clips,
-            num_inference_steps=self.preset.sampling_steps,
-            seed=self.seed,
+            Selection(self.preset.evaluated_clips, seed=self.seed),
+            {"num_inference_steps": self.preset.sampling_steps},
             tracker=tracker,
         )
-        return found.summary()
+        return evaluation.summary()
 
     def _report(self, tracker: Tracker) -> str:
         from pipelines.report import write_report

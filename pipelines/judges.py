@@ -17,7 +17,7 @@ def main(folder: Path) -> None:
 
     Nothing is downloaded: for weights that are not there it says where they come from.
     """
-    from stages.judges.judge import JUDGES, load_judge
+    from stages.judges.catalogue import JUDGES, load_judge
     from stages.judges.weights import PUBLISHED, describe_folder
 
     entries = describe_folder(folder)

@@ -24,7 +24,7 @@ from PIL import Image
 
 from pipelines import plots
 from pipelines.evaluation.records import MEASURES
-from pipelines.evaluation.results import HEARD, SYSTEMS, Evaluation, classes_picture, confusion_picture
+from pipelines.evaluation.results import SYSTEMS, WITH_SOUND, Evaluation, classes_picture, confusion_picture
 from pipelines.features.store import FeatureStore
 from pipelines.tracking import Run, read_runs, tracking_uri
 from stages import STAGES
@@ -219,7 +219,7 @@ def _listen(project: Project, found: Evaluation, num_clips: int) -> str:
     cards: list[str] = []
     size = 0
     for row in found.clips[:num_clips]:
-        systems = [s for s in HEARD if (place / row["files"][s]).is_file()]
+        systems = [s for s in WITH_SOUND if (place / row["files"][s]).is_file()]
         sounds = "".join(_sound(place / row["files"][s], s, row, audio) for s in systems)
         card = f"<article class=clip>{_caption(row)}<div class=sounds>{sounds}</div></article>"
         size += len(card)

@@ -77,7 +77,7 @@ class AudioConfig:
         return cls(**values)
 
 
-# The front end of the authors' 48 kHz model (facts 1.2): 1024 frames in 10.24 s as at 16 kHz, 256 bins.
+# The front end of the authors' 48 kHz model (references.md#log-mel): 1024 frames in 10.24 s as at 16 kHz, 256 bins.
 AUDIO_48K = AudioConfig(sample_rate=48_000, n_fft=2048, hop_length=480, mel_bins=256, fmin=20.0, fmax=24_000.0)
 
 
@@ -285,6 +285,12 @@ def slaney_filterbank(sample_rate: int, n_fft: int, mel_bins: int, fmin: float, 
     triangles = np.maximum(0.0, np.minimum((bins - low) / (centre - low), (high - bins) / (high - centre)))
     filters: NDArray[np.float64] = triangles * 2.0 / (high - low)
     return filters
+
+
+def mel_centres(audio: AudioConfig) -> NDArray[np.float64]:
+    """The frequency in Hz of each mel bin, `[M]`: the mean of its filter."""
+    filters = slaney_filterbank(audio.sample_rate, audio.n_fft, audio.mel_bins, audio.fmin, audio.fmax)
+    return np.asarray(filters @ np.linspace(0.0, audio.sample_rate / 2, filters.shape[1]) / filters.sum(1))
 
 
 def htk_filterbank(sample_rate: int, n_fft: int, mel_bins: int, fmin: float, fmax: float) -> NDArray[np.float64]:

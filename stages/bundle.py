@@ -238,7 +238,7 @@ def _loa_tokens(bundle: Path, speech: bool) -> int:
     for file in ("config.json", "generation_config.json"):
         path = bundle / "language_model" / file
         said = json.loads(path.read_text(encoding="utf-8")).get("max_new_tokens") if path.is_file() else None
-        if said and not (speech and said == 8):  # the public speech folders carry the sound models' 8 (facts 11.3)
+        if said and not (speech and said == 8):  # the public speech folders carry the sound models' 8 (references.md#public-folders)
             return int(said)
     return 512 if speech else 8
 
@@ -252,7 +252,7 @@ def _model_index(bundle: Path) -> dict[str, Any]:
     index: dict[str, Any] = {"_class_name": PIPELINE, "_diffusers_version": diffusers.__version__}
     return index | {
         "feature_extractor": ["transformers", "ClapFeatureExtractor"],
-        "language_model": ["transformers", "GPT2LMHeadModel"],  # GPT2Model can no longer generate (facts 11.6)
+        "language_model": ["transformers", "GPT2LMHeadModel"],  # GPT2Model can no longer generate (references.md#diffusers-pipeline)
         "projection_model": ["audioldm2", "AudioLDM2ProjectionModel"],
         "scheduler": ["diffusers", said("scheduler", "scheduler_config.json", "_class_name")],
         "text_encoder": ["transformers", "ClapModel"],

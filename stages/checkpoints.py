@@ -33,8 +33,8 @@ class LeftOut:
         pass
 
 
-# What public checkpoints hold beside tensors and plain Python values (facts 11.4; PyTorch's own list has the rest). Nothing here runs
-# code of the file's choosing: NumPy's scalars and arrays are numbers, and Lightning's objects become empty `LeftOut`s.
+# What public checkpoints hold beside tensors and plain Python values (references.md#checkpoint-layout; PyTorch's own list has the rest).
+# Nothing here runs code of the file's choosing: NumPy's scalars and arrays are numbers, and Lightning's objects become empty `LeftOut`s.
 _LIGHTNING = ("pytorch_lightning", "lightning.pytorch", "lightning_fabric", "lightning.fabric")
 _FRAMEWORK = (
     "callbacks.model_checkpoint.ModelCheckpoint",

@@ -46,7 +46,7 @@ class AudioGenerator:
     """Generates sound with the networks of a bundle.
 
     A prompt's result depends on its own seed and settings alone, not on the prompts it shares a batch with: prompts of
-    different length never pad each other on the way to the LOA (GPT-2 counts padded places, facts 5.5), and every
+    different length never pad each other on the way to the LOA (GPT-2 counts padded places, references.md#condition-sequence), and every
     waveform has a random generator of its own. What remains is rounding. Only `padding="batch"` gives that up.
     """
 
@@ -242,9 +242,9 @@ class AudioGenerator:
     ) -> Conditioning:
         """The condition that guidance steers away from, one row per prompt.
 
-        "zeros": what condition dropout showed the T-UNet, no LOA and an empty text (facts 7.4); a negative prompt that
-        says something is translated like a prompt. "diffusers": GPT-2 run on the negative or empty prompt, which is cut
-        or padded to the prompt's length (facts 7.5).
+        "zeros": what condition dropout showed the T-UNet, no LOA and an empty text (references.md#condition-dropout); a negative
+        prompt that says something is translated like a prompt. "diffusers": GPT-2 run on the negative or empty prompt, which is cut
+        or padded to the prompt's length (references.md#guidance).
         """
         texts = [negative or "" for negative in negatives]
         zeros = unconditional == "zeros"
@@ -344,7 +344,7 @@ class AudioGenerator:
     def best(self, prompts: Sequence[str], waveforms: Waveforms, keep: int) -> Waveforms:
         """The `keep` waveforms of each prompt that CLAP finds most fitting, best first: `[P · K, T]` → `[P · keep, T]`.
 
-        Candidates compete within their prompt; diffusers sorts over all prompts at once and mixes them (facts 11.6).
+        Candidates compete within their prompt; diffusers sorts over all prompts at once and mixes them (references.md#diffusers-pipeline).
         """
         count = len(waveforms) // len(prompts)
         scores = self.similarity([prompt for prompt in prompts for _ in range(count)], waveforms).reshape(len(prompts), count)

@@ -22,7 +22,9 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class Sampling:
-    """Everything that decides a sound beside prompt, seed and seconds (facts 7.5 and 7.6). The defaults are loa's own.
+    """Everything that decides a sound beside prompt, seed and seconds. The defaults are loa's own.
+
+    Those of the authors and of diffusers: references.md#sampling, references.md#guidance.
 
     Attributes:
         scheduler: one of `SCHEDULERS`.
@@ -36,7 +38,7 @@ class Sampling:
         unconditional: what guidance steers away from. "zeros" is what condition dropout showed the T-UNet: no LOA, the
             empty text. "diffusers" is GPT-2's LOA of the empty prompt. None: what the bundle was made for.
         padding: "prompt" reads every prompt at its own length, so that neighbours in a batch do not matter. "batch" pads
-            all to the longest of the batch, as both references do; GPT-2 counts the padding (facts 5.5).
+            all to the longest of the batch, as both references do; GPT-2 counts the padding (references.md#condition-sequence).
         length: latent frames and samples for the seconds asked for. "loa": as many frames as cover them, cut to the
             sample. "diffusers": whole mel frames, then the same. "authors": 1.024 times the seconds, uncut.
         candidates: generate at least this many per prompt and return those that CLAP finds most fitting, best first;
@@ -76,11 +78,11 @@ OPTIONS = tuple(field.name for field in dataclasses.fields(Sampling))
 
 PROFILES: dict[str, Sampling] = {
     "loa": Sampling(),
-    # AudioLDM2Pipeline of diffusers as it stands (facts 7.5, 7.6, register 7, 10, 17, 24).
+    # AudioLDM2Pipeline of diffusers as it stands (fidelity.md, rows 7, 10, 17, 24).
     "diffusers": Sampling(
         scheduler="ddim", num_inference_steps=200, timesteps="diffusers", unconditional="diffusers", padding="batch", length="diffusers"
     ),
-    # The authors' own inference: full noise, no LOA without a prompt, 256 latent frames uncut, the best of three (facts 7.6, 12).
+    # The authors' own inference: full noise, no LOA without a prompt, 256 latent frames uncut, the best of three.
     "authors": Sampling(
         scheduler="ddim", num_inference_steps=200, eta=1.0, timesteps="authors", unconditional="zeros", padding="batch", length="authors",
         candidates=3,

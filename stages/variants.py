@@ -1,6 +1,6 @@
 """Every system by name. A variant is a value, built by a function, derived from its nearest relative.
 
-Table I of the paper (facts 9.3) has seven; `tiny` shrinks any of them for laptops and tests.
+Table I of the paper (AudioLDM 2, arXiv 2308.05734) has seven; `tiny` shrinks any of them for laptops and tests.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PATCH = 16  # AudioMAE's patches are 16 frames by 16 bins
 
 @dataclass(frozen=True)
 class Recipes:
-    """How each stage is optimised. Where paper and code differ the code's value stands (facts 2.3, 3, 4.4, 6, 7.4)."""
+    """How each stage is optimised. Where paper and code differ the code's value stands (references.md#optimisers)."""
 
     clap: Recipe = Recipe(100_000, 2048, 1e-4, betas=(0.9, 0.99), weight_decay=0.0, warmup_steps=3200, decay="cosine")
     audiomae: Recipe = Recipe(130_000, 512, 4e-4, betas=(0.9, 0.95), weight_decay=1e-4, warmup_steps=12_000, decay="cosine", clip_norm=None)
@@ -67,7 +67,7 @@ class Variant:
         return self.audio.mel_frames // PATCH, self.audio.fbank_bins // PATCH
 
     def loa_tokens(self, pooling: int) -> int:
-        """Vectors of the LOA at pooling λ: at most all frequencies are merged (facts 4.3)."""
+        """Vectors of the LOA at pooling λ: at most all frequencies are merged (references.md#loa-pooling)."""
         frames, bins = self.loa_grid
         return (frames // pooling) * (bins // min(pooling, bins))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-# Before ray is imported anywhere: no tokens, no telemetry, short polls (ray-stack notes, section 8).
+# Before ray is imported anywhere: no tokens, no telemetry, short polls.
 for key, value in {
     "RAY_AUTH_MODE": "disabled",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",

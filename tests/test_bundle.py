@@ -147,7 +147,7 @@ def test_damaged_and_incomplete_weights_are_noticed(tmp_path):
 
 
 def test_public_folders_are_bundles(tmp_path):
-    """No loa.json, language model named GPT2Model: what is found on the hub (facts 11.2, 11.6)."""
+    """No loa.json, language model named GPT2Model: what is found on the hub (references.md#public-folders)."""
     out = make_bundle(tmp_path / "somebody-audioldm2")
     (out / "loa.json").unlink()
     index = json.loads((out / "model_index.json").read_text())

@@ -295,7 +295,7 @@ def test_clap_has_robertas_epsilon_and_frozen_encoders_rest(tmp_path):
 
 
 def test_public_speech_folders_speak_512_vectors(tmp_path):
-    """They carry the sound models' 8 (facts 11.3)."""
+    """They carry the sound models' 8 (references.md#public-folders)."""
     folder = make_bundle(tmp_path / "public-speech", speech=True)
     (folder / "loa.json").unlink()
     config = folder / "language_model" / "config.json"

@@ -75,6 +75,50 @@ def test_stages_import_without_ray() -> None:
     assert done.returncode == 0 and done.stdout.strip() == "False", done.stderr
 
 
+COMMON = {
+    "cluster",
+    "plots",
+    "tables",
+    "tracking",
+    "weights",
+}  # files of pipelines/ that every room may import; the other files are commands
+ROOMS = {"corpora": set[str](), "features": set[str](), "evaluation": {"corpora", "features"}, "training": {"features", "evaluation"}}
+BORROWED = {
+    ("train", "plan"),  # `--dry-run` prints the plan
+}
+
+
+def neighbours(path: Path) -> set[str]:
+    """Files and folders of pipelines/ that a file imports, by name."""
+    found = {name.split(".")[1] for name in imports(path) if name.startswith("pipelines.")}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "pipelines":
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def test_rooms_of_pipelines_import_downwards() -> None:
+    """A room imports common ground and the rooms it is allowed, common ground only itself, and nobody but the demo a command."""
+    wrong = set()
+    for path in (REPO / "pipelines").rglob("*.py"):
+        room = path.relative_to(REPO / "pipelines").parts[0].removesuffix(".py")
+        if room in ROOMS:
+            allowed = COMMON | ROOMS[room] | {room}
+        else:
+            allowed = COMMON if room in COMMON else COMMON | set(ROOMS)
+        if room != "demo":
+            wrong |= {(room, name) for name in neighbours(path) - allowed}
+    assert wrong - BORROWED == set()
+
+
+def test_ray_workers_start_light() -> None:
+    """Ray's controller imports this module before every stage, and needs none of what takes seconds to import."""
+    assert list(imports(REPO / "pipelines" / "training" / "__init__.py")) == []
+    code = "import sys, pipelines.training.ray_worker; print({'torch', 'transformers', 'diffusers', 'ray'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "set()", done.stdout + done.stderr
+
+
 # --------------------------------------------------------------------------------------------------------- the README
 
 

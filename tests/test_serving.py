@@ -287,7 +287,7 @@ def test_generate_keeps_the_most_fitting(tmp_path, bundle, generator):
 
 
 def test_generate_takes_profiles_and_peaks(tmp_path, bundle, generator):
-    """Raw by default; the authors' training code saves its samples at a peak of 0.8 (register 23)."""
+    """Raw by default; the authors' training code saves its samples at a peak of 0.8 (fidelity.md, row 23)."""
     options = ["--profile", "authors", "--candidates", "1", "--steps", "2", "--eta", "0.5", "--device", "cpu", "--bundle", str(bundle)]
     expected = generator.generate("rain", profile="authors", candidates=1, num_inference_steps=2, eta=0.5)[0]
     for name, more, scale in (("raw", [], 1.0), ("loud", ["--peak", "0.8"], 0.8 / np.abs(expected).max())):

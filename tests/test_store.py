@@ -2,6 +2,9 @@
 
 import json
 import pickle
+import re
+import subprocess
+import sys
 import tarfile
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +14,7 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
+import tiny_store
 import webdataset
 
 from pipelines.features.shards import LedgerRow, Rejection, completing_command
@@ -18,6 +22,7 @@ from pipelines.features.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore,
 from stages.audio import AudioConfig, encode_flac
 from stages.errors import UserError
 
+REPO = Path(__file__).resolve().parent.parent
 AUDIO = AudioConfig(clip_seconds=0.5)
 RECIPE = {"format": 1, "weights": {"vae": "abc"}, "pooling": 8, "provenance": {"code": "one"}}
 
@@ -130,6 +135,16 @@ def test_shards_are_reproducible_and_plain_webdataset(tmp_path):
     for sample in samples:
         for name, array in features(sample["__key__"]).items():
             assert np.array_equal(sample[name], array)
+
+
+def test_snippet_of_the_page_reads_a_series_without_loa(tmp_path):
+    """As printed in docs/store.md, on a store of a single shard."""
+    tiny_store.make_store(tmp_path / "outputs", tiny_store.small(), clips=3, shard_size=8)
+    snippets = re.findall(r"```python\n(.*?)```", (REPO / "docs" / "store.md").read_text(encoding="utf-8"), re.DOTALL)
+    (snippet,) = [text for text in snippets if "webdataset" in text]
+    done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(line.split(" ", 1)[0] for line in done.stdout.splitlines()) == ["made-000", "made-001", "made-002"]
 
 
 def test_long_ids_keep_their_place(tmp_path):

@@ -8,24 +8,31 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from tiny_store import make_store, run_here, small
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.overrides import TorchFunctionMode
 
 from pipelines.train import train_stage
-from pipelines.training.checkpoint import EMA, full_weights
+from pipelines.training import loop
+from pipelines.training.checkpoint import EMA, TrainingState, full_weights
 from pipelines.training.dataset import clip_rng, permutation, places, step_rng
 from pipelines.training.loop import OneProcess
 from pipelines.weights import released_folders
 from stages import STAGES
-from stages.base import read_card
+from stages.base import Stage, read_card
 from stages.config import Recipe
 from stages.errors import UserError
 from stages.variants import VARIANTS, Recipes, Variant, resolve
@@ -91,7 +98,7 @@ def test_learning_rate_warms_up_and_decays() -> None:
 
 
 def test_recipes_are_the_published_ones() -> None:
-    """Optimiser settings as facts 2.3, 3, 6 and 7.4 give them; tiny ones share all but the rates and lengths."""
+    """Optimiser settings as references.md#optimisers gives them; tiny ones share all but the rates and lengths."""
     recipes = resolve("audioldm2-full").recipes
     assert {getattr(recipes, name).epsilon for name in Recipes.__dataclass_fields__} == {1e-8}
     assert (recipes.vae.betas, recipes.vae.weight_decay) == ((0.5, 0.9), 0.0)
@@ -164,6 +171,114 @@ def test_parameter_counts_are_the_published_ones() -> None:
     translator = networks(resolve("audioldm2-full"))["translator"]
     assert parameters(translator.language_model) == 124_439_808
     assert parameters(translator.projection_model) == 1_184_256
+
+
+# ------------------------------------------------------------------------------------------------------- one step
+
+
+class Reads(TorchFunctionMode):
+    """Counts, by function of the loop, the calls that bring a value of a tensor to the host."""
+
+    NAMES = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        caller = sys._getframe(1).f_code
+        if getattr(func, "__name__", "") in self.NAMES and caller.co_filename == loop.__file__:
+            self.counts[caller.co_name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_logged_values_are_read_once_per_log(line: tuple[Path, Variant], tmp_path: Path) -> None:
+    """What makes the host wait for the device: one guard per part and step, one read per log and per validation."""
+    work, variant = line
+    recipe = replace(variant.recipes.vae, steps=2 * loop.LOG_EVERY, validate_every=8, checkpoint_every=100, global_batch=2)
+    longer = replace(variant, recipes=replace(variant.recipes, vae=recipe), vae_loss=replace(variant.vae_loss, critic_start=5))
+    with Reads() as reads:
+        train_stage("vae", longer, tmp_path, store=str(work / "store"), workers=0)
+    assert reads.counts.pop("_listen") == 3 * 2 * 2  # of each validation two pictures, as .cpu().numpy()
+    assert reads.counts == {"_update": 20 + 15, "_mean": 2 + 3}
+
+
+class Toy(Stage):
+    """Two parts, a critic and a generator, that write down when their losses are computed."""
+
+    name = "toy"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.critic, self.generator, self.events = nn.Linear(1, 1), nn.Linear(1, 1), list[str]()
+        for part in self.parts().values():
+            part.set_requires_gradient_sync = lambda last: None  # type: ignore[assignment]
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {"critic": self.critic, "generator": self.generator}
+
+    def losses(self, batch: dict[str, Any]) -> loop.Losses:
+        fake = self.generator(batch["x"])
+        for name, scores in (("critic", lambda: self.critic(fake.detach())), ("generator", lambda: self.critic(fake))):
+            self.events.append(f"loss of the {name} on {int(batch['x'][0])}")
+            loss = scores().mean()
+            yield name, loss, {name: loss}
+
+
+def toy_run(recipe: Recipe, world: int = 1) -> loop._Run:
+    """The loop's state around a Toy, as worker 0 of `world`; its optimisers write down their steps and rates."""
+    stage = Toy()
+    optimizers = {name: torch.optim.SGD(part.parameters(), lr=0.1) for name, part in stage.parts().items()}
+    for name, optimizer in optimizers.items():
+        optimizer.register_step_post_hook(lambda optimizer, *_, name=name: stage.events.append(f"step of the {name}"))
+    variant = resolve("audioldm2-full", tiny=True)
+    job = loop.TrainJob("vae", replace(variant, recipes=replace(variant.recipes, vae=recipe)), "", "", {}, "", precision="fp32")
+    workers = SimpleNamespace(rank=0, world=world, device=torch.device("cpu"))
+    return loop._Run(job, workers, stage, TrainingState(stage.parts(), optimizers))  # type: ignore[arg-type]
+
+
+def test_generator_is_judged_by_the_critic_that_all_micro_batches_trained() -> None:
+    run = toy_run(Recipe(1, 4, 1e-3))
+    logs = run._step([{"x": torch.tensor([[1.0], [1.0], [1.0]])}, {"x": torch.tensor([[2.0]])}])
+    assert isinstance(run.stage, Toy)
+    assert run.stage.events == [
+        "loss of the critic on 1",
+        "loss of the critic on 2",
+        "step of the critic",
+        "loss of the generator on 1",
+        "loss of the generator on 2",
+        "step of the generator",
+    ]
+    assert logs.keys() == {"critic", "generator", "grad_norm/critic", "grad_norm/generator"}
+
+
+def test_workers_agree_on_the_time_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the clock, all workers ask for the longest time: before the first step and after each, and never else."""
+    recipe = Recipe(1000, 2, 1.0, decay="linear", max_seconds=100.0, validate_every=7, checkpoint_every=5)
+    run = toy_run(recipe, world=2)
+    asked, rates, logged = [], [], []
+
+    def all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> None:
+        if op == dist.ReduceOp.MAX:
+            asked.append(float(tensor))
+            tensor += 0.5  # the other worker began half a second earlier
+
+    def step(batch: Any) -> dict[str, torch.Tensor]:
+        rates.append([group["lr"] for optimizer in run.state.optimizers.values() for group in optimizer.param_groups])
+        return {"loss": torch.ones(())}
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: 4.0 * len(rates)))
+    monkeypatch.setattr(loop, "training_batches", lambda *_: iter(lambda: None, 0))
+    monkeypatch.setattr(run, "_step", step)
+    for name in ("_validate", "_keep", "_tell"):
+        monkeypatch.setattr(run, name, lambda *_, **__: {"measure": 1.0})
+    tracker = SimpleNamespace(metrics=lambda values, step: logged.append((step, values["train/learning_rate"])))
+    run.fit(SimpleNamespace(), SimpleNamespace(), tracker)  # type: ignore[arg-type]
+    assert asked == [4.0 * k for k in range(26)]  # 25 steps of 4 s end a run of 100 s
+    expected = [1.0 - (4.0 * k + 0.5) / 100 for k in range(25)]
+    assert rates == [pytest.approx([rate, rate]) for rate in expected]  # both optimisers
+    assert logged == [(k, pytest.approx(expected[k - 1])) for k in (10, 20, 25)]
 
 
 # -------------------------------------------------------------------------------------- resume, workers, bad weather

@@ -94,7 +94,7 @@ def test_the_tiny_vocoder_needs_no_cropping() -> None:
 def test_critics_have_the_references_size() -> None:
     with torch.device("meta"):
         critics = CriticConfig().build()
-    # Weights and biases of HiFi-GAN's convolutions as facts 3 lists them; a weight norm adds one length per channel.
+    # Weights and biases of HiFi-GAN's convolutions as references.md#vocoder-loss lists them; a weight norm adds one length per channel.
     period = sum(5 * a * b + b for a, b in ((1, 32), (32, 128), (128, 512), (512, 1024), (1024, 1024))) + 3 * 1024 + 1
     widths, kernels, groups = (1, 128, 128, 256, 512, 1024, 1024, 1024), (15, 41, 41, 41, 41, 41, 5), (1, 4, 16, 16, 16, 16, 1)
     rows = zip(widths, widths[1:], kernels, groups, strict=False)

@@ -353,7 +353,7 @@ class AudioMAE(nn.Module):
 
 
 def pool_loa(feature: Tensor, grid: tuple[int, int], pooling: int) -> Tensor:
-    """Pool AudioMAE features to the language of audio (facts 4.3).
+    """Pool AudioMAE features to the language of audio (references.md#loa-pooling).
 
     The mean of average and maximum pooling over `pooling` x min(pooling, f) patches of (time, frequency).
 

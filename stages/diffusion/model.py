@@ -1,4 +1,4 @@
-"""The T-UNet: noise prediction on VAE latents, with cross-attention to the LOA and to the text (facts 7)."""
+"""The T-UNet: noise prediction on VAE latents, with cross-attention to the LOA and to the text (references.md#t-unet)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class DiffusionConfig:
     norm_groups: int = 32
     prediction: str = "epsilon"  # or "v_prediction"
     poolings: tuple[int, ...] = (1, 2, 4, 8)  # λ of the self-supervised LOA, drawn per batch
-    condition_dropout: float = 0.1  # all conditions of a batch together (facts 7.4)
+    condition_dropout: float = 0.1  # all conditions of a batch together (references.md#condition-dropout)
 
     def build(self, latent_channels: int, latent_frames: int, loa_width: int, text_width: int | None) -> AudioLDM2UNet2DConditionModel:
         """A T-UNet with fresh weights. Every place attends to itself, the LOA and, if `text_width`, the text."""
@@ -55,7 +55,7 @@ class DiffusionConfig:
 
 
 def noise_schedule(prediction: str = "epsilon") -> DDIMScheduler:
-    """The forward process: 1000 steps, β = linspace(√0.0015, √0.0195)² (facts 7.3), and DDIM to run it backwards."""
+    """The forward process: 1000 steps, β = linspace(√0.0015, √0.0195)² (references.md#noise-schedule), and DDIM to run it backwards."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.0015,
@@ -91,7 +91,7 @@ class LatentDiffusion:
         self.schedule, self.scale, self.null_text, self.dropout = schedule, scale, null_text, dropout
 
     def example(self, clip: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Tensor]:
-        """A posterior sample (not the mode, facts 2.2) [C, T', F'], its noise and its timestep."""
+        """A posterior sample (not the mode, references.md#latent-scale) [C, T', F'], its noise and its timestep."""
         mean, deviation = np.split(np.asarray(clip["latent"], np.float32), 2)
         latent = (mean + deviation * rng.standard_normal(mean.shape, np.float32)) * self.scale
         return {
@@ -101,7 +101,7 @@ class LatentDiffusion:
         }
 
     def drop(self, rng: np.random.Generator, loa: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """With probability `dropout` the whole batch loses all conditions: LOA → zeros, text → T5("") (facts 7.4)."""
+        """With probability `dropout` the whole batch loses all conditions: LOA → zeros, text → T5("") (references.md#condition-dropout)."""
         if rng.random() >= self.dropout:
             return loa, text, mask
         if self.null_text is None:  # speech: the T-UNet reads no text

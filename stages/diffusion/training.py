@@ -23,7 +23,7 @@ from stages.files import write_json
 from stages.frozen import SoundDecoder, TextEncoders
 from stages.variants import Variant
 
-SCALE_CLIPS = 256  # clips whose latents set the scale factor; the reference takes its first batch (facts 2.2)
+SCALE_CLIPS = 256  # clips whose latents set the scale factor; the reference takes its first batch (references.md#latent-scale)
 
 
 def prepare_latents(variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""PANNs CNN14 (Kong et al. 2020): the judge behind FD, IS and KL of the AudioLDM family (facts 4 and 13.2).
+"""PANNs CNN14 (Kong et al. 2020): the judge behind FD, IS and KL of the AudioLDM family (references.md#cnn14).
 
 Parameters carry the names of the published checkpoints. Their stored Fourier kernels and mel filters are not parameters
 here: they are computed, and `drop_front_end` compares what a checkpoint stores with them.

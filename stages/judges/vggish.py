@@ -1,4 +1,4 @@
-"""VGGish (Hershey et al. 2017): the judge behind FAD (facts 3 and 13.1), under both windowings in use.
+"""VGGish (Hershey et al. 2017): the judge behind FAD (references.md#vggish), under both windowings in use.
 
 Parameters carry the names of torchvggish's `vggish-10086976.pth`. Scores of the two windowings differ by a few per cent.
 """

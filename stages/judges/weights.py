@@ -37,7 +37,7 @@ class Provenance:
     source: str
 
 
-# The files that the published figures were made with (facts 3 and 13).
+# The files that the published figures were made with (references.md#judges).
 PUBLISHED: dict[str, Provenance] = {
     "vggish": Provenance("vggish-10086976.pth", "Apache-2.0", "github.com/harritaylor/torchvggish, release v0.1"),
     "cnn14-16k": Provenance("Cnn14_16k_mAP=0.438.pth", "MIT", "zenodo.org/records/3987831"),

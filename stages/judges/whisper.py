@@ -40,7 +40,7 @@ class Transcriber:
         """The words of clips `[T]`, each at most as long as Whisper's window (30 s).
 
         No clip sees another's words, there are no timestamps and no sampling: loops of invented words, which would count
-        as errors of the speech, are rarest so (evaluation facts, section 10).
+        as errors of the speech, are rarest so (references.md#word-errors).
         """
         window = self._processor.feature_extractor.chunk_length
         long = [i for i, wave in enumerate(waveforms) if len(wave) > window * sample_rate]

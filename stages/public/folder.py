@@ -1,7 +1,7 @@
-"""Folders in the layout of `diffusers.AudioLDM2Pipeline`, as they are found on the hub, made into bundles of loa (facts 11).
+"""Folders in the layout of `diffusers.AudioLDM2Pipeline`, as they are found on the hub, made into bundles of loa.
 
 What such folders say of themselves stands: attention heads, CLAP's LayerNorm ε, scale factor. What they say wrongly is put
-right by `stages.bundle`: the language model's class and, for speech, the length of the LOA.
+right by `stages.bundle`: the language model's class and, for speech, the length of the LOA (references.md#public-folders).
 """
 
 from __future__ import annotations

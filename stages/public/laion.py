@@ -1,4 +1,4 @@
-"""LAION CLAP: the original checkpoints as `transformers.ClapModel`, without the package that made them (facts 1.4, 5.1).
+"""LAION CLAP: the original checkpoints as `transformers.ClapModel`, without the package that made them (references.md#clap).
 
 The package itself (extra `clap`) is asked for one thing: `disagreement` runs the same weights through both.
 """
@@ -24,7 +24,7 @@ from stages.errors import UserError
 from stages.public.layout import UNUSED, clap, computed, expected, origins, take
 
 ROBERTA_HEAD = 64  # channels per head of every RoBERTa; the heads leave no trace in the shapes
-# HTSAT's sizes stand in the package under these names (facts 5.1)
+# HTSAT's sizes stand in the package under these names (references.md#clap)
 _HTSAT_NAMES = {96: "tiny", 128: "base", 256: "large"}
 
 

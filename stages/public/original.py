@@ -1,4 +1,4 @@
-"""The authors' own checkpoints (`audioldm2-full.pth` and its kin) as the components of a bundle (facts 11.4, 11.5).
+"""The authors' own checkpoints (`audioldm2-full.pth` and its kin) as the components of a bundle (references.md#checkpoint-layout).
 
 One file holds the whole system under nested names. It has no tokenizers: these are given from elsewhere, except the
 phoneme table of the speech models, which is loa's own.
@@ -106,7 +106,7 @@ def parts(variant: Variant, names: Collection[str] = (), averaged: bool = False,
     wrapper = _before(names, CONDITIONER, "cls_token") if names else f"{NESTED}2.audiomae.model."
     if wrapper is not None:  # files may have left it out: generating needs none
         inner_names = [name.removeprefix(wrapper) for name in names if name.startswith(wrapper)]
-        # Never used, but there: in the authors' files a decoder of plain attention, eight blocks deep (facts 4.4).
+        # Never used, but there: in the authors' files a decoder of plain attention, eight blocks deep (references.md#audiomae-pretraining).
         usual = replace(variant.audiomae, decoder="global", decoder_depth=8)
         config = with_decoder_of(variant.audiomae, inner_names) if names else usual
         found.append(_part("audiomae", "", lambda: AudioMAE(config), layout.same, wrapper))
@@ -226,7 +226,7 @@ def write_stages(
 
 
 def scale_factor(state: Mapping[str, Tensor], source: Path) -> float:
-    """What latents are multiplied by (facts 2.2): stored in every file, never to be guessed."""
+    """What latents are multiplied by (references.md#latent-scale): stored in every file, never to be guessed."""
     if "scale_factor" not in state or state["scale_factor"].numel() != 1:
         raise UserError(f"{source} holds no scale_factor; without it the latents have the wrong size, take the file from its first source")
     return float(state["scale_factor"])
@@ -282,7 +282,7 @@ def import_original(
             "variant": variant.name,
             "tiny": variant.diffusion.channels != VARIANTS[variant.name]().diffusion.channels,
             "audio": variant.audio,
-            "unconditional": "zeros",  # as the authors train and generate (facts 7.5)
+            "unconditional": "zeros",  # as the authors train and generate (references.md#guidance)
             "provenance": {**(provenance or {}), "weights": weights},
         }
         return assemble(stages, out, meta, force)

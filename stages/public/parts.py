@@ -80,7 +80,7 @@ def is_audiomae(names: Iterable[str]) -> bool:
 
 
 def read_audiomae(path: Path, config: AudioMAEConfig) -> AudioMAE:
-    """The AudioMAE of an official checkpoint, with the decoder it happens to have (facts 4.4)."""
+    """The AudioMAE of an official checkpoint, with the decoder it happens to have (references.md#audiomae-pretraining)."""
     names = weights_of(read_checkpoint(path), path).keys()
     return AudioMAE.load_pretrained(path, with_decoder_of(config, names))
 

@@ -1,4 +1,4 @@
-"""VAE training: reconstruct the mel, keep the posterior near N(0, 1), and later fool a patch critic (facts 2.3)."""
+"""VAE training: reconstruct the mel, keep the posterior near N(0, 1), and later fool a patch critic (references.md#vae-loss)."""
 
 from __future__ import annotations
 

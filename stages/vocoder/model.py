@@ -1,4 +1,4 @@
-"""Log-mel spectrogram → waveform: HiFi-GAN as transformers' `SpeechT5HifiGan` (facts 3), and its critics."""
+"""Log-mel spectrogram → waveform: HiFi-GAN as transformers' `SpeechT5HifiGan` (references.md#vocoder), and its critics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Vocoder training: sound like the mel it came from, and fool the critics (facts 3)."""
+"""Vocoder training: sound like the mel it came from, and fool the critics (references.md#vocoder-loss)."""
 
 from __future__ import annotations
 
