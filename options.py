@@ -16,11 +16,17 @@ from __future__ import annotations
 
 import errno
 import functools
+import math
 import os
 import shutil
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar, cast
 
 import click
@@ -34,27 +40,31 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 DEFAULT_WORK = "outputs"
 DEFAULT_VARIANT = "audioldm2-full"
-INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
+SAME_WISH = 2.0  # seconds
+STOPPED = "Stopped. What was finished is kept; the same command continues from there."
 
 
 # ------------------------------------------------------------------------------------------------ errors for people
 
 
 def friendly(function: Function) -> Function:
-    """Turn the errors a user can mend into one sentence on stderr and exit status 1; Ctrl-C gives 130.
+    """Turn the errors a user can mend into one sentence on stderr and exit status 1.
 
+    Ctrl-C and SIGTERM give a sentence, too, and the statuses that shells give them, 130 and 143 (128 + the signal's number).
     Anything else is a fault of loa and keeps its traceback. With LOA_DEBUG=1 every error does.
     """
 
     @functools.wraps(function)
     def command(*args: Any, **kwargs: Any) -> Any:
+        received: list[int] = []
         try:
-            return function(*args, **kwargs)
+            with _stoppable(received):
+                return function(*args, **kwargs)
         except KeyboardInterrupt:
             if _debugging():
                 raise
-            click.echo("\nStopped. What was finished is kept; the same command continues from there.", err=True)
-            sys.exit(INTERRUPTED)
+            click.echo(f"\n{STOPPED}", err=True)
+            sys.exit(128 + (received[0] if received else signal.SIGINT))
         except Exception as error:
             sentence = plain_sentence(error)
             if sentence is None or _debugging():
@@ -63,6 +73,35 @@ def friendly(function: Function) -> Function:
             sys.exit(1)
 
     return command  # type: ignore[return-value]
+
+
+@contextmanager
+def _stoppable(received: list[int]) -> Iterator[None]:
+    """Within the block SIGINT and SIGTERM become a KeyboardInterrupt of the main thread; `received` says which they were.
+
+    A signal soon after another one is the same wish: wrappers pass on what the terminal has already sent to all. A later
+    one breaks off the cleaning up, and after the block it ends the process. What a parent had ignored (nohup) stays ignored.
+    """
+    mine = (signal.SIG_DFL, signal.default_int_handler)
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) in mine}
+    if threading.current_thread() is not threading.main_thread():
+        before = {}  # only the main thread has handlers
+    last = -math.inf
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal last
+        again, last = time.monotonic() - last < SAME_WISH, time.monotonic()
+        if not again:
+            received.append(number)  # Ray raises an exception of its own in place of this one
+            raise KeyboardInterrupt
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if received else handler)
 
 
 def plain_sentence(error: BaseException) -> str | None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ OBJECT_STORE_BYTES = 400 * 2**20  # units of work are shard numbers: features tr
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of tasks that were under way when a command was stopped; all others are fetched
 }
 _QUIET_LOCAL = {
     "RAY_AUTH_MODE": "disabled",  # nothing of a local cluster listens beyond loopback
@@ -81,7 +86,8 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
         }
     global _started
     try:
-        ray.init(address=address, **settings)
+        with _own_signals():
+            ray.init(address=address, **settings)
         _started = ray.get_runtime_context().gcs_address if address == "local" else None
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(f"Ray does not start or join a cluster at {address!r}: {error}") from error
@@ -137,6 +143,17 @@ def encoder_pool(resources: Resources, units: int, workers: int | None = None) -
         return Pool(size, min(4.0, max(0.5, free // size)) if free >= size else free / size, share)
     size = max(1, min(workers or -(-free // 4), free, units))
     return Pool(size, max(1, min(free // size, resources.largest_node_cpus, 8)))
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep this process's answer to SIGTERM: `ray.init` puts a bare exit with status 15 in its place."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _check_answers(address: str) -> None:

@@ -112,12 +112,24 @@ class Demo:
         from pipelines.train import train_stage
         from stages.base import read_card
 
+        if stage == "classifier" and not self._has_labels():
+            return "left out: the recordings have no labels to recognise; words and CLAP remain"
         # The judge learns in half a minute, less than Ray Train takes to start.
         workers = 0 if stage == "classifier" else self.workers
         folder = train_stage(stage, self.variant, self.work, workers=workers, tracker=tracker, seed=self.seed)
         card = read_card(folder, stage)
         measures = ", ".join(f"{k} {v:.3g}" for k, v in card["validation"].items())
         return f"{card['steps']} steps, held out: {measures}"
+
+    def _has_labels(self) -> bool:
+        """Whether the training clips have labels of two kinds at least, without which there is nothing to tell apart."""
+        from pipelines.features.store import FeatureStore
+        from pipelines.training.dataset import ClipDataset
+        from stages.base import stage_class
+
+        classifier = stage_class("classifier")
+        clips = ClipDataset(FeatureStore.open(str(self.work / "store")), classifier, classifier.reads(self.variant), "train")
+        return classifier.learns_from(clips.rows)
 
     def _export(self, tracker: Tracker) -> str:
         from pipelines.export import export

@@ -11,8 +11,8 @@ import click
 
 from options import friendly, shown, tracking_option, with_option, work_option
 from pipelines.tracking import Tracker
-from pipelines.weights import released_folders
-from stages.config import to_dict
+from pipelines.weights import released_folders, require_used
+from stages.config import differences, to_dict
 from stages.errors import UserError
 from stages.files import code_version, weights_hash
 
@@ -53,6 +53,7 @@ def export(
     if not joint or "joint" not in folders or any(stage in (given or {}) for stage in SEPARATE):
         folders.pop("joint", None)
     used = {s: f for s, f in folders.items() if s in ALWAYS or s == "joint" or ("joint" not in folders and s in SEPARATE)}
+    require_used(given or {}, used, "the bundle")
     cards = {stage: _card(folder) for stage, folder in used.items()}
     variant = variant or _variant_of(cards)
     _same_audio(cards, variant)
@@ -95,11 +96,9 @@ def _variant_of(cards: Mapping[str, Mapping[str, Any]]) -> Variant:
 def _same_audio(cards: Mapping[str, Mapping[str, Any]], variant: Variant) -> None:
     expected = to_dict(variant.audio)
     for stage, card in cards.items():
-        heard = card.get("config", {}).get("audio", expected)
-        differing = [f"{k} {heard.get(k)} instead of {v}" for k, v in expected.items() if heard.get(k) != v]
-        if differing:
+        if told := differences(card.get("config", {}).get("audio", expected), expected):
             raise UserError(
-                f"the stage {stage} was trained for other sound than {variant.name}: {', '.join(differing)}; "
+                f"the stage {stage} was trained for other sound than {variant.name} ({told}); "
                 f"train it again or replace it with --with {stage}=FOLDER"
             )
 

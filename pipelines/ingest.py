@@ -22,6 +22,7 @@ from options import friendly, tiny_option, variant_option, work_option
 from pipelines import corpora
 from pipelines.corpora.records import Record, Recording, Rejected
 from pipelines.features import DEFAULT_SHARD_SIZE
+from stages.config import differences
 from stages.errors import UserError
 
 if TYPE_CHECKING:
@@ -318,28 +319,13 @@ def _earlier_report(store_root: str | Path, made_from: Mapping[str, Any]) -> Ing
         there = json.loads(store.fs.cat_file(store.path(REPORT)))
     except FileNotFoundError:
         return None
-    changes = _changes(there["made_from"], json.loads(json.dumps(made_from)))
+    changes = differences(there["made_from"], made_from)
     if changes:
         raise UserError(
-            f"{store_root} was made from something else ({'; '.join(changes)}). Choose another folder with --work, "
+            f"{store_root} was made from something else ({changes}). Choose another folder with --work, "
             f"or delete {store_root} to make it and all its features again"
         )
     return IngestReport(str(store_root), tuple(CorpusCounts(**c) for c in there["corpora"]), there["splits"], already=True)
-
-
-def _changes(there: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    changes: list[str] = []
-    for key in dict.fromkeys([*there, *now]):
-        old, new = there.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            changes += _changes(old, new, f"{prefix}{key}: ")
-        elif old != new:
-            changes.append(f"{prefix}{key}: {_show(old)} there, {_show(new)} now")
-    return changes
-
-
-def _show(value: Any) -> str:
-    return "none" if value is None else ", ".join(value) if isinstance(value, list) else str(value)
 
 
 def _names(folders: Sequence[Path]) -> str:

@@ -14,7 +14,7 @@ import click
 
 from options import friendly, set_option, tiny_option, variant_option, with_option, work_option
 from pipelines import cluster
-from pipelines.weights import released_folders
+from pipelines.weights import released_folders, require_used
 from stages.errors import UserError
 
 if TYPE_CHECKING:
@@ -138,6 +138,7 @@ def _pass_command(name: str) -> click.Command:
 
         system = resolve(variant, tiny, settings)
         store = FeatureStore.open(store_url or work / "store")
+        require_used(released or {}, [PASSES[name].encoder], f"the {name} pass")
         chosen = build_pass(name, system, released_folders(work, released) if released is not None else None, poolings)
         if verify:
             for series in chosen.series:

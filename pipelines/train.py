@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +15,16 @@ from options import friendly, set_option, shown, tiny_option, tracking_option, v
 from pipelines import cluster
 from pipelines.corpora import PUBLISHED
 from pipelines.tracking import Tracker
-from pipelines.weights import released_folders
+from pipelines.weights import released_folders, require_used
 from stages import STAGES, require_stage
-from stages.config import to_dict
+from stages.config import Recipe, differences, flat, to_dict
 from stages.errors import UserError
 from stages.files import weights_hash, whole_folder, write_json
 
 if TYPE_CHECKING:
     from pipelines.features.store import FeatureStore
     from pipelines.training.loop import TrainJob
+    from stages.base import Stage
     from stages.variants import Variant
 
 
@@ -57,17 +58,14 @@ def train_stage(
     """
     from pipelines.features.store import FeatureStore
     from pipelines.training.dataset import ClipDataset
-    from pipelines.training.loop import OneProcess, TrainJob, train
+    from pipelines.training.loop import TrainJob
     from stages.base import read_card, stage_class
 
     work = Path(work).absolute()
     cls = stage_class(stage)
+    require_used(given or {}, cls.builds_on(variant), stage)
     opened = FeatureStore.open(store or str(work / "store"))
-    if opened.audio != variant.audio:
-        raise UserError(
-            f"the store {opened.root} holds clips of {to_dict(opened.audio)}, the variant {variant.name} expects {to_dict(variant.audio)}; "
-            "name the variant the store was made for (and --tiny, if it was), or ingest again into another folder"
-        )
+    opened.require_audio(variant.audio, variant.name)
     output, run = work / "stages" / stage, work / "runs" / stage
     folders = released_folders(work, given or {})
     identity = {"stage": stage, "variant": _without_recipes(variant), "seed": seed, "store": opened.root}
@@ -75,7 +73,7 @@ def train_stage(
         _discard(run, output)
     _check_same(run, identity)
     recipe = getattr(variant.recipes, stage)
-    if output.is_dir() and _finished(output, stage, recipe.steps, recipe.max_seconds):
+    if is_finished(output, stage, recipe):
         return output
     series = cls.reads(variant)
     corpora = () if cls.any_corpus else _corpora_of(variant, opened)
@@ -84,26 +82,22 @@ def train_stage(
     made_by = {name: recipes[name] for name in series}
     if tracker is not None:
         tracker.tags({"loa.store": opened.root} | {f"loa.store.{name}": json.dumps(recipe) for name, recipe in made_by.items()})
-    if not dataset.rows:
-        raise UserError(
-            f"{stage} has nothing to train on: no training clip of {opened.root} has what it needs (captions, labels or transcripts)"
-        )
+    if not cls.learns_from(dataset.rows):
+        raise UserError(nothing_to_train_on(cls, variant, opened, corpora))
     job = TrainJob(
         stage=stage, variant=variant, store=opened.root, run=str(run), released={k: str(v) for k, v in folders.items()}, output=str(output),
         tracker=tracker.handle() if tracker else None, seed=seed, precision=precision, loader_workers=loader_workers,
         corpora=corpora,
         card={"store": opened.root, "store_recipes": made_by, "clips_in_split": len(dataset), "inputs": _input_hashes(cls.name, folders)},
     )  # fmt: skip
+    for earlier in cls.builds_on(variant):
+        job.folder(earlier)  # refuses now, not on a worker
     if not (run / "prepared").is_dir():
         with whole_folder(run / "prepared") as folder:
             cls.prepare(variant, job.folder, dataset, folder)
     with _progress_bar(job):
         if workers == 0:
-            world = OneProcess(run)
-            try:
-                train(job, world)
-            finally:
-                world.close()
+            _fit_here(job)
         else:
             _fit_on_ray(job, workers, max_failures)
     read_card(output, stage)
@@ -123,6 +117,31 @@ def _corpora_of(variant: Variant, store: FeatureStore) -> tuple[str, ...]:
             "choose a variant for these corpora (`loa variants`), or ingest others"
         )
     return used
+
+
+def nothing_to_train_on(cls: type[Stage], variant: Variant, store: FeatureStore, corpora: Sequence[str] = ()) -> str:
+    """The sentence on a store without clips for a stage: what it needs, what there is, what to do."""
+    table = store.clips()
+    table = table[(table["split"] == "train") & (table["corpus"].isin(list(corpora)) if corpora else True)]
+    there = {name: sum(len(value) > 0 for value in table[name]) for name in ("captions", "labels", "transcript")}
+    if cls.learns_from(table.to_dict("records")):
+        what = f"none of those in {store.root} is in the series {', '.join(cls.reads(variant))}: look what `loa preprocess` rejected"
+    else:
+        what = (
+            f"of the {len(table)} training clips in {store.root} {there['captions']} have captions, {there['labels']} labels and "
+            f"{there['transcript']} transcripts; name them in the recordings' table and ingest that into another folder"
+        )
+    return f"{cls.name} needs {cls.asks(variant)}: {what}" + (f", {cls.otherwise}" if cls.otherwise else "")
+
+
+def _fit_here(job: TrainJob) -> None:
+    from pipelines.training.loop import OneProcess, train
+
+    world = OneProcess(Path(job.run))
+    try:
+        train(job, world)
+    finally:
+        world.close()
 
 
 def _fit_on_ray(job: TrainJob, workers: int | None, max_failures: int) -> None:
@@ -150,6 +169,12 @@ def _fit_on_ray(job: TrainJob, workers: int | None, max_failures: int) -> None:
             """
             callbacks: list[Any] = super()._create_default_callbacks()
             return [c for c in callbacks if not (cluster.ends_with_us() and type(c).__name__ == "PlacementGroupCleanerCallback")]
+
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """Not Ray's, after which the driver leaves without a word; Ctrl-C is an exception here, as everywhere in loa.
+
+            The controller and its workers belong to this driver and end with it.
+            """
 
     trainer = Trainer(
         ray_worker,
@@ -222,24 +247,20 @@ def _check_same(run: Path, identity: dict[str, Any]) -> None:
         return
     before = json.loads(path.read_text())
     if before != now:
-        changed = [f"{k}: was {v!r}, now {_flat(now).get(k)!r}" for k, v in _flat(before).items() if _flat(now).get(k) != v]
         raise UserError(
-            f"{run} holds a run of another configuration ({'; '.join(changed[:5]) or 'new settings'}); "
+            f"{run} holds a run of another configuration ({differences(before, now)}); "
             "repeat the old settings to continue it, use --fresh to start over, or choose another --work"
         )
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
-        return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}{key}.").items()}
-    return {prefix.rstrip("."): value}
-
-
-def _finished(output: Path, stage: str, steps: int, max_seconds: float | None) -> bool:
+def is_finished(output: Path, stage: str, recipe: Recipe) -> bool:
+    """Whether `output` holds a release of `stage` that was trained for as long as the recipe asks."""
     from stages.base import read_card
 
+    if not output.is_dir():
+        return False
     card = read_card(output, stage)
-    return bool(card["steps"] >= steps or (max_seconds is not None and card["seconds"] >= max_seconds))
+    return bool(card["steps"] >= recipe.steps or (recipe.max_seconds is not None and card["seconds"] >= recipe.max_seconds))
 
 
 def _discard(run: Path, output: Path) -> None:
@@ -285,6 +306,7 @@ def main(
     A killed or finished run is found again by the same command.
     """
     require_stage(stage)
+    from stages.base import read_card
     from stages.variants import resolve
 
     resolved = resolve(variant, tiny, settings)
@@ -293,14 +315,19 @@ def main(
 
         click.echo(describe(resolved, stage, workers))
         return
+    before = not fresh and is_finished(work.absolute() / "stages" / stage, stage, getattr(resolved.recipes, stage))
     tags = {"loa.stage": stage, "loa.variant": resolved.name}
     with Tracker.open(tracking_uri, work=work, job=f"train-{stage}", variant=resolved.name, tags=tags, fresh=fresh) as tracker:
-        tracker.params({"seed": seed, **_flat(to_dict(resolved))})
+        tracker.params({"seed": seed, **flat(to_dict(resolved))})
         folder = train_stage(
             stage, resolved, work, store=store, given=released, workers=workers, tracker=tracker, seed=seed, precision=precision,
             loader_workers=loader_workers, max_failures=max_failures, fresh=fresh,
         )  # fmt: skip
-    click.echo(f"{stage}: released to {shown(folder)}")
+    if before:
+        steps, place = read_card(folder, stage)["steps"], shown(folder)
+        click.echo(f"{stage}: finished already, {steps} steps, in {place}; more recipes.{stage}.steps go on, --fresh starts over")
+    else:
+        click.echo(f"{stage}: released to {shown(folder)}")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from stages.audio import AudioConfig
+from stages.diffusion.model import latent_scale
 from stages.errors import UserError
 from stages.files import weights_hash, whole_folder, write_json
 
@@ -143,9 +144,7 @@ def assemble(stages: Mapping[str, Path], out: Path, meta: Mapping[str, Any], for
             _copy(Path(stages[stage]) / CRITIC, draft / "discriminators" / f"{stage}.safetensors")
         tokens = _loa_tokens(draft, speech)
         _set_config(draft / "language_model" / "config.json", max_new_tokens=tokens, architectures=["GPT2LMHeadModel"])
-        scale = where["unet"] / "scale.json"
-        if scale.is_file():
-            _set_config(draft / "vae" / "config.json", scaling_factor=json.loads(scale.read_text())["scale_factor"])
+        _set_config(draft / "vae" / "config.json", scaling_factor=latent_scale(where["unet"]))
         _require_fit(draft)
         write_json(draft / "model_index.json", _model_index(draft))
         audio = meta["audio"]

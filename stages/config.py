@@ -69,6 +69,25 @@ def from_dict(like: Any, values: Mapping[str, Any]) -> Any:
     return dataclasses.replace(like, **changes)
 
 
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted names."""
+    if isinstance(values, Mapping):
+        return {k: v for key, inner in values.items() for k, v in flat(inner, f"{prefix}{key}.").items()}
+    return {prefix.removesuffix("."): values}
+
+
+def differences(was: Any, now: Any, most: int = 5) -> str:
+    """What differs between two configurations (dataclasses or `to_dict` results): "name: was A, now B; …"; "" if nothing."""
+    old, new = (flat(json.loads(json.dumps(to_dict(config)))) for config in (was, now))
+    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    told = [f"{name}: was {_said(old.get(name))}, now {_said(new.get(name))}" for name in changed[:most]]
+    return "; ".join(told + ([f"and {len(changed) - most} more"] if len(changed) > most else []))
+
+
+def _said(value: Any) -> str:
+    return "none" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def override(config: Any, settings: Mapping[str, str]) -> Any:
     """Apply dotted settings such as {"diffusion.recipe.learning_rate": "5e-5"} to a nested dataclass value.
 

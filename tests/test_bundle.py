@@ -209,7 +209,7 @@ def test_export_refuses_stages_of_other_sound(tmp_path):
     card = json.loads((tmp_path / "stages" / "vae" / "stage.json").read_text())
     card["config"]["audio"]["sample_rate"] = 48_000
     write_json(tmp_path / "stages" / "vae" / "stage.json", card)
-    with pytest.raises(UserError, match="vae was trained for other sound.*sample_rate 48000 instead of 16000"):
+    with pytest.raises(UserError, match="vae was trained for other sound.*sample_rate: was 48000, now 16000"):
         export(tmp_path)
 
 

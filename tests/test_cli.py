@@ -2,8 +2,12 @@
 
 import errno
 import importlib
+import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 import loa
-from stages import cli
+import options as cli
 from stages.errors import AudioError, UserError
 
 REPO = Path(__file__).resolve().parent.parent
@@ -112,7 +116,7 @@ def test_completion_script(shell: str) -> None:
 
 @pytest.mark.parametrize(
     ("words", "incomplete", "expected"),
-    [([], "ex", ["export"]), ([], "c", ["completion"]), (["variants"], "--ti", ["--tiny"]), (["train"], "vo", ["vocoder"])],
+    [([], "ex", ["export"]), ([], "compl", ["completion"]), (["variants"], "--ti", ["--tiny"]), (["train"], "vo", ["vocoder"])],
 )
 def test_completion(words: list[str], incomplete: str, expected: list[str]) -> None:
     completer = ShellComplete(loa.main, {}, "loa", "_LOA_COMPLETE")
@@ -165,6 +169,50 @@ def test_interrupting_says_that_nothing_is_lost() -> None:
     result = CliRunner().invoke(failing(KeyboardInterrupt()))
     assert result.exit_code == 130
     assert "the same command continues" in result.output
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """The handlers that an interactive command starts with, and afterwards those of the tests again."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_a_command_with_a_sentence(handlers: None, number: int, status: int) -> None:
+    """A wrapper may send the same wish twice; cleaning up is not broken off by that."""
+    cleaned = []
+
+    @click.command()
+    @cli.friendly
+    def command() -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        finally:
+            os.kill(os.getpid(), number)
+            cleaned.append(True)
+
+    result = CliRunner().invoke(command)
+    assert (result.exit_code, result.output.strip(), cleaned) == (status, cli.STOPPED, [True])
+    assert signal.getsignal(number) == signal.SIG_DFL  # from here on another one ends the process at once
+
+
+def test_signals_that_the_parent_ignores_stay_ignored(handlers: None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    @click.command()
+    @cli.friendly
+    def command() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        click.echo("went on")
+
+    assert CliRunner().invoke(command).output == "went on\n"
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 # --------------------------------------------------------------------------------------------------------- options

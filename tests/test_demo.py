@@ -20,6 +20,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from pipelines.demo import PRESETS, Demo, main
+from pipelines.evaluation.results import Evaluation
 from pipelines.features.store import FeatureStore
 from pipelines.ingest import ingest
 from stages import STAGES
@@ -91,6 +92,24 @@ def test_mlflow_holds_every_job_under_the_demo(finished: Path) -> None:
     runs = {run.job: run for run in read_runs(finished)}
     assert {"demo", "mel", "train-vae", "train-joint", "evaluate"} <= runs.keys()
     assert {"train/mel_l1", "val/mel_l1", "speed/clips_per_second"} <= runs["train-vae"].metrics.keys()
+
+
+@pytest.mark.slow
+def test_recordings_without_labels_reach_the_report(ray_cluster: object, tmp_path: Path) -> None:
+    """A folder of sounds and captions, as README offers it: no classifier, everything else."""
+    data, work, rng = tmp_path / "sounds", tmp_path / "work", np.random.default_rng(0)
+    data.mkdir()
+    rows = ["file,caption"]
+    for i in range(36):
+        soundfile.write(data / f"{i}.wav", 0.1 * rng.standard_normal(40_960), 16_000)
+        rows.append(f"{i}.wav,a hiss of kind {i}")
+    (data / "captions.csv").write_text("\n".join(rows))
+    Demo(work, data, hurried(), SMALL, workers=0, tracking_uri=None, seed=0).run()
+    notes = {step["step"]: step["note"] for step in json.loads((work / "steps.json").read_text())}
+    assert len(notes) == 16 and "left out: the recordings have no labels" in notes["train-classifier"]
+    assert not (work / "stages" / "classifier").exists() and "<audio" in (work / "report.html").read_text()
+    found = Evaluation.read(work)
+    assert found is not None and "clap_score" in found.scores and "accuracy" in found.missing
 
 
 def test_other_settings_do_not_mix_into_a_demo(tmp_path: Path) -> None:

@@ -126,10 +126,10 @@ def test_ingest_makes_a_store_once(data, tmp_path):
     assert not ingest([data], tmp_path / "store", AUDIO).already
     assert (tmp_path / "store" / "clips.parquet").read_bytes() == before
 
-    with pytest.raises(UserError, match="clip_seconds: 2.0 there, 4.0 now.*--work"):
+    with pytest.raises(UserError, match="clip_seconds: was 2.0, now 4.0.*--work"):
         ingest([data], tmp_path / "store", AudioConfig(clip_seconds=4.0))
     sound(data / "new.wav", 1.0)
-    with pytest.raises(UserError, match="recordings: folder in .*: 3 recordings, .* there, 4 recordings"):
+    with pytest.raises(UserError, match="recordings.folder in .*: was 3 recordings, .*, now 4 recordings"):
         ingest([data], tmp_path / "store", AUDIO)
 
 

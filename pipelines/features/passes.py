@@ -414,11 +414,7 @@ def execute(
             workers of an encoder keep dying.
     """
     started = time.monotonic()
-    if store.audio != work.audio:
-        raise UserError(
-            f"the store {store.root} holds clips with {store.audio}, this pass wants {work.audio}; "
-            "give the --variant and --tiny of `loa ingest`"
-        )
+    store.require_audio(work.audio, f"the {work.name} pass")
     for series in work.series:
         store.begin_series(series, work.recipe(series))
     missing = {series: set(store.missing_shards(series)) for series in work.series}

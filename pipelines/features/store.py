@@ -37,6 +37,7 @@ from pipelines.features import DEFAULT_SHARD_SIZE
 from pipelines.features.reader import StoreReader
 from pipelines.features.shards import LedgerRow, Member, Rejection, ShardWriter, completing_command
 from stages.audio import AudioConfig
+from stages.config import differences
 from stages.errors import UserError
 
 STORE_FORMAT = 1
@@ -117,7 +118,7 @@ class FeatureStore:
         store = cls(fs, path, card)
         if fs.exists(store.path("store.json")):
             there = cls.open(root)
-            changes = _differences({**there._card, "series": {}}, card)
+            changes = differences({**there._card, "series": {}}, card)
             if changes:
                 raise UserError(f"{root} is already a feature store of other clips or settings ({changes}); name another or delete it")
             store = there
@@ -136,6 +137,17 @@ class FeatureStore:
     def audio(self) -> AudioConfig:
         """The audio settings of every clip."""
         return AudioConfig.from_dict(self._card["audio"])
+
+    def require_audio(self, audio: AudioConfig, who: str) -> None:
+        """Refuse `who`, a variant or a job that has the settings `audio`, when the clips were ingested with others.
+
+        Raises UserError naming the settings that differ, with both values.
+        """
+        if told := differences(self.audio, audio):
+            raise UserError(
+                f"the store {self.root} was ingested with other audio settings than {who} has ({told}); name the variant it was "
+                "ingested for (and --tiny, if it was), or ingest again into another folder"
+            )
 
     @property
     def seed(self) -> int:
@@ -200,7 +212,7 @@ class FeatureStore:
         with self._locked():
             card = self._read_card()
             known = card["series"].get(series)
-            changes = _differences(_identity(known), _identity(recipe)) if known is not None else ""
+            changes = differences(_identity(known), _identity(recipe)) if known is not None else ""
             if changes and any(name.endswith(".json") for name in self._listing(series)):
                 raise UserError(
                     f"the series {series!r} of {self.root} was made otherwise ({changes}); "
@@ -383,21 +395,6 @@ def _warn(what: str, series: str) -> None:
 
 def _identity(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in recipe.items() if key != "provenance"}
-
-
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """The entries in which two nested mappings differ, as text; "" when they agree."""
-    old, new = dict(_flat(there)), dict(_flat(here))
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    return ", ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in names)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:

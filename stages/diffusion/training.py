@@ -88,6 +88,10 @@ class DiffusionStage(Stage):
         return ("latent", "loa-1") if variant.phonemes else ("latent", "loa-1", "text")
 
     @classmethod
+    def builds_on(cls, variant: Variant) -> tuple[str, ...]:
+        return ("vae", "vocoder") if variant.phonemes else ("clap", "vae", "vocoder")
+
+    @classmethod
     def prepare(cls, variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path) -> None:
         prepare_latents(variant, released, dataset, folder)
 

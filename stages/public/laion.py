@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import ClapModel, RobertaConfig, RobertaModel
 
-from stages.checkpoints import read_checkpoint, require_fit, weights_of
+from stages.checkpoints import require_fit
 from stages.clap.model import ClapConfig, clap_mel
 from stages.errors import UserError
 from stages.public.layout import UNUSED, clap, computed, expected, origins, take
@@ -78,14 +78,6 @@ def clap_of(state: Mapping[str, Tensor], source: Path | str, config: ClapConfig 
     require_fit(shapes, used, source, "LAION CLAP", computed(places))
     model.load_state_dict(take(ours, places, used), assign=True)
     return model.eval()
-
-
-def read_clap(path: Path) -> ClapModel:
-    """The ClapModel of an original checkpoint such as music_speech_audioset_epoch_15_esc_89.98.pt.
-
-    Raises UserError when the file is none, or asks to run code.
-    """
-    return clap_of(weights_of(read_checkpoint(path), path), path)
 
 
 # ------------------------------------------------------------------------------------------------ the package itself
