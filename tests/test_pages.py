@@ -95,19 +95,25 @@ def project(tmp_path_factory: pytest.TempPathFactory, ray_cluster: object) -> It
         yield folder
 
 
-@pytest.mark.slow
-def test_readme_step_by_step(project: Path) -> None:
+@pytest.fixture(scope="module")
+def walked(project: Path) -> Path:
+    """The project after README's step by step."""
     ran = [command for command in commands(REPO / "README.md") if reason(command) is None]
     assert len(ran) == 17  # ingest, four passes, eight trainings, export, evaluate, compare, generate
     for command in ran:
         run(command)
-    sound, rate = soundfile.read(project / "rain.wav")
-    assert rate == 16_000 and len(sound) and np.isfinite(sound).all()
-    assert (project / "outputs" / "evaluation" / "evaluation.json").is_file()
+    return project
 
 
 @pytest.mark.slow
-def test_commands_of_the_other_pages(project: Path) -> None:
+def test_readme_step_by_step(walked: Path) -> None:
+    sound, rate = soundfile.read(walked / "rain.wav")
+    assert rate == 16_000 and len(sound) and np.isfinite(sound).all()
+    assert (walked / "outputs" / "evaluation" / "evaluation.json").is_file()
+
+
+@pytest.mark.slow
+def test_commands_of_the_other_pages(walked: Path) -> None:
     """After the README's, in the same project; `docs/running.md` ingests a folder of its own."""
     for page in PAGES[1:]:
         for command in commands(page):
@@ -117,7 +123,7 @@ def test_commands_of_the_other_pages(project: Path) -> None:
 
 
 @pytest.mark.slow
-def test_snippets_of_python(project: Path) -> None:
+def test_snippets_of_python(walked: Path) -> None:
     """Those of docs/evaluation.md want public weights, that of docs/stages.md is an outline."""
     for page in ("store.md", "troubleshooting.md"):
         for snippet in blocks(REPO / "docs" / page, "python"):
