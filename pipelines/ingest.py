@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
-from options import friendly, tiny_option, variant_option, work_option
+from options import friendly, next_step, tiny_option, variant_option, work_option
 from pipelines import corpora
 from pipelines.corpora.records import Record, Recording, Rejected
 from pipelines.features import DEFAULT_SHARD_SIZE
@@ -373,7 +373,7 @@ def main(
         seed=seed, shard_size=shard_size, workers=workers, say=click.echo,
     )  # fmt: skip
     click.echo(report.table())
-    click.echo(f"\n{report.summary()}\n{report.store}")
+    click.echo(f"\n{report.summary()}\n{report.store}\n{next_step('ingest')}")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
 
-from options import friendly
+from options import friendly, shown
 
 
 @click.command()
@@ -30,6 +31,8 @@ def main(folder: Path) -> None:
         click.echo(
             f"{name:<12} {entries[name]['file']}, sha256 {entries[name]['sha256'][:12]}…, {entries[name]['licence']}: {', '.join(judges)}"
         )
+    if entries:
+        click.echo(f"next: loa evaluate --judges {shlex.quote(shown(folder))}")
 
 
 if __name__ == "__main__":

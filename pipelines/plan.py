@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from options import friendly, set_option, tiny_option
+from options import again, friendly, set_option, tiny_option
 
 
 @click.command()
@@ -20,12 +20,13 @@ def main(name: str | None, tiny: bool, settings: dict[str, str]) -> None:
     if name:
         click.echo(describe(resolve(name, tiny, settings)))
         return
-    click.echo(f"{'variant':<26}{'T-UNet':>14}{'translator':>14}{'λ':>4}  what it is")
+    click.echo(f"{'variant':<30}{'T-UNet':>14}{'translator':>14}{'λ':>4}  what it is")
     for each in VARIANTS:
         variant = resolve(each, tiny, settings)
         nets = networks(variant)
         counts = f"{parameters(nets['diffusion']):>14,}{parameters(nets['translator']):>14,}"
-        click.echo(f"{each:<26}{counts}{variant.translator.pooling:>4}  {variant.summary}")
+        click.echo(f"{variant.name:<30}{counts}{variant.translator.pooling:>4}  {variant.summary}")
+    click.echo(f"\nnext: {again('loa variants NAME')} for one in full, or {again('loa ingest DIR --variant NAME')}")
 
 
 if __name__ == "__main__":

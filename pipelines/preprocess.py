@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from options import friendly, set_option, tiny_option, variant_option, with_option, work_option
+from options import again, friendly, next_step, set_option, tiny_option, variant_option, with_option, work_option
 from pipelines import cluster
 from pipelines.weights import released_folders, require_used
 from stages.errors import UserError
@@ -148,6 +148,10 @@ def _pass_command(name: str) -> click.Command:
         if report.rejected and not report.clips:
             raise UserError(f"no clip was usable. {report.sentence()}")
         click.echo(report.sentence())
+        if limit_shards is None:
+            click.echo(next_step(f"preprocess {name}", speech=system.phonemes is not None))
+        else:
+            click.echo(f"next: {again(f'loa preprocess {name}')} for the remaining shards")
 
     options: list[Callable[[Any], Any]] = [work_option, variant_option, tiny_option, set_option]
     if name == "loa":

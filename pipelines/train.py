@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from options import friendly, set_option, shown, tiny_option, tracking_option, variant_option, with_option, work_option
+from options import friendly, next_step, set_option, shown, tiny_option, tracking_option, variant_option, with_option, work_option
 from pipelines import cluster
 from pipelines.corpora import PUBLISHED
 from pipelines.tracking import Tracker
@@ -234,7 +234,7 @@ class _progress_bar:
 
 
 def _without_recipes(variant: Variant) -> dict[str, Any]:
-    return {k: v for k, v in to_dict(variant).items() if k not in ("recipes", "summary")}
+    return {k: v for k, v in to_dict(variant).items() if k not in ("name", "recipes", "summary")}
 
 
 def _check_same(run: Path, identity: dict[str, Any]) -> None:
@@ -246,6 +246,7 @@ def _check_same(run: Path, identity: dict[str, Any]) -> None:
         write_json(path, now)
         return
     before = json.loads(path.read_text())
+    before.get("variant", {}).pop("name", None)  # earlier versions kept it; the settings say all
     if before != now:
         raise UserError(
             f"{run} holds a run of another configuration ({differences(before, now)}); "
@@ -328,6 +329,7 @@ def main(
         click.echo(f"{stage}: finished already, {steps} steps, in {place}; more recipes.{stage}.steps go on, --fresh starts over")
     else:
         click.echo(f"{stage}: released to {shown(folder)}")
+    click.echo(next_step(f"train {stage}", speech=resolved.phonemes is not None))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from stages.audiomae.model import AudioMAE
 from stages.bundle import assemble
 from stages.checkpoints import require_fit
+from stages.config import TINY
 from stages.diffusion.model import noise_schedule
 from stages.errors import UserError
 from stages.files import write_json
@@ -280,7 +281,7 @@ def import_original(
             stages["audiomae"] = add_audiomae(Path(draft) / "audiomae", given["audiomae"], variant.audiomae)
         meta = {
             "variant": variant.name,
-            "tiny": variant.diffusion.channels != VARIANTS[variant.name]().diffusion.channels,
+            "tiny": variant.name.endswith(TINY),
             "audio": variant.audio,
             "unconditional": "zeros",  # as the authors train and generate (references.md#guidance)
             "provenance": {**(provenance or {}), "weights": weights},
