@@ -7,6 +7,9 @@ A job's command is built as
     @variant_option
     @friendly
     def main(work: Path, variant: str) -> None: ...
+
+Neither this file nor a command's file imports torch, pyarrow and their like at its top: `--help`, completion and a mistyped
+option answer at once. A command imports what does the work where the work begins.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import errno
 import functools
 import math
 import os
+import re
+import shlex
 import shutil
 import signal
 import sys
@@ -28,8 +33,10 @@ from typing import Any, TypeVar, cast
 
 import click
 import psutil
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
+from stages.config import TINY
 from stages.errors import AudioError, UserError
 from stages.sampling import CHOICES, OPTIONS, PROFILES
 
@@ -66,7 +73,7 @@ def friendly(function: Function) -> Function:
             sentence = plain_sentence(error)
             if sentence is None or _debugging():
                 raise
-            click.echo(f"Error: {sentence}", err=True)
+            click.echo(f"Error: {complete(sentence)}", err=True)
             sys.exit(1)
 
     return command  # type: ignore[return-value]
@@ -248,6 +255,87 @@ def shown(path: Path | str) -> str:
     """A path as people write it: relative to where they are if it lies there or next to it, else whole."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith(os.path.join(os.pardir, os.pardir)) else relative
+
+
+# ---------------------------------------------------------------------------------------- commands that messages name
+
+# The README's steps, in order; {work} is an argument there.
+STEPS = (
+    "ingest", "preprocess mel", "train clap", "train audiomae", "train vae", "train vocoder", "train classifier",
+    "preprocess loa", "preprocess latent", "preprocess text", "preprocess speech", "train translator", "train diffusion", "train joint",
+    "export", "evaluate", "compare {work}", 'generate "rain on a tin roof"', "serve",
+)  # fmt: skip
+NOT_FOR_SPEECH = ("train classifier", "preprocess text")
+REPEATED = ("--work", "--store", "--bundle", "--variant", "--tiny", "--set")
+_SYSTEM = "loa.system"  # in click's context: options that stand for the system a command works on
+
+
+def next_step(done: str, speech: bool = False) -> str:
+    """The line that ends a command: the step of `STEPS` after `done`, with the options of this call."""
+    left_out = NOT_FOR_SPEECH if speech else ("preprocess speech",)
+    steps = [step for step in STEPS if step not in left_out or step == done]
+    context = click.get_current_context(silent=True)
+    work = context.params.get("work") if context else None
+    names = [step.partition(" {")[0].partition(' "')[0] for step in steps]
+    step = steps[names.index(done) + 1].format(work=shlex.quote(shown(work or DEFAULT_WORK)))
+    return f"next: {again(f'loa {step}')}"
+
+
+def complete(sentence: str) -> str:
+    """A message in which every command in backquotes has the options of the call it answers."""
+    return re.sub(r"`(loa [^`]+)`", lambda found: f"`{again(found[1])}`", sentence)
+
+
+def again(command: str) -> str:
+    """`command` with those options of this call that it has, too, so that it can be pasted; as it is outside a call."""
+    context = click.get_current_context(silent=True)
+    if context is None or command.split()[-1].startswith("-"):
+        return command
+    known, words = _options_of(command), command.split()
+    return " ".join([command, *(text for flag, text in _given(context) if flag in known and flag not in words)])
+
+
+def works_on(variant: str, work: Path | str | None = None) -> None:
+    """Let the commands that messages name repeat a variant (and work folder) that is not among this call's options."""
+    context = click.get_current_context(silent=True)
+    if context is None:
+        return
+    name = variant.removesuffix(TINY)
+    system = context.meta.setdefault(_SYSTEM, {})
+    if work is not None:
+        system["--work"] = f"--work {shlex.quote(shown(work))}"
+    if name != DEFAULT_VARIANT:
+        system["--variant"] = f"--variant {name}"
+    if name != variant:
+        system["--tiny"] = "--tiny"
+
+
+def _given(context: click.Context) -> list[tuple[str, str]]:
+    """Options of this call that other commands repeat: (flag, text)."""
+    given: list[tuple[str, str]] = list(context.meta.get(_SYSTEM, {}).items())
+    for parameter in context.command.params:
+        flag, name = parameter.opts[0], str(parameter.name)
+        if flag not in REPEATED or context.get_parameter_source(name) is not ParameterSource.COMMANDLINE or flag in dict(given):
+            continue
+        value = context.params[name]
+        if isinstance(value, dict):  # --set: a recipe belongs to one stage, all else to the system
+            values = [f"{key}={text}" for key, text in value.items() if not key.startswith("recipes.")]
+        else:
+            values = [shown(value) if isinstance(value, Path) else str(value)]
+        given += [(flag, flag if value is True else f"{flag} {shlex.quote(text)}") for text in values]
+    return given
+
+
+def _options_of(command: str) -> set[str]:
+    """Long options of the command that begins with these words; none if there is no such command."""
+    import loa  # only now: it names this file's users
+
+    context = click.Context(loa.main)
+    found: click.Command = loa.main
+    for word in command.split()[1:]:
+        if isinstance(found, click.Group) and (inner := found.get_command(context, word)) is not None:
+            found = inner
+    return {flag for parameter in found.params for flag in parameter.opts}
 
 
 # ------------------------------------------------------------------------------------------ is there room for this?

@@ -13,19 +13,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import psutil
 
-from options import friendly, require_disk, require_memory, set_option, shown, tracking_option
+from options import friendly, require_disk, require_memory, set_option, shown, tracking_option, works_on
 from pipelines import cluster
-from pipelines.evaluation.results import Evaluation
 from pipelines.tracking import Tracker
 from stages.config import to_dict
 from stages.errors import UserError
 from stages.files import write_json
-from stages.variants import Variant, resolve
+
+if TYPE_CHECKING:
+    from stages.variants import Variant
 
 MEMORY_GB, DISK_GB = 6.0, 4.0  # measured peak and footprint of the default preset, rounded up (docs/log.md)
 
@@ -207,8 +208,10 @@ class Demo:
         """One folder, one demo: other data, variant or preset would mix two runs."""
         path = self.work / "demo.json"
         now = {"data": str(self.data) if self.data else None, "variant": json.loads(json.dumps(to_dict(self.variant))), "seed": self.seed}
+        del now["variant"]["name"]
         if path.is_file():
             before = json.loads(path.read_text())
+            before["variant"].pop("name", None)  # earlier versions kept it; the settings say all
             if before != now:
                 raise UserError(
                     f"{self.work} holds a demo with other data, variant, preset or settings; continue it with the options it was "
@@ -342,11 +345,15 @@ def main(
     tracking_uri: str | None,
 ) -> None:
     """Run the whole line on a small corpus, from recordings to sound."""
+    from pipelines.evaluation.results import Evaluation
+    from stages.variants import resolve
+
     chosen = PRESETS[preset]
     resolved = resolve(variant, tiny=True, settings=chosen.settings | settings)
     if data is not None and not data.is_dir():
         raise UserError(f"--data {data} is not a folder; name the folder that holds your recordings")
     work = (work or _default_work(variant, preset, data)).absolute()
+    works_on(resolved.name, work)
     require_disk(work, DISK_GB)
     require_memory(MEMORY_GB)
     cluster.connect()

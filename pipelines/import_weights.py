@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
 import click
 
-from options import DEFAULT_VARIANT, friendly, pairs, set_option, work_option
+from options import DEFAULT_VARIANT, again, friendly, pairs, set_option, shown, work_option
 from pipelines.weights import from_hub
-from stages.bundle import FILES, read_info
-from stages.checkpoints import read_checkpoint, weights_of
 from stages.errors import UserError
 from stages.files import whole_folder
-from stages.public import laion
-from stages.public.folder import import_folder
-from stages.public.original import WEIGHTS, import_original, is_original, require_variant, structure, variants_like
-from stages.public.parts import PARTS, add_audiomae, add_t5, add_tokenizer, is_audiomae, require_parts
-from stages.variants import resolve
+from stages.public import PARTS, WEIGHTS
 
 AGREE = 1e-4  # embeddings of one CLAP in two packages; measured 1e-7
 
@@ -55,6 +49,14 @@ def import_weights(
     Raises:
         UserError: the source is none of these, does not fit, or something else is in the way.
     """
+    from stages.bundle import FILES
+    from stages.checkpoints import read_checkpoint, weights_of
+    from stages.public import laion
+    from stages.public.folder import import_folder
+    from stages.public.original import import_original, is_original, require_variant, structure, variants_like
+    from stages.public.parts import add_audiomae, add_t5, add_tokenizer, is_audiomae, require_parts
+    from stages.variants import resolve
+
     path = Path(source).expanduser()
     if not path.exists():
         path = from_hub(source, [f"{name}/*" for name in FILES] + ["model_index.json"], source)
@@ -165,16 +167,19 @@ def main(
     folder = import_weights(
         source, work, out=out, variant=variant, tiny=tiny, settings=settings, weights=weights, given=given, verify=verify, force=force
     )
-    shown = os.path.relpath(folder)
+    place = shlex.quote(shown(folder))
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6
     if (folder / "model_index.json").is_file():
+        from stages.bundle import read_info
+
         info = read_info(folder)
-        click.echo(f"{shown}: {info.variant}{' (tiny)' if info.tiny else ''}, {size:.0f} MB")
+        click.echo(f"{place}: {info.variant}, {size:.0f} MB")
         words = ' --transcription "Hello there."' if info.speech else ""
-        click.echo(f'Try it: loa generate "{"a woman speaks calmly" if info.speech else "rain on a tin roof"}"{words} --bundle {shown}')
+        click.echo(f'next: loa generate "{"a woman speaks calmly" if info.speech else "rain on a tin roof"}"{words} --bundle {place}')
     else:
         stage = "audiomae" if (folder / "model.safetensors").is_file() else "clap"
-        click.echo(f"{shown}: weights of {stage}, {size:.0f} MB; use them with --with {stage}={shown}")
+        step = again("loa preprocess " + {"audiomae": "loa", "clap": "text"}[stage])
+        click.echo(f"{place}: weights of {stage}, {size:.0f} MB\nnext: {step} --with {stage}={place}")
 
 
 if __name__ == "__main__":

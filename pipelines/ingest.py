@@ -13,22 +13,21 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
-import pyarrow as pa
 
-from options import friendly, tiny_option, variant_option, work_option
+from options import friendly, next_step, tiny_option, variant_option, work_option
 from pipelines import corpora
-from pipelines.corpora.headers import probe_headers
 from pipelines.corpora.records import Record, Recording, Rejected
-from pipelines.features.store import CLIP_SCHEMA, DEFAULT_SHARD_SIZE, REJECTED_SCHEMA, FeatureStore
+from pipelines.features import DEFAULT_SHARD_SIZE
 from pipelines.tables import aligned
-from stages.audio import AudioConfig
 from stages.config import differences
 from stages.errors import UserError
-from stages.variants import resolve
+
+if TYPE_CHECKING:
+    from stages.audio import AudioConfig
 
 REPORT = "ingest.json"  # in the store: what it was made from, and the report
 MAX_WINDOWS = 4
@@ -194,6 +193,11 @@ def ingest(
     Raises:
         UserError: nothing usable was found, or the store was made from something else.
     """
+    import pyarrow as pa
+
+    from pipelines.corpora.headers import probe_headers
+    from pipelines.features.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore
+
     folders = [Path(os.path.abspath(folder)) for folder in data_dirs]
     found = list(dict.fromkeys(source for folder in folders for source in corpora.discover(folder)))
     if not found:
@@ -302,6 +306,8 @@ def _earlier_report(store_root: str | Path, made_from: Mapping[str, Any]) -> Ing
 
     A store without a report was interrupted at the last moment; `FeatureStore.create` compares it.
     """
+    from pipelines.features.store import FeatureStore
+
     try:
         store = FeatureStore.open(store_root)
     except UserError as error:
@@ -356,6 +362,8 @@ def main(
     """
     if not folders + data:
         raise UserError("name the folder that holds the recordings: `loa ingest DIR`")
+    from stages.variants import resolve
+
     audio = resolve(variant, tiny=tiny).audio
     if clip_seconds is not None:
         audio = replace(audio, clip_seconds=clip_seconds)
@@ -364,7 +372,7 @@ def main(
         seed=seed, shard_size=shard_size, workers=workers, say=click.echo,
     )  # fmt: skip
     click.echo(report.table())
-    click.echo(f"\n{report.summary()}\n{report.store}")
+    click.echo(f"\n{report.summary()}\n{report.store}\n{next_step('ingest')}")
 
 
 if __name__ == "__main__":

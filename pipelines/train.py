@@ -7,26 +7,25 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from tqdm import tqdm
 
-from options import friendly, set_option, shown, tiny_option, tracking_option, variant_option, with_option, work_option
+from options import friendly, next_step, set_option, shown, tiny_option, tracking_option, variant_option, with_option, work_option
 from pipelines import cluster
 from pipelines.corpora import PUBLISHED
-from pipelines.features.store import FeatureStore
 from pipelines.tracking import Tracker
-from pipelines.training.dataset import ClipDataset
-from pipelines.training.loop import OneProcess, TrainJob, follow, train
-from pipelines.training.ray_worker import ray_worker
 from pipelines.weights import released_folders, require_used
-from stages import STAGES
-from stages.base import Stage, read_card, stage_class
+from stages import STAGES, require_stage
 from stages.config import Recipe, differences, flat, to_dict
 from stages.errors import UserError
 from stages.files import weights_hash, whole_folder, write_json
-from stages.variants import Variant, resolve
+
+if TYPE_CHECKING:
+    from pipelines.features.store import FeatureStore
+    from pipelines.training.loop import TrainJob
+    from stages.base import Stage
+    from stages.variants import Variant
 
 
 def train_stage(
@@ -57,6 +56,11 @@ def train_stage(
     Raises:
         UserError: something the stage needs is missing, or an earlier run used another configuration.
     """
+    from pipelines.features.store import FeatureStore
+    from pipelines.training.dataset import ClipDataset
+    from pipelines.training.loop import TrainJob
+    from stages.base import read_card, stage_class
+
     work = Path(work).absolute()
     cls = stage_class(stage)
     require_used(given or {}, cls.builds_on(variant), stage)
@@ -131,6 +135,8 @@ def nothing_to_train_on(cls: type[Stage], variant: Variant, store: FeatureStore,
 
 
 def _fit_here(job: TrainJob) -> None:
+    from pipelines.training.loop import OneProcess, train
+
     world = OneProcess(Path(job.run))
     try:
         train(job, world)
@@ -145,6 +151,7 @@ def _fit_on_ray(job: TrainJob, workers: int | None, max_failures: int) -> None:
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
+    from pipelines.training.ray_worker import ray_worker
     from pipelines.training.rendezvous import OneMachine
 
     have = cluster.cluster_resources()
@@ -206,6 +213,10 @@ class _progress_bar:
         self.thread.join()
 
     def _show(self) -> None:
+        from tqdm import tqdm
+
+        from pipelines.training.loop import follow
+
         steps = self.job.recipe.steps
         interval = 1.0 if sys.stderr.isatty() else 15.0
         with tqdm(total=steps, desc=self.job.stage, unit="step", mininterval=interval, file=sys.stderr, dynamic_ncols=True) as bar:
@@ -225,7 +236,7 @@ class _progress_bar:
 
 
 def _without_recipes(variant: Variant) -> dict[str, Any]:
-    return {k: v for k, v in to_dict(variant).items() if k not in ("recipes", "summary")}
+    return {k: v for k, v in to_dict(variant).items() if k not in ("name", "recipes", "summary")}
 
 
 def _check_same(run: Path, identity: dict[str, Any]) -> None:
@@ -237,6 +248,7 @@ def _check_same(run: Path, identity: dict[str, Any]) -> None:
         write_json(path, now)
         return
     before = json.loads(path.read_text())
+    before.get("variant", {}).pop("name", None)  # earlier versions kept it; the settings say all
     if before != now:
         raise UserError(
             f"{run} holds a run of another configuration ({differences(before, now)}); "
@@ -246,6 +258,8 @@ def _check_same(run: Path, identity: dict[str, Any]) -> None:
 
 def is_finished(output: Path, stage: str, recipe: Recipe) -> bool:
     """Whether `output` holds a release of `stage` that was trained for as long as the recipe asks."""
+    from stages.base import read_card
+
     if not output.is_dir():
         return False
     card = read_card(output, stage)
@@ -294,7 +308,10 @@ def main(
 
     A killed or finished run is found again by the same command.
     """
-    stage_class(stage)
+    require_stage(stage)
+    from stages.base import read_card
+    from stages.variants import resolve
+
     resolved = resolve(variant, tiny, settings)
     if dry_run:
         from pipelines.plan import describe
@@ -314,6 +331,7 @@ def main(
         click.echo(f"{stage}: finished already, {steps} steps, in {place}; more recipes.{stage}.steps go on, --fresh starts over")
     else:
         click.echo(f"{stage}: released to {shown(folder)}")
+    click.echo(next_step(f"train {stage}", speech=resolved.phonemes is not None))
 
 
 if __name__ == "__main__":

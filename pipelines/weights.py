@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from stages import STAGES
-from stages.base import stage_class
+from stages import STAGES, require_stage
 from stages.errors import UserError
 
 # What makes a folder usable for a stage (the layout of a released stage, or of a diffusers AudioLDM 2 folder).
@@ -30,7 +29,7 @@ def released_folders(work: Path, given: Mapping[str, str]) -> dict[str, Path]:
     """
     found = {s: Path(work) / "stages" / s for s in STAGES if (Path(work) / "stages" / s / "stage.json").is_file()}
     for stage, place in given.items():
-        stage_class(stage)
+        require_stage(stage)
         folder = Path(place).expanduser()
         if not folder.exists():
             folder = _from_hub(stage, place)
@@ -49,7 +48,7 @@ def require_used(given: Mapping[str, str], used: Collection[str], who: str) -> N
     Raises UserError naming those it reads.
     """
     for stage, place in given.items():
-        stage_class(stage)  # a misspelt name gets the nearest one
+        require_stage(stage)  # a misspelt name gets the nearest one
         if stage not in used:
             reads = f"it reads those of {', '.join(used)}" if used else "it reads no other stage's"
             why = "its weights are what is made here" if stage == who else f"{who} does not read the weights of {stage}; {reads}"

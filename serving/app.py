@@ -19,7 +19,6 @@ import click
 
 import local_ray
 from options import friendly
-from stages.bundle import find_bundle, read_info
 from stages.errors import UserError
 
 ANSWER_WITHIN = 900  # seconds; a CPU takes its time
@@ -76,6 +75,8 @@ def run(bundle: Path, host: str, port: int, num_replicas: int, max_batch: int, m
 
     Raises UserError when the bundle is not whole, the port is taken or the cluster has no room for the replicas.
     """
+    from stages.bundle import read_info
+
     info = read_info(bundle)
     require_free_port(host, port)
     cpus, gpus = connect(num_replicas)
@@ -143,6 +144,8 @@ def _wait_for_end() -> None:
 @friendly
 def main(bundle: Path | None, host: str, port: int, num_replicas: int, max_batch: int, max_queue: int, max_seconds: float) -> None:
     """Answer prompts over HTTP, with a page to try it."""
+    from stages.bundle import find_bundle
+
     run(find_bundle(bundle), host, port, num_replicas, max_batch, max_queue, max_seconds)
 
 

@@ -11,7 +11,7 @@ import click
 import numpy as np
 from tqdm import tqdm
 
-from options import friendly, sampling_options
+from options import friendly, next_step, sampling_options
 from stages.errors import UserError
 from stages.files import replacing
 from stages.sampling import resolve
@@ -110,6 +110,7 @@ def main(
         write_sound(file, waveform, generator.sample_rate)
         click.echo(f"{file}: {len(waveform) / generator.sample_rate:.2f} s at {generator.sample_rate} Hz, seed {seed}")
     click.echo(f"{max(num, chosen.candidates)} generated in {took:.1f} s")
+    click.echo(next_step("generate"))
 
 
 if __name__ == "__main__":

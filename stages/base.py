@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from torch import Tensor, nn
 
-from stages import STAGES
+from stages import STAGES, require_stage
 from stages.errors import UserError
 from stages.files import whole_folder, write_json
 from stages.variants import Variant
@@ -141,9 +140,6 @@ def read_card(folder: Path, stage: str) -> dict[str, Any]:
 
 def stage_class(name: str) -> type[Stage]:
     """The Stage called `name`. Raises UserError with the nearest name for one that does not exist."""
-    if name not in STAGES:
-        near = difflib.get_close_matches(name, STAGES, 1, 0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"unknown stage {name!r}{hint} Stages: {', '.join(STAGES)}")
+    require_stage(name)
     stage: type[Stage] = getattr(importlib.import_module(f"stages.{name}.training"), STAGES[name])
     return stage

@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from stages.audio import AudioConfig
+from stages.config import tiny_name
 from stages.diffusion.model import latent_scale
 from stages.errors import UserError
 from stages.files import weights_hash, whole_folder, write_json
@@ -150,7 +151,7 @@ def assemble(stages: Mapping[str, Path], out: Path, meta: Mapping[str, Any], for
         audio = meta["audio"]
         card = {
             "format": BUNDLE_FORMAT,
-            "variant": meta["variant"],
+            "variant": _variant({"tiny": False} | dict(meta)),
             "tiny": bool(meta.get("tiny", False)),
             "audio": audio.to_dict() if isinstance(audio, AudioConfig) else dict(audio),
             "loa_tokens": tokens,
@@ -271,7 +272,8 @@ def _same_content(a: Path, b: Path) -> bool:
         if path.suffix == ".safetensors":
             return None
         if path.name == "loa.json":
-            return {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if k != "provenance"}
+            card = json.loads(path.read_text(encoding="utf-8"))
+            return {k: v for k, v in card.items() if k != "provenance"} | {"variant": _variant(card)}
         return path.read_bytes()
 
     files = [{p.relative_to(root).as_posix(): content(p) for p in root.rglob("*") if p.is_file()} for root in (a, b)]
@@ -309,7 +311,7 @@ def read_info(bundle: Path) -> BundleInfo:
     if card is None:
         return BundleInfo(bundle.resolve().name, audio_of(bundle), _loa_tokens(bundle, speech), "diffusers", speech)
     return BundleInfo(
-        variant=card["variant"],
+        variant=_variant(card),
         audio=AudioConfig.from_dict(card["audio"]),
         loa_tokens=card["loa_tokens"],
         unconditional=card["unconditional"],
@@ -317,6 +319,11 @@ def read_info(bundle: Path) -> BundleInfo:
         tiny=card["tiny"],
         provenance=card["provenance"],
     )
+
+
+def _variant(card: Mapping[str, Any]) -> str:
+    """The variant a bundle's card names; cards of earlier versions left "-tiny" to a field of its own."""
+    return tiny_name(card["variant"]) if card["tiny"] else str(card["variant"])
 
 
 def audio_of(bundle: Path) -> AudioConfig:

@@ -12,6 +12,13 @@ from typing import Any
 
 from stages.errors import UserError
 
+TINY = "-tiny"
+
+
+def tiny_name(variant: str) -> str:
+    """What the tiny form of a variant is called everywhere it is shown: its scores are never mistaken for the full system's."""
+    return variant.removesuffix(TINY) + TINY
+
 
 @dataclass(frozen=True)
 class Recipe:

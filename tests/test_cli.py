@@ -3,11 +3,12 @@
 import errno
 import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from click.testing import CliRunner
 
 import loa
 import options as cli
+from stages import STAGES
 from stages.errors import AudioError, UserError
 
 REPO = Path(__file__).resolve().parent.parent
@@ -48,6 +50,21 @@ def test_help_imports_no_job() -> None:
     )
     heavy = subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True, capture_output=True, text=True).stdout
     assert heavy.strip() == "[]"
+
+
+HEAVY = {"torch", "transformers", "diffusers", "ray", "mlflow", "pandas", "pyarrow", "soundfile", "matplotlib", "scipy", "fastapi"}
+
+
+def test_help_of_a_command_imports_nothing_that_does_the_work() -> None:
+    code = (
+        "import sys, click.testing, loa\n"
+        "for name in sys.argv[1:]:\n"
+        "    result = click.testing.CliRunner().invoke(loa.main, [name, '--help'])\n"
+        "    assert result.exit_code == 0, result.output\n"
+        f"    print(name, sorted({HEAVY!r} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *loa.JOBS], cwd=REPO, check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [f"{name} []" for name in loa.JOBS]
 
 
 def test_help_names_every_job_in_the_order_of_a_first_visit() -> None:
@@ -99,7 +116,7 @@ def test_completion_script(shell: str) -> None:
 
 @pytest.mark.parametrize(
     ("words", "incomplete", "expected"),
-    [([], "ex", ["export"]), ([], "c", ["compare", "completion"]), (["variants"], "--ti", ["--tiny"]), (["train"], "vo", ["vocoder"])],
+    [([], "ex", ["export"]), ([], "compl", ["completion"]), (["variants"], "--ti", ["--tiny"]), (["train"], "vo", ["vocoder"])],
 )
 def test_completion(words: list[str], incomplete: str, expected: list[str]) -> None:
     completer = ShellComplete(loa.main, {}, "loa", "_LOA_COMPLETE")
@@ -196,6 +213,79 @@ def test_signals_that_the_parent_ignores_stay_ignored(handlers: None) -> None:
 
     assert CliRunner().invoke(command).output == "went on\n"
     assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+# ---------------------------------------------------------------------------------- commands that messages name
+
+
+def answer(arguments: list[str], say: Callable[[], str]) -> str:
+    """What a command with loa's shared options prints."""
+
+    @click.command()
+    @cli.work_option
+    @cli.variant_option
+    @cli.tiny_option
+    @cli.set_option
+    @click.option("--store")
+    @cli.friendly
+    def command(**values: Any) -> None:
+        click.echo(say())
+
+    return CliRunner().invoke(command, arguments).output.strip()
+
+
+GIVEN = ["--tiny", "--work", "my work", "--variant", "audioldm2-ljs", "--set", "recipes.vae.steps=5", "--set", "vae.channels=8"]
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("loa preprocess loa --pooling 4", " --work 'my work' --variant audioldm2-ljs --tiny --set vae.channels=8 --store s3://b/s"),
+        ("loa evaluate", " --work 'my work' --store s3://b/s"),
+        ("loa export --work there", " --variant audioldm2-ljs --tiny"),
+        ("loa variants NAME", " --tiny --set vae.channels=8"),
+        ("loa evaluate --name", ""),
+        ("loa preprocess", ""),
+        ("loa sing", ""),
+    ],
+)
+def test_commands_in_messages_repeat_the_options_of_their_call(command: str, expected: str) -> None:
+    assert cli.again(command) == command  # outside a call
+    assert answer([*GIVEN, "--store", "s3://b/s"], lambda: cli.again(command)) == command + expected
+    assert answer([], lambda: cli.again(command)) == command
+
+    def fail() -> str:
+        raise UserError(f"not here; run `{command}` first")
+
+    text = answer([*GIVEN, "--store", "s3://b/s"], fail)
+    assert text == f"Error: not here; run `{command}{expected}` first"
+
+
+def test_commands_repeat_the_system_that_a_call_found_by_itself() -> None:
+    def say() -> str:
+        cli.works_on("audioldm2-ac-tiny", "elsewhere")
+        cli.works_on("audioldm2-ac-tiny")
+        return cli.again("loa train vae")
+
+    assert answer([], say) == "loa train vae --work elsewhere --variant audioldm2-ac --tiny"
+
+
+def test_each_step_ends_with_the_next() -> None:
+    def walk(speech: bool, *arguments: str) -> list[str]:
+        done = ["ingest"]
+        while done[-1] != "serve":
+            line = answer(list(arguments), lambda: cli.next_step(done[-1], speech))
+            found = re.fullmatch(r"next: loa ((?:preprocess |train )?\w+)(.*)", line)
+            assert found, line
+            done.append(found[1])
+        return done
+
+    stages = [step.removeprefix("train ") for step in walk(False, "--tiny") if step.startswith("train ")]
+    assert sorted(stages) == sorted(STAGES)
+    assert walk(False)[-5:] == ["export", "evaluate", "compare", "generate", "serve"]
+    assert "preprocess speech" in walk(True) and "preprocess text" not in walk(True)
+    assert answer(["--work", "w", "--tiny"], lambda: cli.next_step("preprocess mel")) == "next: loa train clap --work w --tiny"
+    assert answer(["--work", "my w"], lambda: cli.next_step("evaluate")) == "next: loa compare 'my w'"
 
 
 # --------------------------------------------------------------------------------------------------------- options

@@ -292,7 +292,7 @@ def test_speech_line_trains(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_tiny_twins_have_the_parts_of_their_big_ones(name: str) -> None:
-    from pipelines.plan import networks, parameters
+    from stages.sizes import networks, parameters
 
     full, tiny = resolve(name), resolve(name, tiny=True)
     big, little = networks(full), networks(tiny)
@@ -302,7 +302,7 @@ def test_tiny_twins_have_the_parts_of_their_big_ones(name: str) -> None:
 
 
 def test_parameter_counts_are_the_published_ones() -> None:
-    from pipelines.plan import networks, parameters
+    from stages.sizes import networks, parameters
 
     expected = {
         "audioldm2-full": {"diffusion": 346_943_496, "vae": 55_376_873, "vocoder": 55_264_897, "clap": 193_913_882, "t5": 341_231_104},

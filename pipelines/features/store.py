@@ -33,6 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from pipelines.features import DEFAULT_SHARD_SIZE
 from pipelines.features.reader import StoreReader
 from pipelines.features.shards import LedgerRow, Member, Rejection, ShardWriter, completing_command
 from stages.audio import AudioConfig
@@ -40,7 +41,6 @@ from stages.config import differences
 from stages.errors import UserError
 
 STORE_FORMAT = 1
-DEFAULT_SHARD_SIZE = 256
 
 CLIP_SCHEMA = pa.schema(
     [

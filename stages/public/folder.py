@@ -21,6 +21,7 @@ from transformers import ClapModel, GPT2LMHeadModel, SpeechT5HifiGan, T5EncoderM
 
 from stages.bundle import FILES, assemble, audio_of, quiet, read_info, read_json
 from stages.checkpoints import misfits, read_checkpoint, weights_of
+from stages.config import TINY
 from stages.errors import UserError
 from stages.public.original import require_variant, variants_like
 from stages.public.parts import beside
@@ -71,7 +72,7 @@ def import_folder(
         unet = read_json(whole / "unet" / "config.json")
         meta = {
             "variant": name,
-            "tiny": info.tiny if ours else tuple(unet["block_out_channels"]) != resolve(name).diffusion.channels,
+            "tiny": info.tiny if ours else tuple(unet["block_out_channels"]) != resolve(name.removesuffix(TINY)).diffusion.channels,
             "audio": info.audio if ours else audio_of(whole),
             "unconditional": info.unconditional,
             "provenance": {**info.provenance, **(provenance or {})},

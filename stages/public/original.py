@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from stages.audiomae.model import AudioMAE
 from stages.bundle import assemble
 from stages.checkpoints import require_fit
+from stages.config import TINY
 from stages.diffusion.model import noise_schedule
 from stages.errors import UserError
 from stages.files import write_json
-from stages.public import layout
+from stages.public import WEIGHTS, layout
 from stages.public.layout import Map, Origin
 from stages.public.parts import add_audiomae, add_t5, add_tokenizer, beside, require_parts, with_decoder_of
 from stages.translator.model import Translator
@@ -40,7 +41,6 @@ _ELSEWHERE = re.compile(
     r"|^(scale_factor|logvar|lvlb_weights|betas|alphas_.*|sqrt_.*|log_one_minus_.*|posterior_.*)$"
 )
 log = logging.getLogger(__name__)
-WEIGHTS = ("raw", "ema")  # which T-UNet: the trained one, as the authors generate, or its running average
 
 
 def is_original(names: Iterable[str]) -> bool:
@@ -280,7 +280,7 @@ def import_original(
             stages["audiomae"] = add_audiomae(Path(draft) / "audiomae", given["audiomae"], variant.audiomae)
         meta = {
             "variant": variant.name,
-            "tiny": variant.diffusion.channels != VARIANTS[variant.name]().diffusion.channels,
+            "tiny": variant.name.endswith(TINY),
             "audio": variant.audio,
             "unconditional": "zeros",  # as the authors train and generate (references.md#guidance)
             "provenance": {**(provenance or {}), "weights": weights},

@@ -13,15 +13,9 @@ from stages.audiomae.model import AudioMAE, AudioMAEConfig
 from stages.bundle import quiet
 from stages.checkpoints import read_checkpoint, weights_of
 from stages.errors import UserError
+from stages.public import PARTS
 from stages.tokenizers import misfit
 
-# What can be given, and where it is found where one has no AudioLDM 2 folder.
-PARTS = {
-    "tokenizer": "roberta-base's tokenizer files",
-    "tokenizer_2": "google/flan-t5-large's tokenizer files",
-    "text_encoder_2": "google/flan-t5-large's weights",
-    "audiomae": "AudioMAE's pretrained.pth",
-}
 PADDING = {"tokenizer": 1, "tokenizer_2": 0}  # ids of <pad> in RoBERTa's and T5's vocabularies
 
 
