@@ -35,7 +35,7 @@ def require_parts(given: Mapping[str, Path], needed: Iterable[str], source: Path
 def component(name: str, place: Path) -> Path:
     """The folder of component `name`: `place` itself, or the one of that name in a pipeline's folder."""
     if not place.exists():
-        raise UserError(f"--with {name}={place}: there is nothing at that place; expected {PARTS[name]} or an AudioLDM 2 folder")
+        raise UserError(f"--with {name}={place}: that path does not exist; expected {PARTS[name]} or an AudioLDM 2 folder")
     return place / name if (place / name).is_dir() else place
 
 
@@ -51,7 +51,7 @@ def add_tokenizer(stage: Path, name: str, place: Path, vocabulary: int, length: 
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--with {name}={place}: no tokenizer could be read there; expected {PARTS[name]}") from error
     if len(tokenizer) > vocabulary:
-        raise UserError(f"--with {name}={place}: it has {len(tokenizer)} tokens, the network knows {vocabulary}; expected {PARTS[name]}")
+        raise UserError(f"--with {name}={place}: it has {len(tokenizer)} tokens, the network has {vocabulary}; expected {PARTS[name]}")
     if length is not None:
         tokenizer.model_max_length = length
     tokenizer.save_pretrained(stage / name)
