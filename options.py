@@ -179,7 +179,7 @@ work_option = click.option(
     show_default=True,
     envvar="LOA_WORK",
     metavar="DIR",
-    help="Folder of this project: its feature store, stages, runs and bundle. On a cluster, one that all nodes share.",
+    help="Project folder with feature store, stages, runs and bundle. On a cluster, a folder that all nodes share.",
 )
 variant_option = click.option(
     "--variant",
@@ -189,14 +189,14 @@ variant_option = click.option(
     shell_complete=_variant_names,
     help="Which system to build; `loa variants` lists them.",
 )
-tiny_option = click.option("--tiny", is_flag=True, help="The variant's small twin, for laptops and tests.")
+tiny_option = click.option("--tiny", is_flag=True, help="Use the tiny configuration of the variant, for laptops and tests.")
 set_option = click.option(
     "--set",
     "settings",
     multiple=True,
     callback=pairs,
     metavar="NAME=VALUE",
-    help="Change one setting of the variant, such as recipes.diffusion.learning_rate=5e-5. May be repeated.",
+    help="Override a single setting of the variant, such as recipes.diffusion.learning_rate=5e-5. May be repeated.  [default: none]",
 )
 with_option = click.option(
     "--with",
@@ -204,25 +204,29 @@ with_option = click.option(
     multiple=True,
     callback=pairs,
     metavar="STAGE=FOLDER",
-    help="Use these weights for a stage instead of the ones trained in --work. A folder or a hub id; may be repeated.",
+    help="Use these weights for a stage: a folder or a hub id. May be repeated.  [default: the ones trained in --work]",
 )
 tracking_option = click.option(
     "--tracking-uri",
     envvar="MLFLOW_TRACKING_URI",
     metavar="URI",
-    help="MLflow server or database to write to.  [default: mlflow.db in --work]",
+    help="MLflow server or database to log to.  [default: mlflow.db in --work]",
 )
 
 _SAMPLING: dict[str, Any] = {
-    "num_inference_steps": (("--steps",), click.IntRange(1), "Denoising steps: more take longer and sound better."),
-    "guidance_scale": ((), float, "How closely to follow the prompt; 1 means freely."),
-    "scheduler": ((), click.Choice(CHOICES["scheduler"]), "Who walks from noise to sound."),
-    "eta": ((), float, "Fresh noise per step, 0 to 1; ddim only."),
-    "timesteps": ((), click.Choice(CHOICES["timesteps"]), "Whose walk where steps do not divide 1000."),
-    "unconditional": ((), click.Choice(CHOICES["unconditional"]), "What guidance steers away from: no LOA, or GPT-2's of no prompt."),
-    "padding": ((), click.Choice(CHOICES["padding"]), "Read each prompt at its own length, or all at the longest's."),
-    "length": ((), click.Choice(CHOICES["length"]), "Whose rule from seconds to frames and samples."),
-    "candidates": ((), click.IntRange(1), "Generate this many and keep what CLAP finds most fitting."),
+    "num_inference_steps": (("--steps",), click.IntRange(1), "Number of denoising steps; more are slower and sound better."),
+    "guidance_scale": ((), float, "Classifier-free guidance scale; 1 means no guidance."),
+    "scheduler": ((), click.Choice(CHOICES["scheduler"]), "Sampler."),
+    "eta": ((), float, "Noise added per step, 0 to 1; ddim only."),
+    "timesteps": ((), click.Choice(CHOICES["timesteps"]), "Timestep spacing when --steps does not divide 1000."),
+    "unconditional": (
+        (),
+        click.Choice(CHOICES["unconditional"]),
+        "Unconditional input of guidance: zeros, or GPT-2's LOA of the empty prompt.",
+    ),
+    "padding": ((), click.Choice(CHOICES["padding"]), "Pad each prompt on its own, or all to the longest of the batch."),
+    "length": ((), click.Choice(CHOICES["length"]), "Rule for the number of frames and samples of --seconds."),
+    "candidates": ((), click.IntRange(1), "Generate this many per prompt and keep those with the best CLAP score."),
 }
 
 
@@ -243,8 +247,10 @@ def sampling_options(*left_out: str) -> Callable[[Function], Function]:
         for name in reversed(OPTIONS):
             if name in names:
                 flags, kind, text = _SAMPLING[name]
+                default = getattr(PROFILES["loa"], name)
+                text += f"  [default: {'as the bundle was trained' if default is None else default}, or the value of --profile]"
                 decorated = click.option(*(flags or (f"--{name.replace('_', '-')}",)), name, type=kind, help=text)(decorated)
-        whose = "Whose way of sampling; the options below change it in single points."
+        whose = "Sampling settings: loa's, or those of diffusers or the authors; the options below override single settings."
         decorated = click.option("--profile", type=click.Choice(list(PROFILES)), default="loa", show_default=True, help=whose)(decorated)
         return cast(Function, decorated)
 
@@ -364,7 +370,7 @@ def require_memory(gigabytes: float) -> None:
     if free < gigabytes:
         raise UserError(
             f"this needs about {gigabytes:.1f} GB of memory and {free:.1f} GB are available; "
-            "close other programs, or use a machine (or container limit) with more"
+            "close other programs, or use a machine or container with more"
         )
 
 

@@ -91,7 +91,7 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
             ray.init(address=address, **settings)
         _started = ray.get_runtime_context().gcs_address if address == "local" else None
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(f"Ray does not start or join a cluster at {address!r}: {error}") from error
+        raise UserError(f"Ray cannot start or join a cluster at {address!r}: {error}") from error
     local_ray.quieten()
     import ray.data  # its loggers exist only now; progress is told by our own bars
 

@@ -1,4 +1,4 @@
-"""JOB: the whole line on a small corpus: recordings → shards → trained stages → bundle → sound, scores and a report.
+"""JOB: the whole pipeline on a small corpus: recordings → shards → trained stages → bundle → sound, scores and a report.
 
 Every step finds out by itself whether it is done, so a second call continues where the first one stopped.
 """
@@ -113,7 +113,7 @@ class Demo:
         from stages.base import read_card
 
         if stage == "classifier" and not self._has_labels():
-            return "left out: the recordings have no labels to recognise; words and CLAP remain"
+            return "skipped: the recordings have no labels; CLAP scores remain"
         # The judge learns in half a minute, less than Ray Train takes to start.
         workers = 0 if stage == "classifier" else self.workers
         folder = train_stage(stage, self.variant, self.work, workers=workers, tracker=tracker, seed=self.seed)
@@ -223,7 +223,7 @@ class Demo:
 
 
 _TRAINED_FIRST = (
-    ("classifier", "the judge: which sound is this? (real clips only)"),
+    ("classifier", "classifier for evaluation (trained on real clips only)"),
     ("clap", "CLAP and T5: words ↔ sounds"),
     ("audiomae", "AudioMAE: masked spectrograms"),
     ("vae", "VAE: mel ↔ latent"),
@@ -284,7 +284,7 @@ PRESETS = {
         settings={},
     ),
     "full": Preset(
-        summary="an hour and a half on two cores, for sound worth hearing",
+        summary="an hour and a half on two cores, for better sound",
         clips_per_kind=200,
         evaluated_clips=120,
         sampling_steps=50,
@@ -316,12 +316,21 @@ PRESETS = {
 @click.command()
 @click.option(
     "--work", type=click.Path(file_okay=False, path_type=Path), envvar="LOA_WORK", metavar="DIR",
-    help="Folder of the demo.  [default: outputs/demo, or outputs/demo-<variant or data or preset>]",
+    help="Project folder of the demo.  [default: outputs/demo, or outputs/demo-VARIANT, -PRESET, -DATA]",
 )  # fmt: skip
 @click.option(
-    "--data", type=click.Path(path_type=Path), metavar="DIR", help="Your recordings, in any of the known layouts, instead of made ones."
+    "--data",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder of your own recordings, in any known layout.  [default: a corpus that the demo synthesises]",
 )
-@click.option("--variant", default="audioldm2-full", show_default=True, metavar="NAME", help="Which system; always its tiny twin here.")
+@click.option(
+    "--variant",
+    default="audioldm2-full",
+    show_default=True,
+    metavar="NAME",
+    help="Which system to train; the demo always uses its tiny configuration.",
+)
 @click.option(
     "--preset",
     type=click.Choice(list(PRESETS)),
@@ -330,7 +339,7 @@ PRESETS = {
     help="; ".join(f"{k}: {p.summary}" for k, p in PRESETS.items()),
 )
 @click.option("--workers", type=click.IntRange(min=0), default=1, show_default=True, help="Ray Train workers; 0 trains in this process.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Seed of the corpus, of training and of generation.")
 @set_option
 @tracking_option
 @friendly
@@ -344,7 +353,7 @@ def main(
     settings: dict[str, str],
     tracking_uri: str | None,
 ) -> None:
-    """Run the whole line on a small corpus, from recordings to sound."""
+    """Run the whole pipeline on a small corpus, from recordings to sound."""
     from pipelines.evaluation.results import Evaluation
     from stages.variants import resolve
 
@@ -365,7 +374,7 @@ def main(
     if (found := Evaluation.read(work)) is not None:
         click.echo(found.table())
     click.secho(f"done in {_minutes((time.monotonic() - began) / 60)}", bold=True)
-    click.echo(f"  hear and see it   {place}/report.html")
+    click.echo(f"  listen and look   {place}/report.html")
     click.echo(f"  every step        mlflow ui --backend-store-uri {tracking_uri or f'sqlite:///{place}/mlflow.db'}")
     click.echo(f'  make a sound      loa generate "a dog barks" --bundle {place}/bundle -o dog.wav')
     click.echo(f"  serve it          loa serve --bundle {place}/bundle")

@@ -89,7 +89,7 @@ def _variant_of(cards: Mapping[str, Mapping[str, Any]]) -> Variant:
         if (name := str(card.get("variant")).removesuffix(TINY)) in VARIANTS:
             full, tiny = resolve(name), resolve(name, tiny=True)
             return tiny if card["config"]["audiomae"] == to_dict(tiny.audiomae) else full
-    raise UserError("no stage says which variant it belongs to (all are imported weights); name it with --variant")
+    raise UserError("the variant is unknown, since all stages are imported weights; name it with --variant")
 
 
 def _same_audio(cards: Mapping[str, Mapping[str, Any]], variant: Variant) -> None:
@@ -97,7 +97,7 @@ def _same_audio(cards: Mapping[str, Mapping[str, Any]], variant: Variant) -> Non
     for stage, card in cards.items():
         if told := differences(card.get("config", {}).get("audio", expected), expected):
             raise UserError(
-                f"the stage {stage} was trained for other sound than {variant.name} ({told}); "
+                f"the stage {stage} was trained with other audio settings than {variant.name} ({told}); "
                 f"train it again or replace it with --with {stage}=FOLDER"
             )
 
@@ -105,21 +105,23 @@ def _same_audio(cards: Mapping[str, Mapping[str, Any]], variant: Variant) -> Non
 @click.command()
 @work_option
 @click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Where the bundle goes.  [default: bundle in --work]"
+    "--out", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Where to write the bundle.  [default: bundle in --work]"
 )
 @with_option
-@click.option("--variant", metavar="NAME", help="Which system this is; needed only when all weights are imported.")
-@click.option("--tiny", is_flag=True, help="With --variant: its small twin.")
-@click.option("--no-joint", is_flag=True, help="Take translator and diffusion as they were before joint finetuning.")
-@click.option("--critics", is_flag=True, help="Add the discriminators of VAE and vocoder, for further training.")
-@click.option("--force", is_flag=True, help="Replace another bundle.")
+@click.option(
+    "--variant", metavar="NAME", help="Which system this is; needed only when all weights are imported.  [default: as the stages say]"
+)
+@click.option("--tiny", is_flag=True, help="With --variant: its tiny configuration.")
+@click.option("--no-joint", is_flag=True, help="Use translator and diffusion from before joint finetuning.")
+@click.option("--critics", is_flag=True, help="Include the discriminators of VAE and vocoder, for further training.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @tracking_option
 @friendly
 def main(
     work: Path, out: Path | None, released: dict[str, str], variant: str | None, tiny: bool, no_joint: bool, critics: bool, force: bool,
     tracking_uri: str | None,
 ) -> None:  # fmt: skip
-    """Gather the trained stages into a bundle that diffusers loads, too."""
+    """Assemble the trained stages into a bundle that diffusers can load, too."""
     from stages.bundle import read_info
     from stages.variants import resolve
 

@@ -93,7 +93,7 @@ def import_weights(
             add_audiomae(draft, path, sizes.audiomae)
         return final
     raise UserError(
-        f"{path} is no checkpoint loa knows: expected the authors' AudioLDM 2 (model.diffusion_model.…), LAION's CLAP (audio_branch.…) "
+        f"{path} is no known checkpoint: expected the authors' AudioLDM 2 (model.diffusion_model.…), LAION's CLAP (audio_branch.…) "
         f"or AudioMAE (cls_token, blocks.…), got {', '.join(list(state)[:3])} …"
     )
 
@@ -108,7 +108,7 @@ def _place(name: str, place: str) -> Path:
 
 def _free(out: Path, force: bool) -> Path:
     if out.exists() and not force and any(out.iterdir() if out.is_dir() else [out]):
-        raise UserError(f"{out} exists already; replace it with --force or choose another place with --out")
+        raise UserError(f"{out} exists already; replace it with --force or choose another folder with --out")
     return out
 
 
@@ -127,16 +127,21 @@ def _verify(distance: Mapping[str, float]) -> None:
 @click.command("import")
 @click.argument("source", metavar="SOURCE")
 @work_option
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where the result goes.  [default: in --work]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where to write the result.  [default: bundle, or imported/STAGE, in --work]",
+)
 @click.option("--variant", metavar="NAME", help="Which system this is.  [default: the one its T-UNet looks like]")
-@click.option("--tiny", is_flag=True, help="With a checkpoint file: the sizes of the variant's small twin.")
+@click.option("--tiny", is_flag=True, help="With a checkpoint file: use the sizes of the variant's tiny configuration.")
 @set_option
 @click.option(
     "--weights",
     type=click.Choice(WEIGHTS),
     default="raw",
     show_default=True,
-    help="The T-UNet of the authors' checkpoint: as trained, or its running average.",
+    help="Which T-UNet of the authors' checkpoint: the trained weights, or their exponential moving average.",
 )
 @click.option(
     "--with",
@@ -144,16 +149,16 @@ def _verify(distance: Mapping[str, float]) -> None:
     multiple=True,
     callback=pairs,
     metavar="PART=FOLDER",
-    help=f"What a checkpoint file lacks: {', '.join(PARTS)}. A folder or a hub id; may be repeated.",
+    help=f"Parts that a checkpoint file lacks: {', '.join(PARTS)}. A folder or a hub id; may be repeated.  [default: none]",
 )
 @click.option("--verify", is_flag=True, help="Compare a LAION CLAP with the package laion-clap (extra: clap).")
-@click.option("--force", is_flag=True, help="Replace what is there.")
+@click.option("--force", is_flag=True, help="Replace an existing result.")
 @friendly
 def main(
     source: str, work: Path, out: Path | None, variant: str | None, tiny: bool, settings: dict[str, str], weights: str,
     given: dict[str, str], verify: bool, force: bool,
 ) -> None:  # fmt: skip
-    """Public weights in: SOURCE becomes a bundle, or weights for a stage.
+    """Import public weights: SOURCE becomes a bundle, or weights for a stage.
 
     \b
     SOURCE is one of
@@ -162,7 +167,7 @@ def main(
       LAION's CLAP, such as music_speech_audioset_….pt            -> weights for --with clap=
       AudioMAE's pretrained.pth                                   -> weights for --with audiomae=
 
-    Files are read without running anything they hold.
+    Files are read without executing any code in them.
     """
     folder = import_weights(
         source, work, out=out, variant=variant, tiny=tiny, settings=settings, weights=weights, given=given, verify=verify, force=force

@@ -128,7 +128,7 @@ def cut(recording: Recording, file_seconds: float, audio: AudioConfig, max_windo
         if length is not None and length - seconds > SPEECH_TOLERANCE:
             return rejected(f"outside the recording: ends at {start + length:g} s of {file_seconds:g} s")
         if seconds > audio.clip_seconds:
-            return rejected(f"speech longer than a clip: {seconds:.2f} s, a clip has {audio.clip_seconds:g} s")
+            return rejected(f"speech longer than a clip: {seconds:.2f} s, a clip lasts {audio.clip_seconds:g} s")
         return [Clip(clip_id, recording, start, seconds)]
     windows = int(seconds // audio.clip_seconds)
     if windows == 0 or seconds - windows * audio.clip_seconds >= audio.clip_seconds / 2:
@@ -202,7 +202,7 @@ def ingest(
     found = list(dict.fromkeys(source for folder in folders for source in corpora.discover(folder)))
     if not found:
         layouts = "; ".join(corpora.LAYOUTS.values())
-        raise UserError(f"{_names(folders)} holds no recordings; looked there and one folder below for {layouts}")
+        raise UserError(f"{_names(folders)} contains no recordings; searched it and the folders directly below for {layouts}")
     listed = [(source, _limited(corpora.read(*source, keep_blacklisted=keep_blacklisted), limit)) for source in found]
     made_from = {
         "data": [str(folder) for folder in folders],
@@ -333,32 +333,47 @@ def _names(folders: Sequence[Path]) -> str:
 
 @click.command()
 @click.argument("folders", nargs=-1, type=click.Path(path_type=Path), metavar="[DIR]...")
-@click.option("--data", multiple=True, type=click.Path(path_type=Path), metavar="DIR", help="The same, as an option; may be repeated.")
+@click.option(
+    "--data",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder of recordings, like DIR. May be repeated.  [default: none]",
+)
 @work_option
 @variant_option
 @tiny_option
 @click.option("--clip-seconds", type=click.FloatRange(min=0.64), metavar="S", help="Length of a clip.  [default: the variant's]")
 @click.option(
-    "--max-windows", type=click.IntRange(min=1), default=MAX_WINDOWS, show_default=True, metavar="N", help="Most clips of one recording."
+    "--max-windows",
+    type=click.IntRange(min=1),
+    default=MAX_WINDOWS,
+    show_default=True,
+    metavar="N",
+    help="Maximum number of clips cut from one recording.",
 )
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Take only N recordings of each corpus, to try things out.")
-@click.option("--keep-blacklisted", is_flag=True, help="Use what WavCaps' blacklists name (it occurs in other corpora's test sets).")
-@click.option("--seed", default=0, show_default=True, help="Of the shuffle that deals clips to shards.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), metavar="N", help="Use only N recordings of each corpus, for a first try.  [default: all]"
+)
+@click.option(
+    "--keep-blacklisted", is_flag=True, help="Keep the recordings on WavCaps' blacklists, which occur in test sets of other corpora."
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of the shuffle that assigns clips to shards.")
 @click.option(
     "--shard-size", type=click.IntRange(min=1), default=DEFAULT_SHARD_SIZE, show_default=True, metavar="N", help="Clips per shard."
 )
 @click.option(
-    "--workers", type=click.IntRange(min=0), metavar="N", help="CPUs that read headers; 0 reads in this process.  [default: what is free]"
+    "--workers", type=click.IntRange(min=0), metavar="N", help="CPUs that read headers; 0 reads in this process.  [default: all free ones]"
 )
 @friendly
 def main(
     folders: tuple[Path, ...], data: tuple[Path, ...], work: Path, variant: str, tiny: bool, clip_seconds: float | None,
     max_windows: int, limit: int | None, keep_blacklisted: bool, seed: int, shard_size: int, workers: int | None,
 ) -> None:  # fmt: skip
-    """Make the clip table of --work from the corpora or recordings in DIR.
+    """Make the clip table in --work from the corpora or recordings in DIR.
 
-    DIR holds any mix of corpora in their published layouts (AudioSet, AudioCaps, WavCaps, Million Song Dataset,
-    LJSpeech, GigaSpeech), at it or one folder below, or simply recordings, with or without captions.
+    DIR contains any mix of corpora in their published layouts (AudioSet, AudioCaps, WavCaps, Million Song Dataset,
+    LJSpeech, GigaSpeech), in it or one folder below, or simply recordings, with or without captions.
     """
     if not folders + data:
         raise UserError("name the folder that holds the recordings: `loa ingest DIR`")

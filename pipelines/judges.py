@@ -14,9 +14,9 @@ from options import friendly, shown
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @friendly
 def main(folder: Path) -> None:
-    """Write FOLDER/judges.json for the judges' public weights in FOLDER, and load each once to see that it fits.
+    """Write FOLDER/judges.json, the manifest of the judges' public weights in FOLDER, and load each once as a check.
 
-    Nothing is downloaded: for weights that are not there it says where they come from.
+    Nothing is downloaded; for missing weights the source is printed.
     """
     from stages.judges.catalogue import JUDGES, load_judge
     from stages.judges.weights import PUBLISHED, describe_folder

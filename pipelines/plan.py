@@ -1,4 +1,4 @@
-"""JOB: what each variant is, and what training it would take: sizes, memory, storage, hours."""
+"""JOB: what each variant is, and what training it takes: sizes, memory, storage, hours."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def build_pass(name: str, variant: Variant, released: Mapping[str, Path] | None 
     if not released or kind.encoder not in released:
         raise UserError(
             f"the {name} pass needs the weights of {kind.encoder}; train them with `loa train {kind.encoder}`, "
-            f"or name some with `--with {kind.encoder}=FOLDER_OR_HUB_ID`"
+            f"or give them with `--with {kind.encoder}=FOLDER_OR_HUB_ID`"
         )
     folder = released[kind.encoder].absolute()  # workers run in folders of their own
     if kind is LoaPass:
@@ -121,7 +121,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str | No
     try:
         return tuple(int(part) for part in value.split(","))
     except ValueError:
-        raise click.BadParameter(f"{value!r} is no list of numbers such as 1,8") from None
+        raise click.BadParameter(f"{value!r} is not a list of numbers such as 1,8") from None
 
 
 def _pass_command(name: str) -> click.Command:
@@ -157,16 +157,22 @@ def _pass_command(name: str) -> click.Command:
     if name == "loa":
         options.append(
             click.option(
-                "--pooling", "poolings", callback=_numbers, metavar="λ,…", help="Poolings to store.  [default: what the variant reads]"
+                "--pooling",
+                "poolings",
+                callback=_numbers,
+                metavar="λ,…",
+                help="Poolings λ to store.  [default: those that the variant reads]",
             )
         )
     if PASSES[name].encoder:
         options.append(with_option)
     options += [
-        click.option("--store", "store_url", metavar="DIR", help="The feature store, a folder or URL.  [default: store in --work]"),
-        click.option("--workers", type=click.IntRange(1), help="Shards made at once.  [default: what the cluster has room for]"),
-        click.option("--limit-shards", type=click.IntRange(1), help="Stop after this many shards, for a first look."),
-        click.option("--verify", is_flag=True, help="Read the existing shards first; corrupt ones are made again."),
+        click.option("--store", "store_url", metavar="DIR", help="Feature store, a folder or URL.  [default: store in --work]"),
+        click.option(
+            "--workers", type=click.IntRange(1), help="Shards computed in parallel.  [default: as many as the cluster has room for]"
+        ),
+        click.option("--limit-shards", type=click.IntRange(1), help="Stop after this many shards, for a first try.  [default: all]"),
+        click.option("--verify", is_flag=True, help="Verify the checksums of existing shards first; corrupt ones are recomputed."),
     ]
     for option in reversed(options):
         command = option(command)
@@ -175,7 +181,7 @@ def _pass_command(name: str) -> click.Command:
 
 @click.group()
 def main() -> None:
-    """Turn recordings into features: mel first; loa, latent, text and speech once their encoders are trained."""
+    """Compute features of the clips: mel first; loa, latent, text and speech once their encoders are trained."""
 
 
 for _name in PASSES:

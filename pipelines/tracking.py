@@ -60,7 +60,7 @@ def tracking_uri(work: Path | str, given: str | None = None) -> str:
     if uri:
         return uri
     if "://" in str(work):
-        raise UserError(f"{work} is no local folder, so it cannot hold MLflow's database; name a server with --tracking-uri")
+        raise UserError(f"{work} is not a local folder, so it cannot contain MLflow's database; name a server with --tracking-uri")
     return f"sqlite:///{Path(work).absolute() / 'mlflow.db'}"
 
 

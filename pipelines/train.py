@@ -125,11 +125,11 @@ def nothing_to_train_on(cls: type[Stage], variant: Variant, store: FeatureStore,
     table = table[(table["split"] == "train") & (table["corpus"].isin(list(corpora)) if corpora else True)]
     there = {name: sum(len(value) > 0 for value in table[name]) for name in ("captions", "labels", "transcript")}
     if cls.learns_from(table.to_dict("records")):
-        what = f"none of those in {store.root} is in the series {', '.join(cls.reads(variant))}: look what `loa preprocess` rejected"
+        what = f"none of those in {store.root} is in the series {', '.join(cls.reads(variant))}: see what `loa preprocess` rejected"
     else:
         what = (
             f"of the {len(table)} training clips in {store.root} {there['captions']} have captions, {there['labels']} labels and "
-            f"{there['transcript']} transcripts; name them in the recordings' table and ingest that into another folder"
+            f"{there['transcript']} transcripts; add them to the recordings' table and ingest it into another folder"
         )
     return f"{cls.name} needs {cls.asks(variant)}: {what}" + (f", {cls.otherwise}" if cls.otherwise else "")
 
@@ -274,7 +274,7 @@ def _discard(run: Path, output: Path) -> None:
 
 
 def _input_hashes(stage: str, folders: Mapping[str, Path]) -> dict[str, str]:
-    """Which weights were at hand when this stage was trained: provenance for its card."""
+    """Which weights were available when this stage was trained: provenance for its card."""
     before = list(STAGES)[: list(STAGES).index(stage)]
     hashes = {}
     for name in before:
@@ -293,12 +293,30 @@ def _input_hashes(stage: str, folders: Mapping[str, Path]) -> dict[str, str]:
 @tracking_option
 @click.option("--store", metavar="DIR", help="Feature store to read.  [default: store in --work]")
 @click.option("--workers", type=click.IntRange(min=0), help="Ray Train workers; 0 trains in this process.  [default: one per GPU, else 1]")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--precision", type=click.Choice(["auto", "bf16", "fp32"]), default="auto", show_default=True)
-@click.option("--loader-workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes per worker that read clips.")
-@click.option("--max-failures", type=click.IntRange(min=0), default=3, show_default=True, help="Restarts after a worker dies.")
-@click.option("--fresh", is_flag=True, help="Throw an earlier run of this stage away and start over.")
-@click.option("--dry-run", is_flag=True, help="Print the resolved configuration, sizes and estimates, and stop.")
+@click.option("--seed", default=0, show_default=True, help="Seed of weights, data order and dropout.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "bf16", "fp32"]),
+    default="auto",
+    show_default=True,
+    help="auto: bf16 where the device is fast at it.",
+)
+@click.option(
+    "--loader-workers",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Processes per worker that load clips; 0 loads in the worker.",
+)
+@click.option(
+    "--max-failures",
+    type=click.IntRange(min=0),
+    default=3,
+    show_default=True,
+    help="How often a training is restarted after a worker died.",
+)
+@click.option("--fresh", is_flag=True, help="Delete an earlier run of this stage and start over.")
+@click.option("--dry-run", is_flag=True, help="Print the resolved configuration, sizes and estimates, without training.")
 @friendly
 def main(
     stage: str, work: Path, variant: str, tiny: bool, settings: dict[str, str], released: dict[str, str], tracking_uri: str | None,
@@ -306,7 +324,7 @@ def main(
 ) -> None:  # fmt: skip
     """Train STAGE: clap, audiomae, vae, vocoder, translator, diffusion, joint or classifier.
 
-    A killed or finished run is found again by the same command.
+    The same command continues an interrupted run, and does nothing when the run is finished.
     """
     require_stage(stage)
     from stages.base import read_card
@@ -328,7 +346,9 @@ def main(
         )  # fmt: skip
     if before:
         steps, place = read_card(folder, stage)["steps"], shown(folder)
-        click.echo(f"{stage}: finished already, {steps} steps, in {place}; more recipes.{stage}.steps go on, --fresh starts over")
+        click.echo(
+            f"{stage}: finished already, {steps} steps, in {place}; raise recipes.{stage}.steps to continue, or start over with --fresh"
+        )
     else:
         click.echo(f"{stage}: released to {shown(folder)}")
     click.echo(next_step(f"train {stage}", speech=resolved.phonemes is not None))

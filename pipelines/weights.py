@@ -23,7 +23,7 @@ FILE_ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")  # a mistyped pa
 
 
 def released_folders(work: Path, given: Mapping[str, str]) -> dict[str, Path]:
-    """Folder of every stage whose weights are at hand: `given` ones first, then those released in `work`.
+    """Folder of every stage whose weights are available: `given` ones first, then those released in `work`.
 
     Raises UserError for an unknown stage, a folder that is not one, or a hub id that cannot be had.
     """
@@ -51,8 +51,8 @@ def require_used(given: Mapping[str, str], used: Collection[str], who: str) -> N
         require_stage(stage)  # a misspelt name gets the nearest one
         if stage not in used:
             reads = f"it reads those of {', '.join(used)}" if used else "it reads no other stage's"
-            why = "its weights are what is made here" if stage == who else f"{who} does not read the weights of {stage}; {reads}"
-            raise UserError(f"--with {stage}={place}: {why}; --with names weights that stay as they are, so leave it out")
+            why = "its weights are what this command trains" if stage == who else f"{who} does not read the weights of {stage}; {reads}"
+            raise UserError(f"--with {stage}={place}: {why}; --with names weights that are used as they are, so leave it out")
 
 
 def _lacking(stage: str, folder: Path) -> list[str]:
@@ -81,5 +81,5 @@ def from_hub(name: str, patterns: list[str], said: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*.bin", "*.pt", "*.ckpt", "*.pkl"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"{said}: no such folder, and the hub did not give it ({type(error).__name__}); download it and name the folder"
+            f"{said}: no such folder, and downloading it from the hub failed ({type(error).__name__}); download it and name the folder"
         ) from error

@@ -129,7 +129,7 @@ def read_card(folder: Path, stage: str) -> dict[str, Any]:
     """
     path = Path(folder) / "stage.json"
     if not path.is_file():
-        raise UserError(f"{folder} holds no released stage (no stage.json); run `loa train {stage}` or name another folder")
+        raise UserError(f"{folder} contains no released stage (no stage.json); run `loa train {stage}` or name another folder")
     card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if card.get("format") != STAGE_FORMAT:
         raise UserError(f"{path} has format {card.get('format')}, this version of loa reads {STAGE_FORMAT}")

@@ -133,7 +133,7 @@ def assemble(stages: Mapping[str, Path], out: Path, meta: Mapping[str, Any], for
         where["text_encoder_2"] = where["tokenizer_2"] = where["language_model"]
     _require_files(where)
     if out.exists() and not (out / "model_index.json").is_file():
-        raise UserError(f"{out} exists and is no bundle; choose another place with --out")
+        raise UserError(f"{out} exists and is not a bundle; choose another folder with --out")
 
     with whole_folder(out) as draft:
         for name, folder in where.items():
@@ -161,7 +161,7 @@ def assemble(stages: Mapping[str, Path], out: Path, meta: Mapping[str, Any], for
         }
         write_json(draft / "loa.json", card)
         if out.exists() and not force and not _same_content(draft, out):
-            raise UserError(f"{out} holds another bundle ({_title(out)}); replace it with --force or choose another place with --out")
+            raise UserError(f"{out} holds another bundle ({_title(out)}); replace it with --force or choose another folder with --out")
     return out
 
 
@@ -175,7 +175,7 @@ def _require_stages(folders: Mapping[str, Path | None]) -> None:
 def _require_files(where: Mapping[str, Path]) -> None:
     missing = [str(folder / name / file) for name, folder in where.items() for file in _missing(folder / name, FILES[name])]
     if missing:
-        raise UserError(f"the stages are not whole; missing: {', '.join(missing)}")
+        raise UserError(f"the stages are incomplete; missing: {', '.join(missing)}")
 
 
 def _require_fit(bundle: Path) -> None:
@@ -297,7 +297,7 @@ def read_info(bundle: Path) -> BundleInfo:
     if not bundle.is_dir():
         raise UserError(f"there is no bundle at {bundle}; make one with `loa export` or name another folder with --bundle")
     if not (bundle / "model_index.json").is_file():
-        raise UserError(f"{bundle} is no bundle: it has no model_index.json; `loa export` makes one")
+        raise UserError(f"{bundle} is not a bundle: it has no model_index.json; `loa export` makes one")
     index = read_json(bundle / "model_index.json")
     if index.get("_class_name") != PIPELINE:
         raise UserError(f"{bundle} holds a {index.get('_class_name')}, expected an {PIPELINE}")
@@ -306,7 +306,7 @@ def read_info(bundle: Path) -> BundleInfo:
         raise UserError(f"{bundle} has bundle format {card.get('format')}, this version of loa reads {BUNDLE_FORMAT}; export it again")
     missing = [f"{name}/{file}" for name, files in FILES.items() for file in _missing(bundle / name, files)]
     if missing:
-        raise UserError(f"{bundle} is not a whole bundle: it lacks {', '.join(missing)}; export it again with `loa export`")
+        raise UserError(f"{bundle} is an incomplete bundle: it lacks {', '.join(missing)}; export it again with `loa export`")
     speech = model_type(bundle / "text_encoder_2") == "vits"
     if card is None:
         return BundleInfo(bundle.resolve().name, audio_of(bundle), _loa_tokens(bundle, speech), "diffusers", speech)
@@ -363,7 +363,7 @@ def load(bundle: Path, device: str | torch.device = "cpu", dtype: torch.dtype = 
             raise UserError(f"the weights of {bundle / name} are damaged or cannot be read; export the bundle again") from error
         if told["missing_keys"]:
             some = ", ".join(sorted(told["missing_keys"])[:3])
-            raise UserError(f"the weights of {bundle / name} are not whole: {len(told['missing_keys'])} are missing ({some}, …)")
+            raise UserError(f"the weights of {bundle / name} are incomplete: {len(told['missing_keys'])} are missing ({some}, …)")
         return model.to(device).eval().requires_grad_(False)
 
     with quiet():

@@ -144,5 +144,5 @@ def _retype(old: Any, value: Any, path: str) -> Any:
     else:
         fits = isinstance(value, type(old))
     if not fits:
-        raise UserError(f"setting {path!r} takes a value like {old!r} ({type(old).__name__}), got {value!r}")
+        raise UserError(f"setting {path!r} expects a value like {old!r} ({type(old).__name__}), got {value!r}")
     return value

@@ -41,7 +41,7 @@ class Recipes:
 
 @dataclass(frozen=True)
 class Variant:
-    """A whole system: what it hears, its networks, how they are trained, and on which corpora."""
+    """A whole system: its audio settings, its networks, how they are trained, and on which corpora."""
 
     name: str
     summary: str

@@ -443,7 +443,7 @@ def test_public_folders_keep_their_sound(tmp_path, speech):
     assert json.loads((public / "language_model" / "config.json").read_text())["architectures"] == ["GPT2Model"]
     bundle = import_weights(str(public), tmp_path / "work")
     info = read_info(bundle)
-    assert (info.variant, info.tiny, info.unconditional) == ("audioldm2-ljs" if speech else "audioldm2-full", True, "diffusers")
+    assert (info.variant, info.tiny, info.unconditional) == ("audioldm2-ljs-tiny" if speech else "audioldm2-full-tiny", True, "diffusers")
     if speech:
         pytest.importorskip("espeakng_loader")
     said = {"transcriptions": "Hello there."} if speech else {"negative_prompts": "noise"}

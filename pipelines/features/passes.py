@@ -489,13 +489,13 @@ def _on_ray_data(store: FeatureStore, work: Pass, units: Sequence[Unit], pool: c
         yield from dataset.iter_rows()
     except ExecutionTimeoutError as error:
         raise UserError(
-            f"the {work.name} pass stands still: {pool.size} workers of {pool.num_cpus:g} CPUs and {pool.num_gpus:g} GPUs got no turn, or "
+            f"the {work.name} pass is stalled: {pool.size} workers of {pool.num_cpus:g} CPUs and {pool.num_gpus:g} GPUs never started, or "
             "a shard takes longer than RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S; free the cluster, or give --workers or a longer time"
         ) from error
     except RayError as error:
         raise UserError(
-            f"a worker of the {work.name} pass died {ATTEMPTS} times ({type(error).__name__}), most often for want of memory; "
-            f"what was finished is kept: try again with --workers {max(1, pool.size // 2)} or a larger machine"
+            f"a worker of the {work.name} pass died {ATTEMPTS} times ({type(error).__name__}), most often for lack of memory; "
+            f"finished shards are kept: try again with --workers {max(1, pool.size // 2)} or a larger machine"
         ) from error
 
 

@@ -78,7 +78,7 @@ class FeatureStore:
         try:
             card = json.loads(fs.cat_file(posixpath.join(path, "store.json")))
         except FileNotFoundError:
-            raise UserError(f"{root} holds no feature store (no store.json); make one with `loa ingest`") from None
+            raise UserError(f"{root} contains no feature store (no store.json); make one with `loa ingest`") from None
         except ValueError as error:
             raise UserError(f"{root}/store.json is damaged ({error}); make the store again with `loa ingest`") from None
         if card.get("format") != STORE_FORMAT:
@@ -120,7 +120,9 @@ class FeatureStore:
             there = cls.open(root)
             changes = differences({**there._card, "series": {}}, card)
             if changes:
-                raise UserError(f"{root} is already a feature store of other clips or settings ({changes}); name another or delete it")
+                raise UserError(
+                    f"{root} is already a feature store of other clips or settings ({changes}); choose another folder or delete it"
+                )
             store = there
         fs.makedirs(path, exist_ok=True)
         for name, content in (("rejected.parquet", _conform(rejected, REJECTED_SCHEMA)), ("clips.parquet", table)):
@@ -215,8 +217,8 @@ class FeatureStore:
             changes = differences(_identity(known), _identity(recipe)) if known is not None else ""
             if changes and any(name.endswith(".json") for name in self._listing(series)):
                 raise UserError(
-                    f"the series {series!r} of {self.root} was made otherwise ({changes}); "
-                    f"use another store, or delete {self.path(series)} to make the series anew"
+                    f"the series {series!r} of {self.root} was made with other settings ({changes}); "
+                    f"use another store, or delete {self.path(series)} to recompute the series"
                 )
             if known is None or changes:
                 card["series"][series] = recipe
@@ -410,7 +412,7 @@ def _deal(clips: pa.Table, seed: int, shard_size: int) -> pa.Table:
     if not ids:
         raise UserError("there are no clips to store: every recording was rejected, or none was found")
     if shard_size < 1:
-        raise UserError(f"shard_size is {shard_size}; a shard holds at least one clip")
+        raise UserError(f"shard_size is {shard_size}; expected at least 1")
     if len(set(ids)) != len(ids):
         raise ValueError("clip ids are not unique")
     for clip_id in ids:

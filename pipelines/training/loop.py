@@ -51,7 +51,7 @@ class TrainJob:
     variant: Variant
     store: str
     run: str  # folder of this run: checkpoints, prepared/, progress.json
-    released: Mapping[str, str]  # folder of every stage whose weights are at hand
+    released: Mapping[str, str]  # folder of every stage whose weights are available
     output: str  # where the released weights go
     tracker: Any = None  # Tracker.handle() of the run this job logs to
     seed: int = 0
@@ -427,7 +427,7 @@ class _Run:
 
 
 def follow(job: TrainJob) -> Iterator[dict[str, Any]]:
-    """Progress of a job as its first worker last told it; ends when the caller stops asking."""
+    """Progress of a job as its first worker last reported it; ends when the caller stops asking."""
     path = Path(job.run) / "progress.json"
     while True:
         try:

@@ -144,6 +144,6 @@ def _looks_like(folder: Path, named: Path) -> str:
     like = variants_like(found)
     if not like:
         raise UserError(
-            f"the T-UNet of {named} looks like no variant of loa: {found[0]} transformers of {found[1]} block(s) per attention place"
+            f"the T-UNet of {named} matches no variant of loa: {found[0]} transformers of {found[1]} block(s) per attention place"
         )
     return like[0]

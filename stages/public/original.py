@@ -167,8 +167,8 @@ def require_variant(found: tuple[int, int] | None, variant: Variant, source: Pat
     like = variants_like(found)
     seen = f"{found[0]} transformers of {found[1]} block(s) per attention place"
     if not like:
-        raise UserError(f"{source} is not {variant.name}, nor any variant of loa: its T-UNet has {seen}")
-    raise UserError(f"{source} looks like {' or '.join(like)} ({seen}), not like {variant.name}; import it with --variant {like[0]}")
+        raise UserError(f"{source} is neither {variant.name} nor another variant of loa: its T-UNet has {seen}")
+    raise UserError(f"{source} matches {' or '.join(like)} ({seen}), not {variant.name}; import it with --variant {like[0]}")
 
 
 # ----------------------------------------------------------------------------------------------------- reading it
@@ -195,7 +195,7 @@ def write_stages(
     if f"{CONDITIONER}start_of_sequence_tokens.weight" not in state:
         raise UserError(
             f"{source} has no GPT-2 conditioner ({CONDITIONER}start_of_sequence_tokens): it looks like AudioLDM 1, audioldm_48k or "
-            "audioldm_16k_crossattn_t5, which loa does not build"
+            "audioldm_16k_crossattn_t5, which loa does not support"
         )
     averaged = weights == "ema"
     if averaged and not any(name.startswith("model_ema.diffusion") for name in state):
@@ -229,7 +229,9 @@ def write_stages(
 def scale_factor(state: Mapping[str, Tensor], source: Path) -> float:
     """What latents are multiplied by (references.md#latent-scale): stored in every file, never to be guessed."""
     if "scale_factor" not in state or state["scale_factor"].numel() != 1:
-        raise UserError(f"{source} holds no scale_factor; without it the latents have the wrong size, take the file from its first source")
+        raise UserError(
+            f"{source} holds no scale_factor; without it the latents have the wrong scale; get the file from its original source"
+        )
     return float(state["scale_factor"])
 
 

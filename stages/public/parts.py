@@ -38,7 +38,7 @@ def require_parts(given: Mapping[str, Path], needed: Iterable[str], source: Path
 def component(name: str, place: Path) -> Path:
     """The folder of component `name`: `place` itself, or the one of that name in a pipeline's folder."""
     if not place.exists():
-        raise UserError(f"--with {name}={place}: there is nothing at that place; expected {PARTS[name]} or an AudioLDM 2 folder")
+        raise UserError(f"--with {name}={place}: that path does not exist; expected {PARTS[name]} or an AudioLDM 2 folder")
     return place / name if (place / name).is_dir() else place
 
 
