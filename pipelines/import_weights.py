@@ -155,9 +155,17 @@ def _verify(distance: Mapping[str, float]) -> None:
 @click.option("--force", is_flag=True, help="Replace an existing result.")
 @friendly
 def main(
-    source: str, work: Path, out: Path | None, variant: str | None, tiny: bool, settings: dict[str, str], weights: str,
-    given: dict[str, str], verify: bool, force: bool,
-) -> None:  # fmt: skip
+    source: str,
+    work: Path,
+    out: Path | None,
+    variant: str | None,
+    tiny: bool,
+    settings: dict[str, str],
+    weights: str,
+    given: dict[str, str],
+    verify: bool,
+    force: bool,
+) -> None:
     """Import public weights: SOURCE becomes a bundle, or weights for a stage.
 
     \b

@@ -135,9 +135,15 @@ def spectrograms(mels: Mapping[str, NDArray[np.floating]], seconds: float, centr
         marks = [hz for hz in (100, 500, 1000, 2000, 4000, 8000, 16_000) if centres_hz[0] <= hz <= centres_hz[-1]]
         for axis, (name, mel) in zip(axes, mels.items(), strict=True):
             picture = axis.imshow(
-                np.asarray(mel).T, origin="lower", aspect="auto", cmap="magma", vmin=MEL_LOW, vmax=MEL_HIGH,
-                interpolation="nearest", extent=(0.0, seconds, -0.5, np.shape(mel)[1] - 0.5),
-            )  # fmt: skip
+                np.asarray(mel).T,
+                origin="lower",
+                aspect="auto",
+                cmap="magma",
+                vmin=MEL_LOW,
+                vmax=MEL_HIGH,
+                interpolation="nearest",
+                extent=(0.0, seconds, -0.5, np.shape(mel)[1] - 0.5),
+            )
             axis.set_title(name)
             axis.set_yticks(np.interp(marks, centres_hz, np.arange(len(centres_hz))), [_hertz(hz) for hz in marks])
             axis.set_ylabel("Hz")
@@ -302,9 +308,14 @@ def class_bars(names: Sequence[str], systems: Mapping[str, Sequence[float]], cha
             axis.set_title(title, pad=22)
         marks = [handle for handle in axis.get_legend_handles_labels()[0] if handle is not measured]
         axis.legend(
-            handles=[measured, *marks], loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=6, handlelength=1.2, columnspacing=1.4,
+            handles=[measured, *marks],
+            loc="lower left",
+            bbox_to_anchor=(0.0, 1.0),
+            ncols=6,
+            handlelength=1.2,
+            columnspacing=1.4,
             borderaxespad=0.3,
-        )  # fmt: skip
+        )
         return figure
 
     return Picture(draw)

@@ -85,11 +85,19 @@ def train_stage(
     if not cls.learns_from(dataset.rows):
         raise UserError(nothing_to_train_on(cls, variant, opened, corpora))
     job = TrainJob(
-        stage=stage, variant=variant, store=opened.root, run=str(run), released={k: str(v) for k, v in folders.items()}, output=str(output),
-        tracker=tracker.handle() if tracker else None, seed=seed, precision=precision, loader_workers=loader_workers,
+        stage=stage,
+        variant=variant,
+        store=opened.root,
+        run=str(run),
+        released={k: str(v) for k, v in folders.items()},
+        output=str(output),
+        tracker=tracker.handle() if tracker else None,
+        seed=seed,
+        precision=precision,
+        loader_workers=loader_workers,
         corpora=corpora,
         card={"store": opened.root, "store_recipes": made_by, "clips_in_split": len(dataset), "inputs": _input_hashes(cls.name, folders)},
-    )  # fmt: skip
+    )
     for earlier in cls.builds_on(variant):
         job.folder(earlier)  # refuses now, not on a worker
     if not (run / "prepared").is_dir():
@@ -319,9 +327,22 @@ def _input_hashes(stage: str, folders: Mapping[str, Path]) -> dict[str, str]:
 @click.option("--dry-run", is_flag=True, help="Print the resolved configuration, sizes and estimates, without training.")
 @friendly
 def main(
-    stage: str, work: Path, variant: str, tiny: bool, settings: dict[str, str], released: dict[str, str], tracking_uri: str | None,
-    store: str | None, workers: int | None, seed: int, precision: str, loader_workers: int, max_failures: int, fresh: bool, dry_run: bool,
-) -> None:  # fmt: skip
+    stage: str,
+    work: Path,
+    variant: str,
+    tiny: bool,
+    settings: dict[str, str],
+    released: dict[str, str],
+    tracking_uri: str | None,
+    store: str | None,
+    workers: int | None,
+    seed: int,
+    precision: str,
+    loader_workers: int,
+    max_failures: int,
+    fresh: bool,
+    dry_run: bool,
+) -> None:
     """Train STAGE: clap, audiomae, vae, vocoder, translator, diffusion, joint or classifier.
 
     The same command continues an interrupted run, and does nothing when the run is finished.
@@ -341,9 +362,19 @@ def main(
     with Tracker.open(tracking_uri, work=work, job=f"train-{stage}", variant=resolved.name, tags=tags, fresh=fresh) as tracker:
         tracker.params({"seed": seed, **flat(to_dict(resolved))})
         folder = train_stage(
-            stage, resolved, work, store=store, given=released, workers=workers, tracker=tracker, seed=seed, precision=precision,
-            loader_workers=loader_workers, max_failures=max_failures, fresh=fresh,
-        )  # fmt: skip
+            stage,
+            resolved,
+            work,
+            store=store,
+            given=released,
+            workers=workers,
+            tracker=tracker,
+            seed=seed,
+            precision=precision,
+            loader_workers=loader_workers,
+            max_failures=max_failures,
+            fresh=fresh,
+        )
     if before:
         steps, place = read_card(folder, stage)["steps"], shown(folder)
         click.echo(

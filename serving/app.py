@@ -92,9 +92,14 @@ def run(bundle: Path, host: str, port: int, num_replicas: int, max_batch: int, m
         if gpus and num_replicas > gpus:
             raise UserError(f"{num_replicas} replicas were asked for and there are {gpus} GPUs; choose at most {gpus}")
         args = ServeArgs(
-            bundle=str(bundle), num_replicas=num_replicas, max_batch=max_batch, max_queue=max_queue, max_seconds=max_seconds,
-            num_gpus=1 if gpus else 0, threads=None if gpus else max(1, (cpus - 1) // num_replicas),
-        )  # fmt: skip
+            bundle=str(bundle),
+            num_replicas=num_replicas,
+            max_batch=max_batch,
+            max_queue=max_queue,
+            max_seconds=max_seconds,
+            num_gpus=1 if gpus else 0,
+            threads=None if gpus else max(1, (cpus - 1) // num_replicas),
+        )
         quiet = {"log_level": "ERROR", "enable_access_log": False}
         serve.start(http_options={"host": host, "port": port, "request_timeout_s": ANSWER_WITHIN}, logging_config=quiet)
         click.echo(f"Loading {info.variant} from {os.path.relpath(bundle)} …")

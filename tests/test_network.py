@@ -85,10 +85,15 @@ def outside() -> Iterator[Place]:
     name, here, there = f"loa-{os.getpid()}", f"loa{os.getpid()}a", f"loa{os.getpid()}b"
     net = f"198.18.{os.getpid() % 256}."  # kept for tests of networks (RFC 2544)
     steps = (
-        f"netns add {name}", f"link add {here} type veth peer name {there} netns {name}", f"addr add {net}1/30 dev {here}",
-        f"link set {here} up", f"-n {name} addr add {net}2/30 dev {there}", f"-n {name} link set {there} up",
-        f"-n {name} link set lo up", f"-n {name} route add default via {net}1",
-    )  # fmt: skip
+        f"netns add {name}",
+        f"link add {here} type veth peer name {there} netns {name}",
+        f"addr add {net}1/30 dev {here}",
+        f"link set {here} up",
+        f"-n {name} addr add {net}2/30 dev {there}",
+        f"-n {name} link set {there} up",
+        f"-n {name} link set lo up",
+        f"-n {name} route add default via {net}1",
+    )
     known = tuple(filter(None, [own_address()]))
     try:
         for step in steps:

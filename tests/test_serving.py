@@ -164,8 +164,15 @@ def test_speech_models_want_words(tmp_path, generator):
 
 
 def job(**changes):
-    values = {"negative_prompt": None, "transcription": None, "seconds": 0.64, "sampling": Sampling(num_inference_steps=2),
-              "seed": 0, "format": "wav", "prompt": "rain"}  # fmt: skip
+    values = {
+        "negative_prompt": None,
+        "transcription": None,
+        "seconds": 0.64,
+        "sampling": Sampling(num_inference_steps=2),
+        "seed": 0,
+        "format": "wav",
+        "prompt": "rain",
+    }
     return Job(**(values | changes))
 
 
@@ -322,8 +329,11 @@ def test_loa_serve_starts_and_ends(bundle, tmp_path):
     root = str(Path(app.__file__).resolve().parent.parent)
     server = subprocess.Popen(
         [sys.executable, "-m", "serving.app", "--bundle", str(bundle), "--port", str(port)],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": root},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     watchdog = threading.Timer(240, server.kill)
     watchdog.start()
     try:

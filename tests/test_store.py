@@ -30,11 +30,19 @@ RECIPE = {"format": 1, "weights": {"vae": "abc"}, "pooling": 8, "provenance": {"
 def clip_table(count: int) -> pa.Table:
     rows = [
         {
-            "clip_id": f"corpus-{i:03d}", "corpus": "corpus", "path": f"/sounds/{i}.wav", "start": 0.5 * i, "seconds": 0.5,
-            "captions": [f"sound {i}", "noise"], "transcript": "", "labels": [], "split": "train", "licence": "CC0",
+            "clip_id": f"corpus-{i:03d}",
+            "corpus": "corpus",
+            "path": f"/sounds/{i}.wav",
+            "start": 0.5 * i,
+            "seconds": 0.5,
+            "captions": [f"sound {i}", "noise"],
+            "transcript": "",
+            "labels": [],
+            "split": "train",
+            "licence": "CC0",
         }
         for i in range(count)
-    ]  # fmt: skip
+    ]
     return pa.Table.from_pylist(rows, schema=CLIP_SCHEMA)
 
 
@@ -278,5 +286,10 @@ def test_opening_what_is_no_store(tmp_path):
 def test_every_series_knows_its_command():
     series = ("mel", "waveform", "loa-1", "latent", "text", "speech")
     assert [completing_command(name).removeprefix("loa preprocess ") for name in series] == [
-        "mel", "mel", "loa --pooling 1", "latent", "text", "speech",
-    ]  # fmt: skip
+        "mel",
+        "mel",
+        "loa --pooling 1",
+        "latent",
+        "text",
+        "speech",
+    ]

@@ -62,12 +62,22 @@ def write_wavcaps(root: Path, made: Made, seed: int, seconds: float) -> None:
     """With the optional key "split", which the reader understands: the layout itself has none."""
     data = [
         {
-            "id": clip.name, "file_name": f"{clip.name}.wav", "href": "", "duration": seconds, "author": "loa", "tags": [clip.label],
-            "description": "", "category": [], "audio": "wav_path", "download_link": "",
-            "caption": _captions(clip, traits, seed)[0], "split": clip.split, "licence": "CC0",
+            "id": clip.name,
+            "file_name": f"{clip.name}.wav",
+            "href": "",
+            "duration": seconds,
+            "author": "loa",
+            "tags": [clip.label],
+            "description": "",
+            "category": [],
+            "audio": "wav_path",
+            "download_link": "",
+            "caption": _captions(clip, traits, seed)[0],
+            "split": clip.split,
+            "licence": "CC0",
         }
         for clip, traits in made
-    ]  # fmt: skip
+    ]
     folder = root / "json_files" / "FreeSound"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "fsd_final.json", {"num_captions_per_audio": 1, "data": data})
@@ -108,11 +118,15 @@ def write_msd(root: Path, made: Made, seed: int, seconds: float) -> None:
     tracks = {f"TR{clip.name.upper()}": (clip, traits) for clip, traits in made}
     annotation = {
         track: {
-            "tag": _tags(clip, traits), "release": "Demo", "artist_name": "loa", "year": 2025,
-            "title": f"{clip.label} {clip.number + 1}", "track_id": track,
+            "tag": _tags(clip, traits),
+            "release": "Demo",
+            "artist_name": "loa",
+            "year": 2025,
+            "title": f"{clip.label} {clip.number + 1}",
+            "track_id": track,
         }
         for track, (clip, traits) in tracks.items()
-    }  # fmt: skip
+    }
     lists = {"train_track": "train", "valid_track": "validation", "test_track": "test"}
     (root / "ecals_annotation").mkdir(parents=True, exist_ok=True)
     (root / "lastfm_annotation").mkdir(parents=True, exist_ok=True)
@@ -172,15 +186,32 @@ def _write_gigaspeech(root: Path, rng: np.random.Generator, count: int, seconds:
             begin = position + len(pause) / rate
             position = begin + len(waveform) / rate
             pieces += [pause, waveform]
-            segments.append({
-                "sid": f"{aid}_S{number:07d}", "speaker": "N/A", "begin_time": round(begin, 3), "end_time": round(position, 3),
-                "text_tn": f"{text[:-1].upper()} <PERIOD>" if text else "<SIL>", "subsets": ["{XL}"],
-            })  # fmt: skip
+            segments.append(
+                {
+                    "sid": f"{aid}_S{number:07d}",
+                    "speaker": "N/A",
+                    "begin_time": round(begin, 3),
+                    "end_time": round(position, 3),
+                    "text_tn": f"{text[:-1].upper()} <PERIOD>" if text else "<SIL>",
+                    "subsets": ["{XL}"],
+                }
+            )
         path = folder / f"{aid}.flac"
         soundfile.write(root / path, np.concatenate(pieces), rate)
-        audios.append({
-            "title": f"Voice {speaker + 1}", "url": "", "path": path.as_posix(), "aid": aid, "source": "Podcast", "codec": "flac",
-            "channels": 1, "sample_rate": rate, "duration": round(position, 3), "subsets": ["{XL}"], "segments": segments,
-        })  # fmt: skip
+        audios.append(
+            {
+                "title": f"Voice {speaker + 1}",
+                "url": "",
+                "path": path.as_posix(),
+                "aid": aid,
+                "source": "Podcast",
+                "codec": "flac",
+                "channels": 1,
+                "sample_rate": rate,
+                "duration": round(position, 3),
+                "subsets": ["{XL}"],
+                "segments": segments,
+            }
+        )
     write_json(root / "GigaSpeech.json", {"dataset": "GigaSpeech", "language": "EN", "version": "v1.0.0", "audios": audios})
     return len(audios)
