@@ -34,6 +34,8 @@ MAX_WINDOWS = 4
 FEWEST_SAMPLES = 100  # a shorter recording is none; the reference refuses it too
 SPEECH_TOLERANCE = 0.25  # seconds that may be missing at the end of a transcribed segment
 
+Headers = Mapping[str, tuple[float, str]]  # path → (seconds, why it cannot be read, or "")
+
 
 # ------------------------------------------------------------------------------------------------------- the report
 
@@ -199,11 +201,11 @@ def ingest(
     from pipelines.features.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore
 
     folders = [Path(os.path.abspath(folder)) for folder in data_dirs]
-    found = list(dict.fromkeys(source for folder in folders for source in corpora.discover(folder)))
-    if not found:
+    roots = list(dict.fromkeys(source for folder in folders for source in corpora.discover(folder)))
+    if not roots:
         layouts = "; ".join(corpora.LAYOUTS.values())
         raise UserError(f"{_names(folders)} contains no recordings; searched it and the folders directly below for {layouts}")
-    listed = [(source, _limited(corpora.read(*source, keep_blacklisted=keep_blacklisted), limit)) for source in found]
+    listed = [(source, _limited(corpora.read(*source, keep_blacklisted=keep_blacklisted), limit)) for source in roots]
     made_from = {
         "data": [str(folder) for folder in folders],
         "audio": audio.to_dict(),
@@ -221,23 +223,13 @@ def ingest(
     clean = iter(without_leaks([r for _, records in listed for r in records if isinstance(r, Recording)]))
     sources = [(source, [next(clean) if isinstance(r, Recording) else r for r in records]) for source, records in listed]
     paths = sorted({r.path for _, records in sources for r in records if isinstance(r, Recording)})
-    say(f"{', '.join(corpus for corpus, _ in found)}: reading the headers of {len(paths):,} recordings")
-    headers = probe_headers(paths, workers)
-
-    clips: list[Clip] = []
-    rejected: list[Rejected] = []
-    counts: list[CorpusCounts] = []
-    taken: set[str] = set()
-    for (corpus, root), records in sources:
-        kept, lost = _clips_of(records, headers, audio, max_windows, taken)
-        counts.append(_count(corpus, root, kept, lost))
-        clips += kept
-        rejected += lost
+    say(f"{', '.join(corpus for (corpus, _), _ in listed)}: reading the headers of {len(paths):,} recordings")
+    clips, rejected, counts = _clips_of_all(sources, probe_headers(paths, workers), audio, max_windows)
     if not clips:
         tally = Counter(r.kind for r in rejected).most_common(4)
         reasons = ", ".join(f"{n:,} {kind}" for kind, n in tally)
         raise UserError(
-            f"nothing in {_names(folders)} can be used. Found: {'; '.join(corpora.LAYOUTS[corpus] for corpus, _ in found)}. "
+            f"nothing in {_names(folders)} can be used. Found: {'; '.join(corpora.LAYOUTS[corpus] for (corpus, _), _ in listed)}. "
             f"Rejected: {reasons}; the first is {rejected[0].path} ({rejected[0].reason})"
         )
     clip_table = pa.Table.from_pylist([clip.row() for clip in clips], schema=CLIP_SCHEMA)
@@ -259,8 +251,27 @@ def _limited(records: Iterable[Record], limit: int | None) -> list[Record]:
     return [r for r in listed if isinstance(r, Rejected) or r.recording_id in chosen]
 
 
+def _clips_of_all(
+    sources: Iterable[tuple[tuple[str, Path], Sequence[Record]]],
+    headers: Headers,
+    audio: AudioConfig,
+    max_windows: int,
+) -> tuple[list[Clip], list[Rejected], list[CorpusCounts]]:
+    """The clips of all corpora, what is rejected, and how many of each there are."""
+    clips: list[Clip] = []
+    rejected: list[Rejected] = []
+    counts: list[CorpusCounts] = []
+    taken: set[str] = set()
+    for (corpus, root), records in sources:
+        kept, lost = _clips_of(records, headers, audio, max_windows, taken)
+        counts.append(_count(corpus, root, kept, lost))
+        clips += kept
+        rejected += lost
+    return clips, rejected, counts
+
+
 def _clips_of(
-    records: Iterable[Record], headers: Mapping[str, tuple[float, str]], audio: AudioConfig, max_windows: int, taken: set[str]
+    records: Iterable[Record], headers: Headers, audio: AudioConfig, max_windows: int, taken: set[str]
 ) -> tuple[list[Clip], list[Rejected]]:
     """The clips of a corpus and what is rejected; `taken` are the clip ids in use so far, and grows."""
     clips: list[Clip] = []

@@ -91,7 +91,7 @@ def test_second_call_does_nothing_again(finished: Path) -> None:
 
 @pytest.mark.slow
 def test_mlflow_holds_every_job_under_the_demo(finished: Path) -> None:
-    from pipelines.tracking import read_runs
+    from pipelines.page.runs import read_runs
 
     runs = {run.job: run for run in read_runs(finished)}
     assert {"demo", "mel", "train-vae", "train-joint", "evaluate"} <= runs.keys()

@@ -17,7 +17,8 @@ import torch
 from click.testing import CliRunner
 
 from pipelines import cluster
-from pipelines.features.passes import MelPass, ShardWorker, execute
+from pipelines.features.passes import MelPass
+from pipelines.features.run import ShardWorker, execute
 from pipelines.features.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore, StoreWarning
 from pipelines.preprocess import build_pass, main, run_pass
 from stages.audio import fbank, load_audio, log_mel, normalise, pad_or_cut
@@ -205,7 +206,8 @@ def test_a_fault_of_ours_is_raised_not_rejected(ray_cluster, tones, by_value):
 DRIVER = """
 import sys
 from pipelines import cluster
-from pipelines.features.passes import MelPass, execute
+from pipelines.features.passes import MelPass
+from pipelines.features.run import execute
 from pipelines.features.store import FeatureStore
 store = FeatureStore.open(sys.argv[1])
 cluster.connect(num_cpus=2)

@@ -127,6 +127,37 @@ def test_ray_workers_start_light() -> None:
     assert done.returncode == 0 and done.stdout.strip() == "set()", done.stdout + done.stderr
 
 
+# -------------------------------------------------------------------------------------------------------------- sizes
+
+LONGEST_FILE, LONGEST_FUNCTION = 450, 70  # lines
+LONGER: dict[str, str] = {}  # path, or path::function → why it may be longer
+
+
+def too_long() -> Iterator[str]:
+    for package in ("pipelines", "stages"):
+        for path in sorted((REPO / package).rglob("*.py")):
+            name, text = path.relative_to(REPO).as_posix(), path.read_text(encoding="utf-8")
+            if len(text.splitlines()) > LONGEST_FILE:
+                yield name
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno:
+                    if node.end_lineno - node.lineno + 1 > LONGEST_FUNCTION:
+                        yield f"{name}::{node.name}"
+
+
+def test_files_and_functions_stay_short() -> None:
+    assert sorted(too_long()) == sorted(LONGER)
+
+
+SKIP = "fmt: " + "skip"
+
+
+def test_the_formatter_decides() -> None:
+    """Where its form is ugly, the signature is too long."""
+    skipped = [path.relative_to(REPO).as_posix() for path in tracked() for _ in range(text_of(path).count(SKIP))]
+    assert len(skipped) < 10, skipped
+
+
 # --------------------------------------------------------------------------------------------------------- the README
 
 

@@ -20,8 +20,8 @@ from pipelines.page.markup import duration
 from pipelines.page.picture import write_picture
 from pipelines.page.project import Project
 from pipelines.page.render import render
+from pipelines.page.runs import Run
 from pipelines.report import main, write_report
-from pipelines.tracking import Run
 from stages.audio import write_wav
 from stages.errors import UserError
 from stages.files import write_json

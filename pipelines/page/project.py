@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from pipelines.evaluation.results import Evaluation
 from pipelines.features.store import FeatureStore
-from pipelines.tracking import Run, read_runs, tracking_uri
+from pipelines.page.runs import Run, read_runs
+from pipelines.tracking import tracking_uri
 from stages import STAGES
 from stages.audio import AudioConfig, Waveform, load_audio, log_mel
 from stages.errors import UserError

@@ -21,7 +21,7 @@ from pipelines.evaluation.results import SYSTEMS, WITH_SOUND, Evaluation, classe
 from pipelines.features.store import FeatureStore
 from pipelines.page.markup import absent, data_uri, definitions, duration, escape, memory, pretty
 from pipelines.page.project import Project
-from pipelines.tracking import Run
+from pipelines.page.runs import Run
 from stages.audio import Waveform, encode_flac
 from stages.files import code_version
 
