@@ -201,10 +201,12 @@ def free_port() -> int:
 
 @pytest.fixture
 def head() -> Iterator[str]:
-    """The dashboard's address of a cluster of its own, as `ray start --head` begins it; `ray` is on the PATH of its jobs."""
+    """The dashboard's address of a cluster of its own, as `ray start --head` begins it; `ray` is on the PATH of its jobs.
+
+    It listens on 127.0.0.1 alone and wants the token of these tests: both are in the environment (conftest.py).
+    """
     ports = [free_port() for _ in range(3)]
     env = os.environ | {
-        "RAY_AUTH_MODE": "disabled",
         "RAY_worker_niceness": "0",  # workers run at 15 otherwise: beside other tests they would hardly run at all
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }

@@ -30,7 +30,8 @@ AGENT = 52365  # where Ray's dashboard agent takes jobs
 TASK = """
 import os, sys, ray
 ray.init(address=sys.argv[1], log_to_driver=False)
-ray.get(ray.remote(os.mkdir).remote(sys.argv[2]))
+marker = sys.argv[2]
+ray.get(ray.remote(lambda: os.mkdir(marker)).remote())
 """
 
 

@@ -219,7 +219,7 @@ execute(MelPass(store.audio), store, workers=1, progress=False)
 def test_a_killed_driver_resumes_to_the_same_bytes(ray_cluster, tmp_path, rounds):
     rows = [clip(tone(tmp_path / "sounds", i, seconds=2.5)) for i in range(80)]
     killed, calm = make_store(tmp_path / "killed", rows, 2), make_store(tmp_path / "calm", rows, 2)
-    environment = os.environ | {"PYTHONPATH": str(REPO), "RAY_AUTH_MODE": "disabled"}
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
     for _ in range(rounds(1, 20)):
         done = len(list(Path(killed.root).glob("waveform/*.json")))
         if done > killed.num_shards - 10:  # the last run shall find something to do

@@ -125,6 +125,7 @@ class OneProcess:
         """End the process group this object began."""
         if self._store is not None:
             dist.destroy_process_group()
+            Path(self._store).unlink(missing_ok=True)
             sys.excepthook = self._excepthook
 
 
