@@ -99,7 +99,7 @@ def test_completion_script(shell: str) -> None:
 
 @pytest.mark.parametrize(
     ("words", "incomplete", "expected"),
-    [([], "ex", ["export"]), ([], "c", ["completion"]), (["variants"], "--ti", ["--tiny"]), (["train"], "vo", ["vocoder"])],
+    [([], "ex", ["export"]), ([], "compl", ["completion"]), (["variants"], "--ti", ["--tiny"]), (["train"], "vo", ["vocoder"])],
 )
 def test_completion(words: list[str], incomplete: str, expected: list[str]) -> None:
     completer = ShellComplete(loa.main, {}, "loa", "_LOA_COMPLETE")
