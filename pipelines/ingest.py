@@ -102,9 +102,17 @@ class Clip:
         """The row, in the columns of CLIP_SCHEMA."""
         r = self.recording
         return {
-            "clip_id": self.clip_id, "corpus": r.corpus, "path": r.path, "start": self.start, "seconds": self.seconds,
-            "captions": list(r.captions), "transcript": r.transcript, "labels": list(r.labels), "split": r.split, "licence": r.licence,
-        }  # fmt: skip
+            "clip_id": self.clip_id,
+            "corpus": r.corpus,
+            "path": r.path,
+            "start": self.start,
+            "seconds": self.seconds,
+            "captions": list(r.captions),
+            "transcript": r.transcript,
+            "labels": list(r.labels),
+            "split": r.split,
+            "licence": r.licence,
+        }
 
 
 def cut(recording: Recording, file_seconds: float, audio: AudioConfig, max_windows: int = MAX_WINDOWS) -> list[Clip] | Rejected:
@@ -201,11 +209,7 @@ def ingest(
     from pipelines.features.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore
 
     folders = [Path(os.path.abspath(folder)) for folder in data_dirs]
-    roots = list(dict.fromkeys(source for folder in folders for source in corpora.discover(folder)))
-    if not roots:
-        layouts = "; ".join(corpora.LAYOUTS.values())
-        raise UserError(f"{_names(folders)} contains no recordings; searched it and the folders directly below for {layouts}")
-    listed = [(source, _limited(corpora.read(*source, keep_blacklisted=keep_blacklisted), limit)) for source in roots]
+    listed = _listed(folders, keep_blacklisted, limit)
     made_from = {
         "data": [str(folder) for folder in folders],
         "audio": audio.to_dict(),
@@ -226,12 +230,7 @@ def ingest(
     say(f"{', '.join(corpus for (corpus, _), _ in listed)}: reading the headers of {len(paths):,} recordings")
     clips, rejected, counts = _clips_of_all(sources, probe_headers(paths, workers), audio, max_windows)
     if not clips:
-        tally = Counter(r.kind for r in rejected).most_common(4)
-        reasons = ", ".join(f"{n:,} {kind}" for kind, n in tally)
-        raise UserError(
-            f"nothing in {_names(folders)} can be used. Found: {'; '.join(corpora.LAYOUTS[corpus] for (corpus, _), _ in listed)}. "
-            f"Rejected: {reasons}; the first is {rejected[0].path} ({rejected[0].reason})"
-        )
+        raise UserError(_nothing_usable(folders, [corpus for (corpus, _), _ in listed], rejected))
     clip_table = pa.Table.from_pylist([clip.row() for clip in clips], schema=CLIP_SCHEMA)
     rejected_table = pa.Table.from_pylist([asdict(r) for r in rejected], schema=REJECTED_SCHEMA)
     store = FeatureStore.create(store_root, audio, clip_table, rejected_table, seed, shard_size)
@@ -240,6 +239,23 @@ def ingest(
     content = {"made_from": made_from, "corpora": [asdict(c) for c in counts], "splits": report.splits}
     store.write(json.dumps(content, indent=1, ensure_ascii=False).encode(), REPORT)
     return report
+
+
+def _listed(folders: Sequence[Path], keep_blacklisted: bool, limit: int | None) -> list[tuple[tuple[str, Path], list[Record]]]:
+    """What the readers find: (corpus, root) with its records. Raises UserError when there is no corpus and no recording."""
+    roots = list(dict.fromkeys(source for folder in folders for source in corpora.discover(folder)))
+    if not roots:
+        layouts = "; ".join(corpora.LAYOUTS.values())
+        raise UserError(f"{_names(folders)} contains no recordings; searched it and the folders directly below for {layouts}")
+    return [(source, _limited(corpora.read(*source, keep_blacklisted=keep_blacklisted), limit)) for source in roots]
+
+
+def _nothing_usable(folders: Sequence[Path], names: Sequence[str], rejected: Sequence[Rejected]) -> str:
+    reasons = ", ".join(f"{n:,} {kind}" for kind, n in Counter(r.kind for r in rejected).most_common(4))
+    return (
+        f"nothing in {_names(folders)} can be used. Found: {'; '.join(corpora.LAYOUTS[name] for name in names)}. "
+        f"Rejected: {reasons}; the first is {rejected[0].path} ({rejected[0].reason})"
+    )
 
 
 def _limited(records: Iterable[Record], limit: int | None) -> list[Record]:
@@ -378,9 +394,19 @@ def _names(folders: Sequence[Path]) -> str:
 )
 @friendly
 def main(
-    folders: tuple[Path, ...], data: tuple[Path, ...], work: Path, variant: str, tiny: bool, clip_seconds: float | None,
-    max_windows: int, limit: int | None, keep_blacklisted: bool, seed: int, shard_size: int, workers: int | None,
-) -> None:  # fmt: skip
+    folders: tuple[Path, ...],
+    data: tuple[Path, ...],
+    work: Path,
+    variant: str,
+    tiny: bool,
+    clip_seconds: float | None,
+    max_windows: int,
+    limit: int | None,
+    keep_blacklisted: bool,
+    seed: int,
+    shard_size: int,
+    workers: int | None,
+) -> None:
     """Make the clip table in --work from the corpora or recordings in DIR.
 
     DIR contains any mix of corpora in their published layouts (AudioSet, AudioCaps, WavCaps, Million Song Dataset,
@@ -394,9 +420,17 @@ def main(
     if clip_seconds is not None:
         audio = replace(audio, clip_seconds=clip_seconds)
     report = ingest(
-        folders + data, work / "store", audio, max_windows=max_windows, limit=limit, keep_blacklisted=keep_blacklisted,
-        seed=seed, shard_size=shard_size, workers=workers, say=click.echo,
-    )  # fmt: skip
+        folders + data,
+        work / "store",
+        audio,
+        max_windows=max_windows,
+        limit=limit,
+        keep_blacklisted=keep_blacklisted,
+        seed=seed,
+        shard_size=shard_size,
+        workers=workers,
+        say=click.echo,
+    )
     click.echo(report.table())
     click.echo(f"\n{report.summary()}\n{report.store}\n{next_step('ingest')}")
 

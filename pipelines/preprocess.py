@@ -130,9 +130,17 @@ def _pass_command(name: str) -> click.Command:
 
     @friendly
     def command(
-        work: Path, variant: str, tiny: bool, settings: dict[str, str], store_url: str | None, workers: int | None,
-        limit_shards: int | None, verify: bool, released: dict[str, str] | None = None, poolings: tuple[int, ...] | None = None,
-    ) -> None:  # fmt: skip
+        work: Path,
+        variant: str,
+        tiny: bool,
+        settings: dict[str, str],
+        store_url: str | None,
+        workers: int | None,
+        limit_shards: int | None,
+        verify: bool,
+        released: dict[str, str] | None = None,
+        poolings: tuple[int, ...] | None = None,
+    ) -> None:
         from pipelines.features.run import execute
         from pipelines.features.store import FeatureStore
         from stages.variants import resolve

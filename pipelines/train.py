@@ -78,10 +78,7 @@ def train_stage(
     series = cls.reads(variant)
     corpora = () if cls.any_corpus else _corpora_of(variant, opened)
     dataset = ClipDataset(opened, cls, series, "train", corpora)
-    recipes = opened.recipes()
-    made_by = {name: recipes[name] for name in series}
-    if tracker is not None:
-        tracker.tags({"loa.store": opened.root} | {f"loa.store.{name}": json.dumps(recipe) for name, recipe in made_by.items()})
+    card = _provenance(cls.name, opened, series, folders, tracker) | {"clips_in_split": len(dataset)}
     if not cls.learns_from(dataset.rows):
         raise UserError(nothing_to_train_on(cls, variant, opened, corpora))
     job = TrainJob(
@@ -96,7 +93,7 @@ def train_stage(
         precision=precision,
         loader_workers=loader_workers,
         corpora=corpora,
-        card={"store": opened.root, "store_recipes": made_by, "clips_in_split": len(dataset), "inputs": _input_hashes(cls.name, folders)},
+        card=card,
     )
     for earlier in cls.builds_on(variant):
         job.folder(earlier)  # refuses now, not on a worker
@@ -110,6 +107,16 @@ def train_stage(
             _fit_on_ray(job, workers, max_failures)
     read_card(output, stage)
     return output
+
+
+def _provenance(
+    stage: str, store: FeatureStore, series: Sequence[str], folders: Mapping[str, Path], tracker: Tracker | None
+) -> dict[str, Any]:
+    """What a stage is made from, for its card and for MLflow: the store, the recipes of its series, the weights of earlier stages."""
+    recipes = {name: recipe for name, recipe in store.recipes().items() if name in series}
+    if tracker is not None:
+        tracker.tags({"loa.store": store.root} | {f"loa.store.{name}": json.dumps(recipe) for name, recipe in recipes.items()})
+    return {"store": store.root, "store_recipes": recipes, "inputs": _input_hashes(stage, folders)}
 
 
 def _corpora_of(variant: Variant, store: FeatureStore) -> tuple[str, ...]:

@@ -216,10 +216,18 @@ def head() -> Iterator[str]:
             patch.setenv(name, value)
         patch.delenv("RAY_ADDRESS", raising=False)
         command = [
-            *RAY, "start", "--head", "--block", "--num-cpus=4", "--object-store-memory=200000000", "--disable-usage-stats",
-            f"--port={ports[0]}", "--dashboard-host=127.0.0.1", f"--dashboard-port={ports[1]}",
+            *RAY,
+            "start",
+            "--head",
+            "--block",
+            "--num-cpus=4",
+            "--object-store-memory=200000000",
+            "--disable-usage-stats",
+            f"--port={ports[0]}",
+            "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={ports[1]}",
             f"--dashboard-agent-listen-port={ports[2]}",  # the default one belongs to the cluster that other tests share
-        ]  # fmt: skip
+        ]
         process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             yield f"http://127.0.0.1:{ports[1]}"

@@ -34,9 +34,17 @@ RATE = VARIANT.audio.sample_rate
 def clip(path: Path | str, **values: object) -> dict[str, object]:
     name = Path(path).stem.replace(".", "-")
     row = {
-        "clip_id": f"test-{name}", "corpus": "test", "path": str(path), "start": 0.0, "seconds": VARIANT.audio.clip_seconds,
-        "captions": [f"the sound of {name}"], "transcript": "", "labels": [], "split": "train", "licence": "CC0",
-    }  # fmt: skip
+        "clip_id": f"test-{name}",
+        "corpus": "test",
+        "path": str(path),
+        "start": 0.0,
+        "seconds": VARIANT.audio.clip_seconds,
+        "captions": [f"the sound of {name}"],
+        "transcript": "",
+        "labels": [],
+        "split": "train",
+        "licence": "CC0",
+    }
     return row | values
 
 
@@ -305,8 +313,10 @@ def test_text_and_speech(encoders, tmp_path):
     assert store.ledger("speech")[0].rejected == ()
     network, reader = TextEncoders.load(encoders["clap"]), store.reader(["text"])
     for clip_id, texts in {
-        "test-tone000": ["rain", "the sound of a tone and a dog"], "test-tone001": ["Dog, Rain."], "test-tone002": ["rain"],
-    }.items():  # fmt: skip
+        "test-tone000": ["rain", "the sound of a tone and a dog"],
+        "test-tone001": ["Dog, Rain."],
+        "test-tone002": ["rain"],
+    }.items():
         read = reader.read(clip_id)
         assert read["clap_text"].shape == (len(texts), VARIANT.clap.projection_dim)
         assert read["t5"].shape == (len(texts), read["t5_length"].max(), VARIANT.t5.width) and read["t5_length"].dtype == np.int16

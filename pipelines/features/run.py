@@ -108,9 +108,12 @@ class ShardWorker:
             return make_shard(self.store, self.work, unit, self.work.encode)
         except Exception as error:
             return {
-                "shard": unit.shard, "kept": 0, "reasons": "[]",
-                "sentence": plain_sentence(error) or "", "failure": traceback.format_exc(),
-            }  # fmt: skip
+                "shard": unit.shard,
+                "kept": 0,
+                "reasons": "[]",
+                "sentence": plain_sentence(error) or "",
+                "failure": traceback.format_exc(),
+            }
 
 
 # ------------------------------------------------------------------------------------------------------ the whole pass
