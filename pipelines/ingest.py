@@ -13,21 +13,21 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
-import pyarrow as pa
 
-from options import friendly, tiny_option, variant_option, work_option
+from options import friendly, next_step, tiny_option, variant_option, work_option
 from pipelines import corpora
-from pipelines.corpora.headers import probe_headers
 from pipelines.corpora.records import Record, Recording, Rejected
-from pipelines.features.store import CLIP_SCHEMA, DEFAULT_SHARD_SIZE, REJECTED_SCHEMA, FeatureStore
+from pipelines.features import DEFAULT_SHARD_SIZE
 from pipelines.tables import aligned
-from stages.audio import AudioConfig
+from stages.config import differences
 from stages.errors import UserError
-from stages.variants import resolve
+
+if TYPE_CHECKING:
+    from stages.audio import AudioConfig
 
 REPORT = "ingest.json"  # in the store: what it was made from, and the report
 MAX_WINDOWS = 4
@@ -138,7 +138,7 @@ def cut(recording: Recording, file_seconds: float, audio: AudioConfig, max_windo
         if length is not None and length - seconds > SPEECH_TOLERANCE:
             return rejected(f"outside the recording: ends at {start + length:g} s of {file_seconds:g} s")
         if seconds > audio.clip_seconds:
-            return rejected(f"speech longer than a clip: {seconds:.2f} s, a clip has {audio.clip_seconds:g} s")
+            return rejected(f"speech longer than a clip: {seconds:.2f} s, a clip lasts {audio.clip_seconds:g} s")
         return [Clip(clip_id, recording, start, seconds)]
     windows = int(seconds // audio.clip_seconds)
     if windows == 0 or seconds - windows * audio.clip_seconds >= audio.clip_seconds / 2:
@@ -203,12 +203,13 @@ def ingest(
     Raises:
         UserError: nothing usable was found, or the store was made from something else.
     """
+    import pyarrow as pa
+
+    from pipelines.corpora.headers import probe_headers
+    from pipelines.features.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore
+
     folders = [Path(os.path.abspath(folder)) for folder in data_dirs]
-    roots = list(dict.fromkeys(source for folder in folders for source in corpora.discover(folder)))
-    if not roots:
-        layouts = "; ".join(corpora.LAYOUTS.values())
-        raise UserError(f"{_names(folders)} holds no recordings; looked there and one folder below for {layouts}")
-    listed = [(source, _limited(corpora.read(*source, keep_blacklisted=keep_blacklisted), limit)) for source in roots]
+    listed = _listed(folders, keep_blacklisted, limit)
     made_from = {
         "data": [str(folder) for folder in folders],
         "audio": audio.to_dict(),
@@ -229,12 +230,7 @@ def ingest(
     say(f"{', '.join(corpus for (corpus, _), _ in listed)}: reading the headers of {len(paths):,} recordings")
     clips, rejected, counts = _clips_of_all(sources, probe_headers(paths, workers), audio, max_windows)
     if not clips:
-        tally = Counter(r.kind for r in rejected).most_common(4)
-        reasons = ", ".join(f"{n:,} {kind}" for kind, n in tally)
-        raise UserError(
-            f"nothing in {_names(folders)} can be used. Found: {'; '.join(corpora.LAYOUTS[corpus] for (corpus, _), _ in listed)}. "
-            f"Rejected: {reasons}; the first is {rejected[0].path} ({rejected[0].reason})"
-        )
+        raise UserError(_nothing_usable(folders, [corpus for (corpus, _), _ in listed], rejected))
     clip_table = pa.Table.from_pylist([clip.row() for clip in clips], schema=CLIP_SCHEMA)
     rejected_table = pa.Table.from_pylist([asdict(r) for r in rejected], schema=REJECTED_SCHEMA)
     store = FeatureStore.create(store_root, audio, clip_table, rejected_table, seed, shard_size)
@@ -243,6 +239,23 @@ def ingest(
     content = {"made_from": made_from, "corpora": [asdict(c) for c in counts], "splits": report.splits}
     store.write(json.dumps(content, indent=1, ensure_ascii=False).encode(), REPORT)
     return report
+
+
+def _listed(folders: Sequence[Path], keep_blacklisted: bool, limit: int | None) -> list[tuple[tuple[str, Path], list[Record]]]:
+    """What the readers find: (corpus, root) with its records. Raises UserError when there is no corpus and no recording."""
+    roots = list(dict.fromkeys(source for folder in folders for source in corpora.discover(folder)))
+    if not roots:
+        layouts = "; ".join(corpora.LAYOUTS.values())
+        raise UserError(f"{_names(folders)} contains no recordings; searched it and the folders directly below for {layouts}")
+    return [(source, _limited(corpora.read(*source, keep_blacklisted=keep_blacklisted), limit)) for source in roots]
+
+
+def _nothing_usable(folders: Sequence[Path], names: Sequence[str], rejected: Sequence[Rejected]) -> str:
+    reasons = ", ".join(f"{n:,} {kind}" for kind, n in Counter(r.kind for r in rejected).most_common(4))
+    return (
+        f"nothing in {_names(folders)} can be used. Found: {'; '.join(corpora.LAYOUTS[name] for name in names)}. "
+        f"Rejected: {reasons}; the first is {rejected[0].path} ({rejected[0].reason})"
+    )
 
 
 def _limited(records: Iterable[Record], limit: int | None) -> list[Record]:
@@ -320,6 +333,8 @@ def _earlier_report(store_root: str | Path, made_from: Mapping[str, Any]) -> Ing
 
     A store without a report was interrupted at the last moment; `FeatureStore.create` compares it.
     """
+    from pipelines.features.store import FeatureStore
+
     try:
         store = FeatureStore.open(store_root)
     except UserError as error:
@@ -330,28 +345,13 @@ def _earlier_report(store_root: str | Path, made_from: Mapping[str, Any]) -> Ing
         there = json.loads(store.fs.cat_file(store.path(REPORT)))
     except FileNotFoundError:
         return None
-    changes = _changes(there["made_from"], json.loads(json.dumps(made_from)))
+    changes = differences(there["made_from"], made_from)
     if changes:
         raise UserError(
-            f"{store_root} was made from something else ({'; '.join(changes)}). Choose another folder with --work, "
+            f"{store_root} was made from something else ({changes}). Choose another folder with --work, "
             f"or delete {store_root} to make it and all its features again"
         )
     return IngestReport(str(store_root), tuple(CorpusCounts(**c) for c in there["corpora"]), there["splits"], already=True)
-
-
-def _changes(there: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    changes: list[str] = []
-    for key in dict.fromkeys([*there, *now]):
-        old, new = there.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            changes += _changes(old, new, f"{prefix}{key}: ")
-        elif old != new:
-            changes.append(f"{prefix}{key}: {_show(old)} there, {_show(new)} now")
-    return changes
-
-
-def _show(value: Any) -> str:
-    return "none" if value is None else ", ".join(value) if isinstance(value, list) else str(value)
 
 
 def _names(folders: Sequence[Path]) -> str:
@@ -360,40 +360,79 @@ def _names(folders: Sequence[Path]) -> str:
 
 @click.command()
 @click.argument("folders", nargs=-1, type=click.Path(path_type=Path), metavar="[DIR]...")
-@click.option("--data", multiple=True, type=click.Path(path_type=Path), metavar="DIR", help="The same, as an option; may be repeated.")
+@click.option(
+    "--data",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder of recordings, like DIR. May be repeated.  [default: none]",
+)
 @work_option
 @variant_option
 @tiny_option
 @click.option("--clip-seconds", type=click.FloatRange(min=0.64), metavar="S", help="Length of a clip.  [default: the variant's]")
 @click.option(
-    "--max-windows", type=click.IntRange(min=1), default=MAX_WINDOWS, show_default=True, metavar="N", help="Most clips of one recording."
+    "--max-windows",
+    type=click.IntRange(min=1),
+    default=MAX_WINDOWS,
+    show_default=True,
+    metavar="N",
+    help="Maximum number of clips cut from one recording.",
 )
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Take only N recordings of each corpus, to try things out.")
-@click.option("--keep-blacklisted", is_flag=True, help="Use what WavCaps' blacklists name (it occurs in other corpora's test sets).")
-@click.option("--seed", default=0, show_default=True, help="Of the shuffle that deals clips to shards.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), metavar="N", help="Use only N recordings of each corpus, for a first try.  [default: all]"
+)
+@click.option(
+    "--keep-blacklisted", is_flag=True, help="Keep the recordings on WavCaps' blacklists, which occur in test sets of other corpora."
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of the shuffle that assigns clips to shards.")
 @click.option(
     "--shard-size", type=click.IntRange(min=1), default=DEFAULT_SHARD_SIZE, show_default=True, metavar="N", help="Clips per shard."
 )
 @click.option(
-    "--workers", type=click.IntRange(min=0), metavar="N", help="CPUs that read headers; 0 reads in this process.  [default: what is free]"
+    "--workers", type=click.IntRange(min=0), metavar="N", help="CPUs that read headers; 0 reads in this process.  [default: all free ones]"
 )
 @friendly
 def main(
-    folders: tuple[Path, ...], data: tuple[Path, ...], work: Path, variant: str, tiny: bool, clip_seconds: float | None, **options: Any
+    folders: tuple[Path, ...],
+    data: tuple[Path, ...],
+    work: Path,
+    variant: str,
+    tiny: bool,
+    clip_seconds: float | None,
+    max_windows: int,
+    limit: int | None,
+    keep_blacklisted: bool,
+    seed: int,
+    shard_size: int,
+    workers: int | None,
 ) -> None:
-    """Make the clip table of --work from the corpora or recordings in DIR.
+    """Make the clip table in --work from the corpora or recordings in DIR.
 
-    DIR holds any mix of corpora in their published layouts (AudioSet, AudioCaps, WavCaps, Million Song Dataset,
-    LJSpeech, GigaSpeech), at it or one folder below, or simply recordings, with or without captions.
+    DIR contains any mix of corpora in their published layouts (AudioSet, AudioCaps, WavCaps, Million Song Dataset,
+    LJSpeech, GigaSpeech), in it or one folder below, or simply recordings, with or without captions.
     """
     if not folders + data:
         raise UserError("name the folder that holds the recordings: `loa ingest DIR`")
+    from stages.variants import resolve
+
     audio = resolve(variant, tiny=tiny).audio
     if clip_seconds is not None:
         audio = replace(audio, clip_seconds=clip_seconds)
-    report = ingest(folders + data, work / "store", audio, **options, say=click.echo)
+    report = ingest(
+        folders + data,
+        work / "store",
+        audio,
+        max_windows=max_windows,
+        limit=limit,
+        keep_blacklisted=keep_blacklisted,
+        seed=seed,
+        shard_size=shard_size,
+        workers=workers,
+        say=click.echo,
+    )
     click.echo(report.table())
-    click.echo(f"\n{report.summary()}\n{report.store}")
+    click.echo(f"\n{report.summary()}\n{report.store}\n{next_step('ingest')}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from stages.audio import write_wav
 from stages.config import to_dict
 from stages.errors import UserError
 from stages.files import code_version, weights_hash
@@ -61,7 +60,7 @@ def tracking_uri(work: Path | str, given: str | None = None) -> str:
     if uri:
         return uri
     if "://" in str(work):
-        raise UserError(f"{work} is no local folder, so it cannot hold MLflow's database; name a server with --tracking-uri")
+        raise UserError(f"{work} is not a local folder, so it cannot contain MLflow's database; name a server with --tracking-uri")
     return f"sqlite:///{Path(work).absolute() / 'mlflow.db'}"
 
 
@@ -204,6 +203,8 @@ class Tracker:
         """Keep `[T]` samples in [-1, 1] as `samples/step_…/<name>.wav`, which the UI plays."""
         if self._client is None:
             return
+        from stages.audio import write_wav  # torch, which the commands import only for their work
+
         with self._draft(f"samples/step_{step:06d}/{_fit_name(name)}.wav") as path:
             write_wav(path, np.asarray(waveform, dtype=np.float32), rate)
 

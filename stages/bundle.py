@@ -22,7 +22,6 @@ from diffusers import AutoencoderKL, DDIMScheduler
 from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2ProjectionModel, AudioLDM2UNet2DConditionModel
 from safetensors import SafetensorError
 from transformers import (
-    AutoTokenizer,
     ClapFeatureExtractor,
     ClapModel,
     GPT2LMHeadModel,
@@ -33,8 +32,11 @@ from transformers import (
 )
 
 from stages.audio import AudioConfig
+from stages.config import tiny_name
+from stages.diffusion.model import latent_scale
 from stages.errors import UserError
 from stages.files import weights_hash, whole_folder, write_json
+from stages.tokenizers import read_tokenizer
 
 BUNDLE_FORMAT = 1
 PIPELINE = "AudioLDM2Pipeline"
@@ -131,7 +133,7 @@ def assemble(stages: Mapping[str, Path], out: Path, meta: Mapping[str, Any], for
         where["text_encoder_2"] = where["tokenizer_2"] = where["language_model"]
     _require_files(where)
     if out.exists() and not (out / "model_index.json").is_file():
-        raise UserError(f"{out} exists and is no bundle; choose another place with --out")
+        raise UserError(f"{out} exists and is not a bundle; choose another folder with --out")
 
     with whole_folder(out) as draft:
         for name, folder in where.items():
@@ -143,15 +145,13 @@ def assemble(stages: Mapping[str, Path], out: Path, meta: Mapping[str, Any], for
             _copy(Path(stages[stage]) / CRITIC, draft / "discriminators" / f"{stage}.safetensors")
         tokens = _loa_tokens(draft, speech)
         _set_config(draft / "language_model" / "config.json", max_new_tokens=tokens, architectures=["GPT2LMHeadModel"])
-        scale = where["unet"] / "scale.json"
-        if scale.is_file():
-            _set_config(draft / "vae" / "config.json", scaling_factor=json.loads(scale.read_text())["scale_factor"])
+        _set_config(draft / "vae" / "config.json", scaling_factor=latent_scale(where["unet"]))
         _require_fit(draft)
         write_json(draft / "model_index.json", _model_index(draft))
         audio = meta["audio"]
         card = {
             "format": BUNDLE_FORMAT,
-            "variant": meta["variant"],
+            "variant": _variant({"tiny": False} | dict(meta)),
             "tiny": bool(meta.get("tiny", False)),
             "audio": audio.to_dict() if isinstance(audio, AudioConfig) else dict(audio),
             "loa_tokens": tokens,
@@ -161,7 +161,7 @@ def assemble(stages: Mapping[str, Path], out: Path, meta: Mapping[str, Any], for
         }
         write_json(draft / "loa.json", card)
         if out.exists() and not force and not _same_content(draft, out):
-            raise UserError(f"{out} holds another bundle ({_title(out)}); replace it with --force or choose another place with --out")
+            raise UserError(f"{out} holds another bundle ({_title(out)}); replace it with --force or choose another folder with --out")
     return out
 
 
@@ -175,24 +175,19 @@ def _require_stages(folders: Mapping[str, Path | None]) -> None:
 def _require_files(where: Mapping[str, Path]) -> None:
     missing = [str(folder / name / file) for name, folder in where.items() for file in _missing(folder / name, FILES[name])]
     if missing:
-        raise UserError(f"the stages are not whole; missing: {', '.join(missing)}")
+        raise UserError(f"the stages are incomplete; missing: {', '.join(missing)}")
 
 
 def _require_fit(bundle: Path) -> None:
     """Refuse networks whose shapes do not meet: they come from different variants."""
     configs = {name: read_json(bundle / name / "config.json") for name in FILES if (bundle / name / "config.json").is_file()}
-    widths = configs["unet"]["cross_attention_dim"][0]
+    widths, projection = configs["unet"]["cross_attention_dim"][0], configs["projection_model"]
     text = configs["text_encoder_2"].get("d_model", configs["text_encoder_2"].get("hidden_size"))
     pairs = [
         ("the LOA width of the T-UNet", widths[1], "the language model's width", configs["language_model"]["n_embd"]),
         ("the T-UNet's latent channels", configs["unet"]["in_channels"], "the VAE's", configs["vae"]["latent_channels"]),
-        (
-            "the projection's CLAP width",
-            configs["projection_model"]["text_encoder_dim"],
-            "CLAP's",
-            configs["text_encoder"]["projection_dim"],
-        ),
-        ("the projection's text width", configs["projection_model"]["text_encoder_1_dim"], "the text encoder's", text),
+        ("the projection's CLAP width", projection["text_encoder_dim"], "CLAP's", configs["text_encoder"]["projection_dim"]),
+        ("the projection's text width", projection["text_encoder_1_dim"], "the text encoder's", text),
     ]
     if len(widths) > 2 and widths[2] is not None:
         pairs.append(("the text width of the T-UNet", widths[2], "the text encoder's", text))
@@ -277,7 +272,8 @@ def _same_content(a: Path, b: Path) -> bool:
         if path.suffix == ".safetensors":
             return None
         if path.name == "loa.json":
-            return {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if k != "provenance"}
+            card = json.loads(path.read_text(encoding="utf-8"))
+            return {k: v for k, v in card.items() if k != "provenance"} | {"variant": _variant(card)}
         return path.read_bytes()
 
     files = [{p.relative_to(root).as_posix(): content(p) for p in root.rglob("*") if p.is_file()} for root in (a, b)]
@@ -301,7 +297,7 @@ def read_info(bundle: Path) -> BundleInfo:
     if not bundle.is_dir():
         raise UserError(f"there is no bundle at {bundle}; make one with `loa export` or name another folder with --bundle")
     if not (bundle / "model_index.json").is_file():
-        raise UserError(f"{bundle} is no bundle: it has no model_index.json; `loa export` makes one")
+        raise UserError(f"{bundle} is not a bundle: it has no model_index.json; `loa export` makes one")
     index = read_json(bundle / "model_index.json")
     if index.get("_class_name") != PIPELINE:
         raise UserError(f"{bundle} holds a {index.get('_class_name')}, expected an {PIPELINE}")
@@ -310,12 +306,12 @@ def read_info(bundle: Path) -> BundleInfo:
         raise UserError(f"{bundle} has bundle format {card.get('format')}, this version of loa reads {BUNDLE_FORMAT}; export it again")
     missing = [f"{name}/{file}" for name, files in FILES.items() for file in _missing(bundle / name, files)]
     if missing:
-        raise UserError(f"{bundle} is not a whole bundle: it lacks {', '.join(missing)}; export it again with `loa export`")
+        raise UserError(f"{bundle} is an incomplete bundle: it lacks {', '.join(missing)}; export it again with `loa export`")
     speech = model_type(bundle / "text_encoder_2") == "vits"
     if card is None:
         return BundleInfo(bundle.resolve().name, audio_of(bundle), _loa_tokens(bundle, speech), "diffusers", speech)
     return BundleInfo(
-        variant=card["variant"],
+        variant=_variant(card),
         audio=AudioConfig.from_dict(card["audio"]),
         loa_tokens=card["loa_tokens"],
         unconditional=card["unconditional"],
@@ -323,6 +319,11 @@ def read_info(bundle: Path) -> BundleInfo:
         tiny=card["tiny"],
         provenance=card["provenance"],
     )
+
+
+def _variant(card: Mapping[str, Any]) -> str:
+    """The variant a bundle's card names; cards of earlier versions left "-tiny" to a field of its own."""
+    return tiny_name(card["variant"]) if card["tiny"] else str(card["variant"])
 
 
 def audio_of(bundle: Path) -> AudioConfig:
@@ -348,7 +349,7 @@ def load(bundle: Path, device: str | torch.device = "cpu", dtype: torch.dtype = 
     `dtype` is that of the text encoders, the language model and the T-UNet. VAE and vocoder are a small part of the
     work and stay in float32.
 
-    Raises UserError when the bundle is not whole, damaged, or of another format.
+    Raises UserError when the bundle is not whole, damaged, or of another format, or a tokenizer is not that of its network.
     """
     bundle = Path(bundle)
     info = read_info(bundle)
@@ -362,17 +363,19 @@ def load(bundle: Path, device: str | torch.device = "cpu", dtype: torch.dtype = 
             raise UserError(f"the weights of {bundle / name} are damaged or cannot be read; export the bundle again") from error
         if loading["missing_keys"]:
             some = ", ".join(sorted(loading["missing_keys"])[:3])
-            raise UserError(f"the weights of {bundle / name} are not whole: {len(loading['missing_keys'])} are missing ({some}, …)")
+            raise UserError(f"the weights of {bundle / name} are incomplete: {len(loading['missing_keys'])} are missing ({some}, …)")
         return model.to(device).eval().requires_grad_(False)
 
     with quiet():
+        text_encoder = network(ClapModel, "text_encoder", dtype)
+        text_encoder_2 = network(VitsModel if info.speech else T5EncoderModel, "text_encoder_2", dtype)
         return Components(
             info=info,
-            text_encoder=network(ClapModel, "text_encoder", dtype),
-            tokenizer=AutoTokenizer.from_pretrained(bundle / "tokenizer", local_files_only=True),
+            text_encoder=text_encoder,
+            tokenizer=read_tokenizer(bundle / "tokenizer", text_encoder.config),
             feature_extractor=ClapFeatureExtractor.from_pretrained(bundle / "feature_extractor", local_files_only=True),
-            text_encoder_2=network(VitsModel if info.speech else T5EncoderModel, "text_encoder_2", dtype),
-            tokenizer_2=AutoTokenizer.from_pretrained(bundle / "tokenizer_2", local_files_only=True),
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=read_tokenizer(bundle / "tokenizer_2", text_encoder_2.config),
             projection_model=network(AudioLDM2ProjectionModel, "projection_model", dtype),
             language_model=network(GPT2LMHeadModel, "language_model", dtype),
             unet=network(AudioLDM2UNet2DConditionModel, "unet", dtype),
@@ -390,12 +393,12 @@ def find_bundle(given: Path | None) -> Path:
     named = given or os.environ.get("LOA_BUNDLE")
     if named:
         return Path(named)
-    bundles = [p.parent for pattern in ("bundle", "*/bundle") for p in Path("outputs").glob(f"{pattern}/model_index.json")]
-    if not bundles:
+    found = [p.parent for pattern in ("bundle", "*/bundle") for p in Path("outputs").glob(f"{pattern}/model_index.json")]
+    if not found:
         raise UserError(
             "no bundle found under ./outputs; make one with `loa demo` or `loa export`, or name one with --bundle (or $LOA_BUNDLE)"
         )
-    return max(bundles, key=lambda folder: folder.stat().st_mtime)
+    return max(found, key=lambda folder: folder.stat().st_mtime)
 
 
 @contextmanager

@@ -71,7 +71,7 @@ class AudioGenerator:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise UserError(
-                f"the device {str(device)!r} cannot be used here ({str(error).splitlines()[0]}); leave it out to take what there is"
+                f"the device {str(device)!r} cannot be used here ({str(error).splitlines()[0]}); leave it out to use the default device"
             ) from error
         if dtype is None:
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -101,7 +101,7 @@ class AudioGenerator:
         """Generate waveforms for prompts.
 
         Args:
-            prompts: what to hear; for speech, the voice to hear it in.
+            prompts: descriptions of sounds; for speech, of the voice.
             profile: whose way of sampling to take, a name of `stages.sampling.PROFILES`.
             negative_prompts: what to steer away from, one for all or one per prompt; needs guidance.
             seconds: length; the bundle's clip length by default.
@@ -363,7 +363,7 @@ class AudioGenerator:
         self, prompts: list[str], spoken: list[Any], seconds: float | None, sampling: Sampling, seeds: list[Any], waveforms: int
     ) -> None:
         if not prompts:
-            raise UserError("there is no prompt; give at least one")
+            raise UserError("no prompt was given; give at least one")
         for prompt in prompts:
             if not isinstance(prompt, str):
                 raise UserError(f"a prompt is text, got {prompt!r}")
@@ -375,10 +375,10 @@ class AudioGenerator:
         if seconds is not None and not (math.isfinite(seconds) and seconds >= shortest):
             raise UserError(f"seconds is {seconds}; expected at least {shortest:g}")
         if sampling.num_inference_steps > self.max_steps:
-            raise UserError(f"num_inference_steps is {sampling.num_inference_steps}; expected a whole number from 1 to {self.max_steps}")
+            raise UserError(f"num_inference_steps is {sampling.num_inference_steps}; expected an integer from 1 to {self.max_steps}")
         for seed in seeds:
             if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
-                raise UserError(f"seed is {seed!r}; expected a whole number from 0 to 2^63 - 1")
+                raise UserError(f"seed is {seed!r}; expected an integer from 0 to 2^63 - 1")
         if waveforms < 1:
             raise UserError(f"num_waveforms_per_prompt is {waveforms}; expected at least 1")
 

@@ -14,7 +14,7 @@ from stages.audio import AudioConfig
 from stages.audiomae.model import AudioMAEConfig
 from stages.clap.model import ClapConfig, T5Config
 from stages.classifier.model import ClassifierConfig
-from stages.config import Recipe, override
+from stages.config import TINY, Recipe, override, tiny_name
 from stages.diffusion.model import DiffusionConfig
 from stages.errors import UserError
 from stages.joint.model import JointConfig
@@ -41,7 +41,7 @@ class Recipes:
 
 @dataclass(frozen=True)
 class Variant:
-    """A whole system: what it hears, its networks, how they are trained, and on which corpora."""
+    """A whole system: its audio settings, its networks, how they are trained, and on which corpora."""
 
     name: str
     summary: str
@@ -157,6 +157,7 @@ def tiny(variant: Variant) -> Variant:
     seconds = 5.12 if speech else 2.56  # an utterance must fit in a clip whole
     return replace(
         variant,
+        name=tiny_name(variant.name),
         audio=replace(variant.audio, clip_seconds=seconds),
         clap=ClapConfig(
             projection_dim=128,
@@ -232,15 +233,16 @@ def tiny_recipes(speech: bool = False) -> Recipes:
 
 
 def resolve(name: str, tiny: bool = False, settings: Mapping[str, str] | None = None) -> Variant:
-    """The variant called `name`, shrunk if `tiny`, with dotted `settings` put in (strict).
+    """The variant called `name`, shrunk if `tiny` or if the name ends in "-tiny", with dotted `settings` put in (strict).
 
     Raises UserError for an unknown name or setting, with the nearest real ones.
     """
-    if name not in VARIANTS:
-        near = difflib.get_close_matches(name, VARIANTS, 3, 0.4) or list(VARIANTS)
+    full = name.removesuffix(TINY)
+    if full not in VARIANTS:
+        near = difflib.get_close_matches(full, VARIANTS, 3, 0.4) or list(VARIANTS)
         raise UserError(f"unknown variant {name!r}; nearest: {', '.join(near)} (`loa variants` lists all)")
-    variant = VARIANTS[name]()
-    if tiny:
+    variant = VARIANTS[full]()
+    if tiny or name != full:
         variant = _shrink(variant)
     resolved: Variant = override(variant, settings or {})
     return resolved

@@ -165,9 +165,25 @@ def test_the_published_decoder_has_the_published_names():
     with torch.device("meta"):
         keys = set(AudioMAE(PUBLISHED).state_dict())
     prefix = "decoder_blocks.15."
-    layers = ("attn.qkv", "attn.proj", "attn.meta_mlp.fc1", "attn.meta_mlp.fc2", "norm1", "norm2", "mlp.fc1", "mlp.fc2")
-    wanted = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")} | {"attn.tau"}
-    assert {key.removeprefix(prefix) for key in keys if key.startswith(prefix)} == wanted
+    assert {key.removeprefix(prefix) for key in keys if key.startswith(prefix)} == {
+        "attn.tau",
+        "attn.qkv.weight",
+        "attn.qkv.bias",
+        "attn.proj.weight",
+        "attn.proj.bias",
+        "attn.meta_mlp.fc1.weight",
+        "attn.meta_mlp.fc1.bias",
+        "attn.meta_mlp.fc2.weight",
+        "attn.meta_mlp.fc2.bias",
+        "norm1.weight",
+        "norm1.bias",
+        "norm2.weight",
+        "norm2.bias",
+        "mlp.fc1.weight",
+        "mlp.fc1.bias",
+        "mlp.fc2.weight",
+        "mlp.fc2.bias",
+    }
 
 
 def test_misfits_are_named(tmp_path):

@@ -104,4 +104,4 @@ def test_missing_library_names_the_extra():
         "except ValueError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "pip install 'loa[speech]'" in done.stdout
+    assert "pip install -e '.[speech]'" in done.stdout

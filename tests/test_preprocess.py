@@ -158,7 +158,7 @@ def test_only_missing_shards_are_made(ray_cluster, tones):
 
 
 def test_other_audio_settings_are_refused(ray_cluster, tones):
-    with pytest.raises(UserError, match=r"clip_seconds=2\.56.*clip_seconds=10\.24.*--tiny"):
+    with pytest.raises(UserError, match=r"clip_seconds: was 2\.56, now 10\.24.*--tiny"):
         run_pass("mel", tones, resolve("audioldm2-full"), progress=False)
 
 
@@ -224,19 +224,23 @@ execute(MelPass(store.audio), store, workers=1, progress=False)
 
 
 @pytest.mark.slow
-def test_a_killed_driver_resumes_to_the_same_bytes(ray_cluster, tmp_path):
+def test_a_killed_driver_resumes_to_the_same_bytes(ray_cluster, tmp_path, rounds):
     rows = [clip(tone(tmp_path / "sounds", i, seconds=2.5)) for i in range(80)]
     killed, calm = make_store(tmp_path / "killed", rows, 2), make_store(tmp_path / "calm", rows, 2)
-    environment = os.environ | {"PYTHONPATH": str(REPO), "RAY_AUTH_MODE": "disabled"}
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER, killed.root], env=environment, cwd=REPO)
-    try:
-        deadline = time.monotonic() + 180
-        while not list(Path(killed.root).glob("waveform/*.json")):
-            assert driver.poll() is None and time.monotonic() < deadline, "the driver made no shard"
-            time.sleep(0.01)
-    finally:
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    for _ in range(rounds(1, 20)):
+        done = len(list(Path(killed.root).glob("waveform/*.json")))
+        if done > killed.num_shards - 10:  # the last run shall find something to do
+            break
+        driver = subprocess.Popen([sys.executable, "-c", DRIVER, killed.root], env=environment, cwd=REPO)
+        try:
+            deadline = time.monotonic() + 180
+            while len(list(Path(killed.root).glob("waveform/*.json"))) == done:
+                assert driver.poll() is None and time.monotonic() < deadline, "the driver made no shard"
+                time.sleep(0.01)
+        finally:
+            driver.send_signal(signal.SIGKILL)
+            driver.wait()
     run_pass("mel", calm, VARIANT, progress=False)
     left = len(killed.missing_shards("mel"))
     assert 0 < left < killed.num_shards
@@ -286,7 +290,7 @@ def test_other_weights_are_refused(ray_cluster, tones, encoders, tmp_path):
     run_here("loa", tones, VARIANT, encoders, poolings=[4])
     torch.manual_seed(1)
     AudioMAE(VARIANT.audiomae).save(tmp_path / "other")
-    with pytest.raises(UserError, match=r"weights\.audiomae: '[0-9a-f]{64}' there, '[0-9a-f]{64}' now"):
+    with pytest.raises(UserError, match=r"weights\.audiomae: was [0-9a-f]{64}, now [0-9a-f]{64}"):
         run_pass("loa", tones, VARIANT, {"audiomae": tmp_path / "other"}, poolings=[4], progress=False)
 
 

@@ -140,8 +140,8 @@ def too_long() -> Iterator[str]:
             if len(text.splitlines()) > LONGEST_FILE:
                 yield name
             for node in ast.walk(ast.parse(text)):
-                is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-                if is_function and (node.end_lineno or 0) - node.lineno + 1 > LONGEST_FUNCTION:
+                long = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (node.end_lineno or 0) - node.lineno >= LONGEST_FUNCTION
+                if long:
                     yield f"{name}::{node.name}"
 
 

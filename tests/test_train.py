@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,21 +20,27 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from click.testing import CliRunner
 from safetensors.torch import load_file
 from tiny_store import make_store, run_here, small
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.overrides import TorchFunctionMode
+from transformers import GPT2LMHeadModel
 
-from pipelines.train import train_stage
+from pipelines.export import export
+from pipelines.features.store import FeatureStore
+from pipelines.preprocess import PASSES, build_pass
+from pipelines.preprocess import main as preprocess
+from pipelines.train import main, train_stage
 from pipelines.training import loop
 from pipelines.training.checkpoint import EMA, TrainingState, full_weights
-from pipelines.training.dataset import clip_rng, permutation, places, step_rng
+from pipelines.training.dataset import ClipDataset, clip_rng, permutation, places, step_rng
 from pipelines.training.loop import OneProcess
 from pipelines.weights import released_folders
 from stages import STAGES
-from stages.base import Stage, read_card
+from stages.base import Stage, read_card, stage_class
 from stages.config import Recipe
 from stages.errors import UserError
 from stages.variants import VARIANTS, Recipes, Variant, resolve
@@ -123,7 +131,34 @@ def test_finished_stage_is_left_alone(line: tuple[Path, Variant]) -> None:
     work, variant = line
     before = (work / "stages" / "vae" / "stage.json").stat().st_mtime_ns
     train_stage("vae", variant, work, workers=0)
+    settings = ["recipes.vae.steps=4", "recipes.vae.max_seconds=null", "vae_loss.critic_start=2", "vocoder_loss.critic_start=2"]
+    result = CliRunner().invoke(main, ["vae", "--tiny", "--work", str(work), *(w for s in settings for w in ("--set", s))])
+    assert "vae: finished already, 4 steps" in result.output and "released" not in result.output
     assert (work / "stages" / "vae" / "stage.json").stat().st_mtime_ns == before
+
+
+def test_a_store_without_labels_gets_the_right_sentence(tmp_path: Path) -> None:
+    variant = small()
+    make_store(tmp_path, variant, labels=[])
+    told = (
+        "classifier needs clips with labels, of at least two kinds: of the 18 training clips in .* 18 have captions, 0 labels and 18 transc"
+    )
+    with pytest.raises(UserError, match=told + ".*leave it out"):
+        train_stage("classifier", variant, tmp_path, workers=0)
+
+
+def test_a_store_without_words_gets_the_right_sentence(tmp_path: Path) -> None:
+    variant = small()
+    make_store(tmp_path, variant, labels=[], captions=[])
+    with pytest.raises(UserError, match="clap needs clips with captions or labels: of the 18 .* 0 have captions.*--with clap=FOLDER"):
+        train_stage("clap", variant, tmp_path, workers=0)
+
+
+def test_another_clip_length_is_told_alone(line: tuple[Path, Variant], tmp_path: Path) -> None:
+    work, variant = line
+    other = replace(variant, audio=replace(variant.audio, clip_seconds=5.12))
+    with pytest.raises(UserError, match=r"other audio settings than audioldm2-full-tiny has \(clip_seconds: was 2.56, now 5.12\)"):
+        train_stage("vae", other, tmp_path, store=str(work / "store"), workers=0)
 
 
 def test_other_configuration_is_refused(line: tuple[Path, Variant]) -> None:
@@ -139,16 +174,125 @@ def test_missing_stage_names_the_command(tmp_path: Path, line: tuple[Path, Varia
         train_stage("joint", variant, tmp_path, store=str(work / "store"), workers=0)
 
 
+def folders_asked_for(stage: str, variant: Variant, work: Path, prepared: Path) -> set[str]:
+    """The earlier stages whose folders `prepare` and `build` open."""
+    cls, asked = stage_class(stage), set()
+
+    def released(name: str) -> Path:
+        asked.add(name)
+        return prepared if name == "prepared" else work / "stages" / name
+
+    prepared.mkdir(parents=True)
+    cls.prepare(variant, released, ClipDataset(FeatureStore.open(work / "store"), cls, cls.reads(variant), "train"), prepared)
+    cls.build(variant, released)
+    return asked - {"prepared"}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_stages_say_what_they_build_on(line: tuple[Path, Variant], tmp_path: Path, dropout: float) -> None:
+    work, variant = line
+    variant = replace(variant, translator=replace(variant.translator, clap_dropout=dropout))
+    for stage in STAGES:
+        assert folders_asked_for(stage, variant, work, tmp_path / stage) == set(stage_class(stage).builds_on(variant)), stage
+
+
+@pytest.fixture(scope="module")
+def folders(line: tuple[Path, Variant], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The line's bundle, and the same as the hub would have it: no card, no AudioMAE, a language model without its head."""
+    work, variant = line
+    bundle = export(work, variant)
+    public = tmp_path_factory.mktemp("public") / "audioldm2"
+    shutil.copytree(bundle, public, ignore=shutil.ignore_patterns("loa.json", "audiomae", "language_model"))
+    GPT2LMHeadModel.from_pretrained(bundle / "language_model").transformer.save_pretrained(public / "language_model")
+    return {"bundle": bundle, "public": public}
+
+
+@pytest.mark.parametrize("layout", ["bundle", "public"])
+def test_bundles_and_diffusers_folders_serve_every_stage(
+    line: tuple[Path, Variant], folders: dict[str, Path], tmp_path: Path, layout: str
+) -> None:
+    """Also with a dropout of CLAP's embedding, for which the translator reads CLAP."""
+    work, variant = line
+    variant = replace(variant, translator=replace(variant.translator, clap_dropout=0.1))
+    for stage in ("translator", "diffusion", "joint"):
+        given = dict.fromkeys(stage_class(stage).builds_on(variant), str(folders[layout]))
+        released = train_stage(stage, variant, tmp_path, store=str(work / "store"), given=given, workers=0)
+        assert read_card(released, stage)["steps"] == 4
+    scales = [json.loads((folder / "stages" / "joint" / "scale.json").read_text())["scale_factor"] for folder in (work, tmp_path)]
+    assert scales[1] == pytest.approx(scales[0], rel=1e-9)  # the trained T-UNet's, not that of the latents here
+
+
+@pytest.mark.parametrize("layout", ["bundle", "public"])
+def test_bundles_and_diffusers_folders_serve_every_pass(line: tuple[Path, Variant], folders: dict[str, Path], layout: str) -> None:
+    _, variant = line
+    for name in ("loa", "latent", "text", "speech"):
+        encoder = PASSES[name].encoder
+        if (layout, encoder) == ("public", "audiomae"):
+            with pytest.raises(UserError, match=r"lacks model\.safetensors; expected a released stage or a bundle that has one"):
+                released_folders(Path(), {encoder: str(folders[layout])})
+            continue
+        work = build_pass(name, variant, released_folders(Path(), {encoder: str(folders[layout])}))
+        work.load(torch.device("cpu"))
+        assert work.recipe(work.series[0])["weights"]
+
+
+@pytest.mark.parametrize("layout", ["bundle", "public"])
+def test_exported_latents_keep_the_scale_of_the_given_unet(
+    line: tuple[Path, Variant], folders: dict[str, Path], tmp_path: Path, layout: str
+) -> None:
+    """The VAE's own release says 1: that scale would make any T-UNet sound wrong."""
+    work, variant = line
+    given = {"translator": str(folders[layout]), "diffusion": str(folders[layout])}
+    out = export(work, variant, given=given, out=tmp_path / "mixed")
+    expected, got = (json.loads((folder / "vae" / "config.json").read_text())["scaling_factor"] for folder in (folders[layout], out))
+    assert got == expected != 1.0
+
+
+def test_a_unet_of_another_prediction_is_refused(line: tuple[Path, Variant], folders: dict[str, Path], tmp_path: Path) -> None:
+    work, variant = line
+    other = replace(variant, diffusion=replace(variant.diffusion, prediction="epsilon"))
+    given = dict.fromkeys(stage_class("joint").builds_on(other), str(folders["bundle"]))
+    with pytest.raises(UserError, match="predicts 'v_prediction', this variant 'epsilon'.*--set diffusion.prediction=v_prediction"):
+        train_stage("joint", other, tmp_path, store=str(work / "store"), given=given, workers=0)
+
+
+@pytest.mark.parametrize(
+    ("stage", "given", "told"),
+    [
+        ("translator", "translator", "its weights are what is made here"),
+        ("translator", "vocoder", "translator does not read the weights of vocoder; it reads no other stage's"),
+        ("diffusion", "translator", "it reads those of clap, vae, vocoder"),
+        ("vae", "vaee", "did you mean 'vae'"),
+    ],
+)
+def test_weights_that_a_stage_does_not_read_are_refused(
+    line: tuple[Path, Variant], folders: dict[str, Path], tmp_path: Path, stage: str, given: str, told: str
+) -> None:
+    work, variant = line
+    with pytest.raises(UserError, match=told):
+        train_stage(stage, variant, tmp_path, store=str(work / "store"), given={given: str(folders["bundle"])}, workers=0)
+
+
+def test_weights_that_a_pass_or_a_bundle_does_not_hold_are_refused(line: tuple[Path, Variant], folders: dict[str, Path]) -> None:
+    work, variant = line
+    said = CliRunner().invoke(preprocess, ["latent", "--work", str(work), "--tiny", "--with", f"clap={folders['bundle']}"]).output
+    assert "the latent pass does not read the weights of clap; it reads those of vae" in said
+    with pytest.raises(UserError, match="the bundle does not read the weights of classifier"):
+        export(work, variant, given={"classifier": str(work / "stages" / "classifier")})
+
+
 @pytest.mark.slow
 def test_speech_line_trains(tmp_path: Path) -> None:
     work, variant = whole_line(tmp_path, small("audioldm2-ljs"))
+    for stage in ("translator", "diffusion", "joint"):
+        assert folders_asked_for(stage, variant, work, tmp_path / "asked" / stage) == set(stage_class(stage).builds_on(variant)), stage
     assert (work / "stages" / "joint" / "tokenizer_2").is_dir()
     assert read_card(work / "stages" / "joint", "joint")["steps"] == 4
 
 
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_tiny_twins_have_the_parts_of_their_big_ones(name: str) -> None:
-    from pipelines.plan import networks, parameters
+    from stages.sizes import networks, parameters
 
     full, tiny = resolve(name), resolve(name, tiny=True)
     big, little = networks(full), networks(tiny)
@@ -158,7 +302,7 @@ def test_tiny_twins_have_the_parts_of_their_big_ones(name: str) -> None:
 
 
 def test_parameter_counts_are_the_published_ones() -> None:
-    from pipelines.plan import networks, parameters
+    from stages.sizes import networks, parameters
 
     expected = {
         "audioldm2-full": {"diffusion": 346_943_496, "vae": 55_376_873, "vocoder": 55_264_897, "clap": 193_913_882, "t5": 341_231_104},
@@ -378,12 +522,15 @@ def test_gradients_that_stay_infinite_end_the_run(line: tuple[Path, Variant], tm
 
 
 @pytest.mark.slow
-def test_killed_process_continues(line: tuple[Path, Variant], tmp_path: Path) -> None:
+def test_killed_process_continues(line: tuple[Path, Variant], tmp_path: Path, rounds: Callable[[int, int], int]) -> None:
     """SIGKILL in mid-training, then the same command: the weights are those of the undisturbed run."""
     work, variant = line
-    steps = "recipes.audiomae.steps=40"
-    sets = ["--set", steps, "--set", "recipes.audiomae.global_batch=4", "--set", "recipes.audiomae.checkpoint_every=5"]
+    kills, steps = rounds(1, 20), rounds(40, 250)  # a fast machine makes more than one checkpoint before it is killed
+    sets = [f"--set=recipes.audiomae.{setting}" for setting in (f"steps={steps}", "global_batch=4", "checkpoint_every=5")]
     command = [sys.executable, "-m", "pipelines.train", "audiomae", "--tiny", "--workers", "0", "--store", str(work / "store"), *sets]
+
+    def reached(folder: Path) -> int:
+        return max((int(p.name.removeprefix("step_")) for p in (folder / "runs" / "audiomae").glob("step_*")), default=0)
 
     def start(folder: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
@@ -391,13 +538,18 @@ def test_killed_process_continues(line: tuple[Path, Variant], tmp_path: Path) ->
         )
 
     assert start(tmp_path / "whole").wait(300) == 0
-    victim = start(tmp_path / "killed")
-    deadline = time.monotonic() + 240
-    while not list((tmp_path / "killed" / "runs" / "audiomae").glob("step_*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    victim.send_signal(signal.SIGKILL)
-    victim.wait()
+    for _ in range(kills):
+        before = reached(tmp_path / "killed")
+        if before > steps - 10:
+            break
+        victim = start(tmp_path / "killed")
+        deadline = time.monotonic() + 240
+        while reached(tmp_path / "killed") == before:
+            assert victim.poll() is None and time.monotonic() < deadline, "the training kept nothing"
+            time.sleep(0.01)
+        victim.send_signal(signal.SIGKILL)
+        victim.wait()
     assert not (tmp_path / "killed" / "stages" / "audiomae").exists()
     assert start(tmp_path / "killed").wait(300) == 0
-    assert json.loads((tmp_path / "killed" / "stages" / "audiomae" / "stage.json").read_text())["steps"] == 40
+    assert json.loads((tmp_path / "killed" / "stages" / "audiomae" / "stage.json").read_text())["steps"] == steps
     assert largest_difference(tmp_path / "killed" / "stages" / "audiomae", tmp_path / "whole" / "stages" / "audiomae") < 1e-6

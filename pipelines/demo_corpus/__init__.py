@@ -9,5 +9,5 @@ It is written in the published layouts of the corpora, so that the demo travels 
     ljspeech/     short sentences by one voice        gigaspeech/   long recordings of several voices, in segments
 
 A sound varies in pitch, tempo, loudness and onset. Pitch and tempo are told in the captions; loudness is not,
-since every clip is brought to the same level. Spoken sentences need espeak-ng (`loa[speech]`).
+since every clip is brought to the same level. Spoken sentences need espeak-ng (extra `speech`).
 """

@@ -159,11 +159,7 @@ def execute(
             workers of an encoder keep dying.
     """
     started = time.monotonic()
-    if store.audio != work.audio:
-        raise UserError(
-            f"the store {store.root} holds clips with {store.audio}, this pass wants {work.audio}; "
-            "give the --variant and --tiny of `loa ingest`"
-        )
+    store.require_audio(work.audio, f"the {work.name} pass")
     for series in work.series:
         store.begin_series(series, work.recipe(series))
     missing = {series: set(store.missing_shards(series)) for series in work.series}
@@ -238,13 +234,13 @@ def _on_ray_data(store: FeatureStore, work: Pass, units: Sequence[Unit], pool: c
         yield from dataset.iter_rows()
     except ExecutionTimeoutError as error:
         raise UserError(
-            f"the {work.name} pass stands still: {pool.size} workers of {pool.num_cpus:g} CPUs and {pool.num_gpus:g} GPUs got no turn, or "
+            f"the {work.name} pass is stalled: {pool.size} workers of {pool.num_cpus:g} CPUs and {pool.num_gpus:g} GPUs never started, or "
             "a shard takes longer than RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S; free the cluster, or give --workers or a longer time"
         ) from error
     except RayError as error:
         raise UserError(
-            f"a worker of the {work.name} pass died {ATTEMPTS} times ({type(error).__name__}), most often for want of memory; "
-            f"what was finished is kept: try again with --workers {max(1, pool.size // 2)} or a larger machine"
+            f"a worker of the {work.name} pass died {ATTEMPTS} times ({type(error).__name__}), most often for lack of memory; "
+            f"finished shards are kept: try again with --workers {max(1, pool.size // 2)} or a larger machine"
         ) from error
 
 

@@ -100,8 +100,8 @@ def training_batches(
         raise UserError(f"global_batch {batch} cannot be shared by {share.world} workers; choose a multiple of {share.world}")
     if not len(clips):
         raise UserError(
-            f"no clip of the training split suits the stage {examples.stage.name!r}; "
-            "look at the captions, labels and splits in its clips.parquet"
+            f"no clip of the training split can be used by the stage {examples.stage.name!r}; "
+            "check the captions, labels and splits in its clips.parquet"
         )
     own = batch // share.world
     micro = min(recipe.micro_batch or own, own)

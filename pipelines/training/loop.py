@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+import local_ray
 from pipelines.features.store import FeatureStore
 from pipelines.tracking import Tracker
 from pipelines.training import checkpoint
@@ -50,7 +51,7 @@ class TrainJob:
     variant: Variant
     store: str
     run: str  # folder of this run: checkpoints, prepared/, progress.json
-    released: Mapping[str, str]  # folder of every stage whose weights are at hand
+    released: Mapping[str, str]  # folder of every stage whose weights are available
     output: str  # where the released weights go
     tracker: Any = None  # Tracker.handle() of the run this job logs to
     seed: int = 0
@@ -101,6 +102,7 @@ class OneProcess:
         self._store: str | None = None
         self._excepthook = sys.excepthook  # torch.distributed puts one of its own before it
         if not dist.is_initialized():
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", local_ray.LOOPBACK)  # one process has nobody to listen to
             self._store = tempfile.mktemp(prefix="loa-rendezvous-")
             dist.init_process_group("gloo", init_method=f"file://{self._store}", rank=0, world_size=1)
 
@@ -123,6 +125,7 @@ class OneProcess:
         """End the process group this object began."""
         if self._store is not None:
             dist.destroy_process_group()
+            Path(self._store).unlink(missing_ok=True)
             sys.excepthook = self._excepthook
 
 
@@ -425,7 +428,7 @@ class _Run:
 
 
 def follow(job: TrainJob) -> Iterator[dict[str, Any]]:
-    """Progress of a job as its first worker last told it; ends when the caller stops asking."""
+    """Progress of a job as its first worker last reported it; ends when the caller stops asking."""
     path = Path(job.run) / "progress.json"
     while True:
         try:

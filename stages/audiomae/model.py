@@ -36,7 +36,7 @@ class AudioMAEConfig:
     decoder_width: int = 512
     decoder_depth: int = 16
     decoder_heads: int = 16
-    augment_roll: bool = True  # pretraining hears clips rolled in time,
+    augment_roll: bool = True  # pretraining sees clips rolled in time,
     augment_gain: bool = True  # at 0.5 to 1.5 times their level
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """CLAP and the second text encoder: what ties words to sound.
 
 `transformers.ClapModel` is the two-tower network; this file holds its sizes, its front end in batched PyTorch, and
-the small T5 encoder that stands in for FLAN-T5 where no public weights are at hand.
+the small T5 encoder that stands in for FLAN-T5 where no public weights are available.
 """
 
 from __future__ import annotations

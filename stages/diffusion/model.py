@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,10 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2UNet2DConditionModel
 from torch import Tensor, nn
+
+from stages.errors import UserError
+
+DIFFUSERS_SCALE = 0.18215  # AutoencoderKL's own default, for a configuration that names none
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,25 @@ class DiffusionConfig:
             flip_sin_to_cos=True,
             freq_shift=0,
         )
+
+
+def latent_scale(folder: Path) -> float:
+    """The factor on the VAE's latents with which the T-UNet in `folder` was trained.
+
+    A released stage keeps it in `scale.json`; bundles and folders in diffusers' layout have it in the VAE's configuration.
+
+    Raises:
+        UserError: the folder has neither.
+    """
+    ours, theirs = folder / "scale.json", folder / "vae" / "config.json"
+    if ours.is_file():
+        return float(json.loads(ours.read_text())["scale_factor"])
+    if theirs.is_file():
+        return float(json.loads(theirs.read_text()).get("scaling_factor", DIFFUSERS_SCALE))
+    raise UserError(
+        f"{folder} does not say how its T-UNet expects latents to be scaled: expected scale.json (a released stage) or "
+        "vae/config.json (a folder in diffusers' layout); name a folder that has one of them"
+    )
 
 
 def noise_schedule(prediction: str = "epsilon") -> DDIMScheduler:

@@ -36,7 +36,9 @@ def prepare_latents(variant: Variant, released: Callable[[str], Path], dataset: 
         samples.append((mean + deviation * rng.standard_normal(mean.shape, np.float32)).ravel())
     std = float(np.concatenate(samples).std(dtype=np.float64))
     if not (np.isfinite(std) and std > 1e-6):
-        raise UserError(f"the latents of this store have the deviation {std}; the VAE that made them is not trained or has diverged")
+        raise UserError(
+            f"the latents of this store have the standard deviation {std}; the VAE that made them is not trained or has diverged"
+        )
     write_json(folder / "scale.json", {"scale_factor": 1.0 / std, "clips": len(take)})
     if variant.phonemes is None:
         states, _ = TextEncoders.load(released("clap")).t5([""])
@@ -86,6 +88,10 @@ class DiffusionStage(Stage):
     @classmethod
     def reads(cls, variant: Variant) -> tuple[str, ...]:
         return ("latent", "loa-1") if variant.phonemes else ("latent", "loa-1", "text")
+
+    @classmethod
+    def builds_on(cls, variant: Variant) -> tuple[str, ...]:
+        return ("vae", "vocoder") if variant.phonemes else ("clap", "vae", "vocoder")
 
     @classmethod
     def prepare(cls, variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path) -> None:

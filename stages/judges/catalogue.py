@@ -37,7 +37,7 @@ RESAMPLERS = ("soxr-vhq", "sinc-hann-6")
 class JudgeOutput(NamedTuple):
     """Embeddings and logits of N clips; float32, on the CPU, in the order of the clips."""
 
-    embedding: Tensor  # [N, D], or [N, W, D] for a judge that hears windows; W is that of the longest clip
+    embedding: Tensor  # [N, D], or [N, W, D] for a judge that embeds windows; W is that of the longest clip
     logits: Tensor | None  # [N, 527] before softmax or sigmoid, in AudioSet's order; None for a judge that names nothing
     windows: Tensor | None = None  # [N], how many of the W windows each clip has; the others are zeros
 
@@ -50,7 +50,7 @@ class JudgeOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class Listening:
-    """How a recording becomes what a judge hears. Scores of different listenings cannot be compared (references.md#listening).
+    """How a recording becomes the input of a judge. Scores of different listenings cannot be compared (references.md#listening).
 
     The default is loa's contract: soxr's best resampler, exactly 10 s, nothing removed. `AUDIOLDM_EVAL` is that of
     audioldm_eval, for approaching published numbers: whole clips of at least 32,000 samples, without their mean.
@@ -102,7 +102,7 @@ class PublishedJudge:
 
     Attributes:
         name: one of `JUDGES`.
-        sample_rate: what the network hears, in Hz; other rates are resampled.
+        sample_rate: of the network's input, in Hz; other rates are resampled.
         embedding_width: D.
         device: where the network runs; what was heard comes back to the CPU.
         has_logits: whether `JudgeOutput.logits` is given.
@@ -152,7 +152,7 @@ class PublishedJudge:
             raise UserError(f"sample_rate is {sample_rate}; expected a positive number of Hz")
         clips = [self._hears(clip, sample_rate, index) for index, clip in enumerate(waveforms)]
         if not clips:
-            raise UserError(f"{self.name} was given no clips to listen to")
+            raise UserError(f"{self.name} was given no clips")
         by_length: dict[int, list[int]] = {}
         for index, clip in enumerate(clips):
             by_length.setdefault(len(clip), []).append(index)
@@ -173,7 +173,7 @@ class PublishedJudge:
         return JudgeOutput(nn.utils.rnn.pad_sequence(embeddings, batch_first=True), together, windows)
 
     def protocol(self) -> dict[str, Any]:
-        """Everything that decides what this judge hears, as JSON values, for the record beside a score and for cache keys."""
+        """Everything that decides the input of this judge, as JSON values, for the record beside a score and for cache keys."""
         return {
             "judge": self.name,
             "weights_sha256": self.weights_hash,
@@ -198,13 +198,13 @@ class PublishedJudge:
         return embedding.cpu(), None if logits is None else logits.cpu()
 
     def _hears(self, clip: Tensor | NDArray[np.float32], sample_rate: int, index: int) -> Tensor:
-        """One clip as the network hears it: `[T]` float32 at its rate."""
+        """One clip as the network reads it: `[T]` float32 at its rate."""
         wave = torch.as_tensor(clip).detach().cpu()
         if wave.ndim != 1 or not len(wave) or not wave.is_floating_point():
             kind = f"{list(wave.shape)} of {str(wave.dtype).removeprefix('torch.')}"
             raise UserError(f"clip {index} is {kind}; {self.name} expects mono clips [T] of floating-point samples in [-1, 1]")
         if not wave.isfinite().all():
-            raise UserError(f"clip {index} holds samples that are not finite numbers")
+            raise UserError(f"clip {index} contains samples that are not finite numbers")
         wave = wave.float()
         if sample_rate != self.sample_rate:
             if self.listening.resampler == "soxr-vhq":

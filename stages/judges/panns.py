@@ -24,7 +24,7 @@ from stages.judges.network import Network
 from stages.judges.winograd import WinogradConv2d
 
 POWER_FLOOR = 1e-10  # of the mel spectrogram before its logarithm, -100 dB
-MEL_MEAN, MEL_STD = -40.0, 20.0  # rough level and spread in dB, so that random weights hear something; a checkpoint has its own
+MEL_MEAN, MEL_STD = -40.0, 20.0  # rough level and spread in dB, so that random weights give usable outputs; a checkpoint has its own
 WINOGRAD_WIDTH = 512  # channels from which WinogradConv2d is the faster convolution for ten-second clips
 FRONT_END = ("spectrogram_extractor.stft.conv_real.weight", "spectrogram_extractor.stft.conv_imag.weight", "logmel_extractor.melW")
 

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import ClapModel, RobertaConfig, RobertaModel
 
-from stages.checkpoints import read_checkpoint, require_fit, weights_of
+from stages.checkpoints import require_fit
 from stages.clap.model import ClapConfig, clap_mel
 from stages.errors import UserError
+from stages.public.extra import INSTALL, torchvision_fault
 from stages.public.layout import UNUSED, clap, computed, expected, origins, take
 
 ROBERTA_HEAD = 64  # channels per head of every RoBERTa; the heads leave no trace in the shapes
@@ -80,14 +81,6 @@ def clap_of(state: Mapping[str, Tensor], source: Path | str, config: ClapConfig 
     return model.eval()
 
 
-def read_clap(path: Path) -> ClapModel:
-    """The ClapModel of an original checkpoint such as music_speech_audioset_epoch_15_esc_89.98.pt.
-
-    Raises UserError when the file is none, or asks to run code.
-    """
-    return clap_of(weights_of(read_checkpoint(path), path), path)
-
-
 # ------------------------------------------------------------------------------------------------ the package itself
 
 
@@ -100,14 +93,15 @@ def package() -> Any:
     """
     spec = importlib.util.find_spec("laion_clap")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError("the package laion-clap is not installed; `pip install 'loa[clap]'`, best in an environment of its own")
+        raise UserError(f"the package laion-clap is not installed; in an environment of its own: `{INSTALL}`")
     folder = str(spec.submodule_search_locations[0])
     if folder not in sys.path:
         sys.path.append(folder)  # as the package does to itself
     try:
         return importlib.import_module("clap_module.model")
-    except ImportError as error:
-        raise UserError(f"laion-clap cannot be imported ({error}); `pip install 'loa[clap]'` in an environment of its own") from error
+    except (ImportError, RuntimeError, OSError) as error:
+        fault = torchvision_fault() or f"laion-clap cannot be imported ({error}); in an environment of its own: `{INSTALL}`"
+        raise UserError(fault) from error
 
 
 def original(state: Mapping[str, Tensor]) -> Any:

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from stages.audiomae.model import AudioMAE
 from stages.bundle import assemble
 from stages.checkpoints import require_fit
+from stages.config import TINY
 from stages.diffusion.model import noise_schedule
 from stages.errors import UserError
 from stages.files import write_json
-from stages.public import layout
+from stages.public import WEIGHTS, layout
 from stages.public.layout import Map, Origin
 from stages.public.parts import add_audiomae, add_t5, add_tokenizer, beside, require_parts, with_decoder_of
 from stages.translator.model import Translator
@@ -40,7 +41,6 @@ _ELSEWHERE = re.compile(
     r"|^(scale_factor|logvar|lvlb_weights|betas|alphas_.*|sqrt_.*|log_one_minus_.*|posterior_.*)$"
 )
 log = logging.getLogger(__name__)
-WEIGHTS = ("raw", "ema")  # which T-UNet: the trained one, as the authors generate, or its running average
 
 
 def is_original(names: Iterable[str]) -> bool:
@@ -167,8 +167,8 @@ def require_variant(counts: tuple[int, int] | None, variant: Variant, source: Pa
     like = variants_like(counts)
     seen = f"{counts[0]} transformers of {counts[1]} block(s) per attention place"
     if not like:
-        raise UserError(f"{source} is not {variant.name}, nor any variant of loa: its T-UNet has {seen}")
-    raise UserError(f"{source} looks like {' or '.join(like)} ({seen}), not like {variant.name}; import it with --variant {like[0]}")
+        raise UserError(f"{source} is neither {variant.name} nor another variant of loa: its T-UNet has {seen}")
+    raise UserError(f"{source} matches {' or '.join(like)} ({seen}), not {variant.name}; import it with --variant {like[0]}")
 
 
 # ----------------------------------------------------------------------------------------------------- reading it
@@ -195,7 +195,7 @@ def write_stages(
     if f"{CONDITIONER}start_of_sequence_tokens.weight" not in state:
         raise UserError(
             f"{source} has no GPT-2 conditioner ({CONDITIONER}start_of_sequence_tokens): it looks like AudioLDM 1, audioldm_48k or "
-            "audioldm_16k_crossattn_t5, which loa does not build"
+            "audioldm_16k_crossattn_t5, which loa does not support"
         )
     averaged = weights == "ema"
     if averaged and not any(name.startswith("model_ema.diffusion") for name in state):
@@ -229,7 +229,9 @@ def write_stages(
 def scale_factor(state: Mapping[str, Tensor], source: Path) -> float:
     """What latents are multiplied by (references.md#latent-scale): stored in every file, never to be guessed."""
     if "scale_factor" not in state or state["scale_factor"].numel() != 1:
-        raise UserError(f"{source} holds no scale_factor; without it the latents have the wrong size, take the file from its first source")
+        raise UserError(
+            f"{source} holds no scale_factor; without it the latents have the wrong scale; get the file from its original source"
+        )
     return float(state["scale_factor"])
 
 
@@ -273,15 +275,14 @@ def import_original(
         clap = Path(draft) / "clap"
         add_tokenizer(clap, "tokenizer", given["tokenizer"], variant.clap.text_vocab)
         if not speech:
-            add_tokenizer(clap, "tokenizer_2", given["tokenizer_2"], variant.t5.vocab, variant.t5.max_length)
-            if "text_encoder_2" in given:
-                add_t5(clap, given["text_encoder_2"])
+            rows = add_t5(clap, given["text_encoder_2"]) if "text_encoder_2" in given else variant.t5.vocab
+            add_tokenizer(clap, "tokenizer_2", given["tokenizer_2"], rows, variant.t5.max_length)
         stages = write_stages(state, variant, Path(draft), source, weights, without=given.keys())
         if "audiomae" in given:
             stages["audiomae"] = add_audiomae(Path(draft) / "audiomae", given["audiomae"], variant.audiomae)
         meta = {
             "variant": variant.name,
-            "tiny": variant.diffusion.channels != VARIANTS[variant.name]().diffusion.channels,
+            "tiny": variant.name.endswith(TINY),
             "audio": variant.audio,
             "unconditional": "zeros",  # as the authors train and generate (references.md#guidance)
             "provenance": {**(provenance or {}), "weights": weights},

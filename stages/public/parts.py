@@ -13,14 +13,10 @@ from stages.audiomae.model import AudioMAE, AudioMAEConfig
 from stages.bundle import quiet
 from stages.checkpoints import read_checkpoint, weights_of
 from stages.errors import UserError
+from stages.public import PARTS
+from stages.tokenizers import misfit
 
-# What can be given, and where it is found where one has no AudioLDM 2 folder.
-PARTS = {
-    "tokenizer": "roberta-base's tokenizer files",
-    "tokenizer_2": "google/flan-t5-large's tokenizer files",
-    "text_encoder_2": "google/flan-t5-large's weights",
-    "audiomae": "AudioMAE's pretrained.pth",
-}
+PADDING = {"tokenizer": 1, "tokenizer_2": 0}  # ids of <pad> in RoBERTa's and T5's vocabularies
 
 
 def beside(out: Path) -> Path:
@@ -42,14 +38,14 @@ def require_parts(given: Mapping[str, Path], needed: Iterable[str], source: Path
 def component(name: str, folder: Path) -> Path:
     """The folder of component `name`: `place` itself, or the one of that name in a pipeline's folder."""
     if not folder.exists():
-        raise UserError(f"--with {name}={folder}: there is nothing at that place; expected {PARTS[name]} or an AudioLDM 2 folder")
+        raise UserError(f"--with {name}={folder}: that path does not exist; expected {PARTS[name]} or an AudioLDM 2 folder")
     return folder / name if (folder / name).is_dir() else folder
 
 
 def add_tokenizer(stage: Path, name: str, given: Path, vocabulary: int, length: int | None = None) -> None:
     """Write a given tokenizer into a stage's folder, reading at most `length` tokens.
 
-    Raises UserError when it is none, or has more tokens than the network's `vocabulary`.
+    Raises UserError when it is none, or not that of a network with this `vocabulary` (`stages.tokenizers.misfit`).
     """
     tokenizer_folder = component(name, given)
     try:
@@ -57,21 +53,23 @@ def add_tokenizer(stage: Path, name: str, given: Path, vocabulary: int, length: 
             tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--with {name}={given}: no tokenizer could be read there; expected {PARTS[name]}") from error
-    if len(tokenizer) > vocabulary:
-        raise UserError(f"--with {name}={given}: it has {len(tokenizer)} tokens, the network knows {vocabulary}; expected {PARTS[name]}")
+    if problem := misfit(tokenizer, vocabulary, PADDING[name]):
+        raise UserError(f"--with {name}={given}: {problem}; expected {PARTS[name]}")
     if length is not None:
         tokenizer.model_max_length = length
     tokenizer.save_pretrained(stage / name)
 
 
-def add_t5(stage: Path, given: Path) -> None:
-    """Write the encoder of a given T5 into a stage's folder."""
+def add_t5(stage: Path, given: Path) -> int:
+    """Write the encoder of a given T5 into a stage's folder; return the rows of its embedding table."""
     folder = component("text_encoder_2", given)
     try:
         with quiet():
-            T5EncoderModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).save_pretrained(stage / "text_encoder_2")
+            encoder: Any = T5EncoderModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+            encoder.save_pretrained(stage / "text_encoder_2")
     except (OSError, ValueError) as error:
         raise UserError(f"--with text_encoder_2={given}: no T5 could be read there ({str(error).splitlines()[0][:120]})") from error
+    return int(encoder.config.vocab_size)
 
 
 def add_audiomae(stage: Path, given: Path, config: AudioMAEConfig) -> Path:

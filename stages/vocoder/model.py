@@ -57,13 +57,6 @@ class VocoderConfig:
             mel_std=2.2,
         )
 
-    def output_samples(self, frames: int) -> int:
-        """Samples the network returns for `frames` frames: a little more than frames x hop when kernel - rate is odd."""
-        samples = frames
-        for rate, kernel in zip(self.upsample_rates, self.upsample_kernels, strict=True):
-            samples = (samples - 1) * rate - 2 * ((kernel - rate) // 2) + kernel
-        return samples
-
     def build(self, audio: AudioConfig) -> SpeechT5HifiGan:
         """Fresh weights for mels of `audio`. Raises UserError when the rates do not give its hop length."""
         product = math.prod(self.upsample_rates)
