@@ -305,7 +305,7 @@ def next_step(done: str, speech: bool = False) -> str:
 
 def complete(sentence: str) -> str:
     """A message in which every command in backquotes has the options of the call it answers."""
-    return re.sub(r"`(loa [^`]+)`", lambda found: f"`{again(found[1])}`", sentence)
+    return re.sub(r"`(loa [^`]+)`", lambda match: f"`{again(match[1])}`", sentence)
 
 
 def again(command: str) -> str:
@@ -353,11 +353,11 @@ def _options_of(command: str) -> set[str]:
     import loa  # only now: it names this file's users
 
     context = click.Context(loa.main)
-    found: click.Command = loa.main
+    named: click.Command = loa.main
     for word in command.split()[1:]:
-        if isinstance(found, click.Group) and (inner := found.get_command(context, word)) is not None:
-            found = inner
-    return {flag for parameter in found.params for flag in parameter.opts}
+        if isinstance(named, click.Group) and (inner := named.get_command(context, word)) is not None:
+            named = inner
+    return {flag for parameter in named.params for flag in parameter.opts}
 
 
 # ------------------------------------------------------------------------------------------ is there room for this?

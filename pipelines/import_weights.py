@@ -89,8 +89,8 @@ def import_weights(
     )
 
 
-def _import_clap(state: Mapping[str, Any], path: Path, final: Path, places: Mapping[str, Path], t5_length: int) -> Path:
-    """LAION's CLAP, and T5 where `places` has one, as `--with clap=` takes them."""
+def _import_clap(state: Mapping[str, Any], path: Path, final: Path, parts: Mapping[str, Path], t5_length: int) -> Path:
+    """LAION's CLAP, and T5 where `parts` has one, as `--with clap=` takes them."""
     from stages.public import laion
     from stages.public.parts import add_t5, add_tokenizer, require_parts
 
@@ -98,11 +98,11 @@ def _import_clap(state: Mapping[str, Any], path: Path, final: Path, places: Mapp
     with whole_folder(final) as draft:
         laion.clap_of(state, path, config).save_pretrained(draft / "text_encoder")
         config.feature_extractor().save_pretrained(draft / "feature_extractor")
-        add_tokenizer(draft, "tokenizer", places["tokenizer"], config.text_vocab)
-        if "text_encoder_2" in places:
-            require_parts(places, ("tokenizer_2",), places["text_encoder_2"])
-            rows = add_t5(draft, places["text_encoder_2"])
-            add_tokenizer(draft, "tokenizer_2", places["tokenizer_2"], rows, t5_length)
+        add_tokenizer(draft, "tokenizer", parts["tokenizer"], config.text_vocab)
+        if "text_encoder_2" in parts:
+            require_parts(parts, ("tokenizer_2",), parts["text_encoder_2"])
+            rows = add_t5(draft, parts["text_encoder_2"])
+            add_tokenizer(draft, "tokenizer_2", parts["tokenizer_2"], rows, t5_length)
     return final
 
 
@@ -188,19 +188,19 @@ def main(
     folder = import_weights(
         source, work, out=out, variant=variant, tiny=tiny, settings=settings, weights=weights, given=given, verify=verify, force=force
     )
-    place = shlex.quote(shown(folder))
+    where = shlex.quote(shown(folder))
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6
     if (folder / "model_index.json").is_file():
         from stages.bundle import read_info
 
         info = read_info(folder)
-        click.echo(f"{place}: {info.variant}, {size:.0f} MB")
+        click.echo(f"{where}: {info.variant}, {size:.0f} MB")
         words = ' --transcription "Hello there."' if info.speech else ""
-        click.echo(f'next: loa generate "{"a woman speaks calmly" if info.speech else "rain on a tin roof"}"{words} --bundle {place}')
+        click.echo(f'next: loa generate "{"a woman speaks calmly" if info.speech else "rain on a tin roof"}"{words} --bundle {where}')
     else:
         stage = "audiomae" if (folder / "model.safetensors").is_file() else "clap"
         step = again("loa preprocess " + {"audiomae": "loa", "clap": "text"}[stage])
-        click.echo(f"{place}: weights of {stage}, {size:.0f} MB\nnext: {step} --with {stage}={place}")
+        click.echo(f"{where}: weights of {stage}, {size:.0f} MB\nnext: {step} --with {stage}={where}")
 
 
 if __name__ == "__main__":

@@ -198,10 +198,10 @@ def curves(panels: Mapping[str, Sequence[Curve]], columns: int = 4) -> Picture:
 
     def draw(theme: Theme) -> Figure:
         figure = Figure(figsize=(2.62 * columns, 1.95 * rows), layout="constrained")
-        places = list(figure.subplots(rows, columns, squeeze=False).flat)
-        for axis, (title, lines) in zip(places, panels.items(), strict=False):
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for axis, (title, lines) in zip(axes, panels.items(), strict=False):
             _draw_curves(axis, title, lines, theme)
-        for axis in places[len(panels) :]:
+        for axis in axes[len(panels) :]:
             axis.set_visible(False)
         return figure
 

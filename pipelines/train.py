@@ -383,9 +383,9 @@ def main(
             fresh=fresh,
         )
     if before:
-        steps, place = read_card(folder, stage)["steps"], shown(folder)
+        steps, where = read_card(folder, stage)["steps"], shown(folder)
         click.echo(
-            f"{stage}: finished already, {steps} steps, in {place}; raise recipes.{stage}.steps to continue, or start over with --fresh"
+            f"{stage}: finished already, {steps} steps, in {where}; raise recipes.{stage}.steps to continue, or start over with --fresh"
         )
     else:
         click.echo(f"{stage}: released to {shown(folder)}")

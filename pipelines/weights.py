@@ -47,12 +47,12 @@ def require_used(given: Mapping[str, str], used: Collection[str], who: str) -> N
 
     Raises UserError naming those it reads.
     """
-    for stage, place in given.items():
+    for stage, source in given.items():
         require_stage(stage)  # a misspelt name gets the nearest one
         if stage not in used:
             reads = f"it reads those of {', '.join(used)}" if used else "it reads no other stage's"
             why = "its weights are what this command trains" if stage == who else f"{who} does not read the weights of {stage}; {reads}"
-            raise UserError(f"--with {stage}={place}: {why}; --with names weights that are used as they are, so leave it out")
+            raise UserError(f"--with {stage}={source}: {why}; --with names weights that are used as they are, so leave it out")
 
 
 def _lacking(stage: str, folder: Path) -> list[str]:

@@ -393,12 +393,12 @@ def find_bundle(given: Path | None) -> Path:
     named = given or os.environ.get("LOA_BUNDLE")
     if named:
         return Path(named)
-    found = [p.parent for pattern in ("bundle", "*/bundle") for p in Path("outputs").glob(f"{pattern}/model_index.json")]
-    if not found:
+    bundles = [p.parent for pattern in ("bundle", "*/bundle") for p in Path("outputs").glob(f"{pattern}/model_index.json")]
+    if not bundles:
         raise UserError(
             "no bundle found under ./outputs; make one with `loa demo` or `loa export`, or name one with --bundle (or $LOA_BUNDLE)"
         )
-    return max(found, key=lambda folder: folder.stat().st_mtime)
+    return max(bundles, key=lambda folder: folder.stat().st_mtime)
 
 
 @contextmanager

@@ -47,10 +47,10 @@ def clap_config(state: Mapping[str, Tensor]) -> ClapConfig:
             "this CLAP has other towers than RoBERTa and HTSAT; expected text_branch.embeddings.… and audio_branch.patch_embed.…"
         )
     layers = len({key.split(".")[3] for key in state if key.startswith("text_branch.encoder.layer.")})
-    places = sorted(
+    blocks = sorted(
         {tuple(map(int, key.split(".")[2:5:2])) for key in state if ".blocks." in key and key.startswith("audio_branch.layers.")}
     )
-    depths = [sum(1 for level, _ in places if level == i) for i in range(places[-1][0] + 1)]
+    depths = [sum(1 for level, _ in blocks if level == i) for i in range(blocks[-1][0] + 1)]
     tables = [state[f"audio_branch.layers.{i}.blocks.0.attn.relative_position_bias_table"] for i in range(len(depths))]
     return ClapConfig(
         projection_dim=state["text_projection.2.weight"].shape[0],
@@ -73,11 +73,11 @@ def clap_of(state: Mapping[str, Tensor], source: Path | str, config: ClapConfig 
     """
     model = (config or clap_config(state)).build()
     ours = model.state_dict()
-    places = origins(ours, clap)
-    shapes = expected(places)
+    sources = origins(ours, clap)
+    shapes = expected(sources)
     used = {key: value for key, value in state.items() if key in shapes or not UNUSED.search(key)}
-    require_fit(shapes, used, source, "LAION CLAP", computed(places))
-    model.load_state_dict(take(ours, places, used), assign=True)
+    require_fit(shapes, used, source, "LAION CLAP", computed(sources))
+    model.load_state_dict(take(ours, sources, used), assign=True)
     return model.eval()
 
 
