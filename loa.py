@@ -86,9 +86,9 @@ class Commands(click.Group):
             formatter.write_dl([(name, command.get_short_help_str()) for name, command in self.commands.items()])
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        found = [CompletionItem(name, help=job.summary) for name, job in JOBS.items() if name.startswith(incomplete)]
+        jobs = [CompletionItem(name, help=job.summary) for name, job in JOBS.items() if name.startswith(incomplete)]
         own = [CompletionItem(n, help=c.get_short_help_str()) for n, c in self.commands.items() if n.startswith(incomplete)]
-        return found + own + click.Command.shell_complete(self, ctx, incomplete)
+        return jobs + own + click.Command.shell_complete(self, ctx, incomplete)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

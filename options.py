@@ -113,18 +113,18 @@ def plain_sentence(error: BaseException) -> str | None:
 
     A UserError raised on a Ray worker arrives wrapped, so the causes are searched too.
     """
-    found = None
+    sentence = None
     for cause in _causes(error):
         # Ray's wrapper is a UserError itself, with the worker's traceback as its text: the innermost one speaks plainly.
         if isinstance(cause, (UserError, AudioError)):
-            found = str(cause)
+            sentence = str(cause)
         elif isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
             return f"no space left on the disk{_of(cause)}; free some or choose another folder with --work"
         elif isinstance(cause, PermissionError) and cause.filename is not None:
             return f"no permission to use {cause.filename}; check its owner or choose another folder"
         elif isinstance(cause, FileNotFoundError) and cause.filename is not None and cause is error:
             return f"{cause.filename} does not exist"
-    return found
+    return sentence
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -353,11 +353,11 @@ def _options_of(command: str) -> set[str]:
     import loa  # only now: it names this file's users
 
     context = click.Context(loa.main)
-    found: click.Command = loa.main
+    inner_command: click.Command = loa.main
     for word in command.split()[1:]:
-        if isinstance(found, click.Group) and (inner := found.get_command(context, word)) is not None:
-            found = inner
-    return {flag for parameter in found.params for flag in parameter.opts}
+        if isinstance(inner_command, click.Group) and (inner := inner_command.get_command(context, word)) is not None:
+            inner_command = inner
+    return {flag for parameter in inner_command.params for flag in parameter.opts}
 
 
 # ------------------------------------------------------------------------------------------ is there room for this?
@@ -370,10 +370,10 @@ def require_disk(path: Path | str, gigabytes: float) -> None:
     """
     if "://" in str(path):
         return
-    place = Path(path).absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free / 1e9
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free / 1e9
     if free < gigabytes:
         raise UserError(
             f"{path} needs about {gigabytes:.1f} GB of disk and {free:.1f} GB are free; free some or choose another folder with --work"

@@ -95,9 +95,9 @@ def _variant_of(cards: Mapping[str, Mapping[str, Any]]) -> Variant:
 def _same_audio(cards: Mapping[str, Mapping[str, Any]], variant: Variant) -> None:
     expected = to_dict(variant.audio)
     for stage, card in cards.items():
-        if told := differences(card.get("config", {}).get("audio", expected), expected):
+        if changes := differences(card.get("config", {}).get("audio", expected), expected):
             raise UserError(
-                f"the stage {stage} was trained with other audio settings than {variant.name} ({told}); "
+                f"the stage {stage} was trained with other audio settings than {variant.name} ({changes}); "
                 f"train it again or replace it with --with {stage}=FOLDER"
             )
 

@@ -126,10 +126,10 @@ def _sha256(path: Path) -> str:
 
 
 def _verify(distance: Mapping[str, float]) -> None:
-    told = f"text {distance['text']:.1e}, audio {distance['audio']:.1e}"
+    distances = f"text {distance['text']:.1e}, audio {distance['audio']:.1e}"
     if max(distance.values()) > AGREE:
-        raise UserError(f"the converted CLAP disagrees with laion-clap: {told}, expected at most {AGREE:g}; it was not written")
-    click.echo(f"Same embeddings as laion-clap: greatest distance {told}")
+        raise UserError(f"the converted CLAP disagrees with laion-clap: {distances}, expected at most {AGREE:g}; it was not written")
+    click.echo(f"Same embeddings as laion-clap: greatest distance {distances}")
 
 
 @click.command("import")

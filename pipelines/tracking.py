@@ -281,8 +281,8 @@ class Tracker:
             if not self._handle.uri.startswith("sqlite:"):
                 self.artifact(bundle, "bundle")
                 source = f"{client.get_run(self._handle.run_id).info.artifact_uri}/bundle"
-            told = {"loa.weights_sha256": digest, "loa.code_version": code_version(), **(tags or {})}
-            version = client.create_model_version(name, source, run_id=self._handle.run_id, tags=told)
+            version_tags = {"loa.weights_sha256": digest, "loa.code_version": code_version(), **(tags or {})}
+            version = client.create_model_version(name, source, run_id=self._handle.run_id, tags=version_tags)
         client.set_registered_model_alias(name, alias, version.version)
         return str(version.version)
 

@@ -208,9 +208,9 @@ def _fit_on_ray(job: TrainJob, workers: int | None, max_failures: int) -> None:
         ),
     )
     result = trainer.fit()
-    told = result.return_value
-    if isinstance(told, dict) and "user_error" in told:
-        raise UserError(told["user_error"])
+    answer = result.return_value
+    if isinstance(answer, dict) and "user_error" in answer:
+        raise UserError(answer["user_error"])
 
 
 class _progress_bar:

@@ -364,15 +364,15 @@ class Replicas:
 
     async def events(self, job: Job) -> AsyncIterator[Event]:
         """See Backend."""
-        told = self.handle.events.remote(job)
+        stream = self.handle.events.remote(job)
         try:
-            async for event in told:
+            async for event in stream:
                 if event is not None:
                     yield event
         except BackPressureError as error:
             raise Busy from error
         finally:
-            told.cancel()  # without effect at the end; before it, the client has left
+            stream.cancel()  # without effect at the end; before it, the client has left
 
 
 class Api:

@@ -87,11 +87,11 @@ def code_version() -> str:
     folder = Path(__file__).resolve().parent.parent
     if (folder / ".git").exists():
         try:
-            told = [
+            answers = [
                 subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
                 for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
             ]
-            return told[0] + ("+" if told[1] else "")
+            return answers[0] + ("+" if answers[1] else "")
         except (OSError, subprocess.SubprocessError):
             pass  # no git here, or a checkout without commits
     try:

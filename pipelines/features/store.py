@@ -145,9 +145,9 @@ class FeatureStore:
 
         Raises UserError naming the settings that differ, with both values.
         """
-        if told := differences(self.audio, audio):
+        if changes := differences(self.audio, audio):
             raise UserError(
-                f"the store {self.root} was ingested with other audio settings than {who} has ({told}); name the variant it was "
+                f"the store {self.root} was ingested with other audio settings than {who} has ({changes}); name the variant it was "
                 "ingested for (and --tiny, if it was), or ingest again into another folder"
             )
 
