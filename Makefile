@@ -15,7 +15,7 @@ PY  := $(BIN)/python
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quick lint format types check serve mlflow clean
+.PHONY: help setup demo test quick soak lint format types check serve mlflow clean
 
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "                VARIANT=NAME  another system, such as audioldm2-ljs for speech"
 	@echo "                WORK=DIR      where everything goes"
 	@echo "make test     the whole test suite          make quick    without its slow tests"
+	@echo "make soak     kills, fuzzing and repeats at length: once or twice each in make test, dozens of times here"
 	@echo "make lint     ruff                          make types    mypy"
 	@echo "make check    lint, types and test          make format   let ruff rewrite"
 	@echo "make serve    the trained bundle over HTTP, with a page to try it"
@@ -47,6 +48,9 @@ test: setup
 
 quick: setup
 	@$(PY) -m pytest -m "not slow" $(TESTS)
+
+soak: setup
+	@LOA_SOAK=1 $(PY) -m pytest -m soak $(TESTS)
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -40,6 +40,7 @@ JOURNEY: dict[str, dict[str, Job]] = {
         "evaluate": Job("pipelines.evaluate:main", "Generate for held-out captions, and score the clips."),
         "score": Job("pipelines.score:main", "Score a folder of clips from any system, beside a folder of real clips."),
         "compare": Job("pipelines.compare:main", "Compare scored systems with each other and with published numbers."),
+        "report": Job("pipelines.report:main", "Write one page about a project: scores, sounds, curves, costs."),
     },
     "From a bundle to sound": {
         "generate": Job("serving.generate:main", "Generate the sound of a prompt as a WAV file."),
@@ -59,7 +60,14 @@ class Commands(click.Group):
         if cmd_name not in JOBS:
             return super().get_command(ctx, cmd_name)
         module, _, attribute = JOBS[cmd_name].target.partition(":")
-        command: click.Command = getattr(importlib.import_module(module), attribute)
+        try:
+            command: click.Command = getattr(importlib.import_module(module), attribute)
+        except (ImportError, RuntimeError) as error:  # diffusers and transformers import a torchvision that is there
+            from stages.public.extra import torchvision_fault
+
+            if (fault := torchvision_fault()) is None:
+                raise
+            raise click.ClickException(fault) from error
         return command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:

@@ -267,10 +267,26 @@ def shown(path: Path | str) -> str:
 
 # The README's steps, in order; {work} is an argument there.
 STEPS = (
-    "ingest", "preprocess mel", "train clap", "train audiomae", "train vae", "train vocoder", "train classifier",
-    "preprocess loa", "preprocess latent", "preprocess text", "preprocess speech", "train translator", "train diffusion", "train joint",
-    "export", "evaluate", "compare {work}", 'generate "rain on a tin roof"', "serve",
-)  # fmt: skip
+    "ingest",
+    "preprocess mel",
+    "train clap",
+    "train audiomae",
+    "train vae",
+    "train vocoder",
+    "train classifier",
+    "preprocess loa",
+    "preprocess latent",
+    "preprocess text",
+    "preprocess speech",
+    "train translator",
+    "train diffusion",
+    "train joint",
+    "export",
+    "evaluate",
+    "compare {work}",
+    'generate "rain on a tin roof"',
+    "serve",
+)
 NOT_FOR_SPEECH = ("train classifier", "preprocess text")
 REPEATED = ("--work", "--store", "--bundle", "--variant", "--tiny", "--set")
 _SYSTEM = "loa.system"  # in click's context: options that stand for the system a command works on

@@ -85,7 +85,7 @@ class Demo:
         ]
 
     def _corpus(self, tracker: Tracker) -> str:
-        from pipelines.demo_corpus import make_demo_corpus
+        from pipelines.demo_corpus.make import make_demo_corpus
 
         folder, count = self.work / "recordings", self.preset.clips_per_kind
         if self.variant.phonemes is None:
@@ -269,10 +269,24 @@ def _minutes(minutes: float) -> str:
 
 # What each step of the quick preset takes on two cores, for the time left.
 _QUICK_MINUTES = {
-    "corpus": 0.3, "ingest": 0.1, "mel": 0.3, "train-classifier": 0.5, "train-clap": 1.3, "train-audiomae": 1.0, "train-vae": 3.7,
-    "train-vocoder": 3.6, "loa": 0.3, "latent": 0.5, "text": 0.3, "train-translator": 0.8, "train-diffusion": 3.1, "train-joint": 1.3,
-    "export": 0.1, "evaluate": 0.6, "report": 0.1,
-}  # fmt: skip
+    "corpus": 0.3,
+    "ingest": 0.1,
+    "mel": 0.3,
+    "train-classifier": 0.5,
+    "train-clap": 1.3,
+    "train-audiomae": 1.0,
+    "train-vae": 3.7,
+    "train-vocoder": 3.6,
+    "loa": 0.3,
+    "latent": 0.5,
+    "text": 0.3,
+    "train-translator": 0.8,
+    "train-diffusion": 3.1,
+    "train-joint": 1.3,
+    "export": 0.1,
+    "evaluate": 0.6,
+    "report": 0.1,
+}
 
 PRESETS = {
     "quick": Preset(
@@ -315,9 +329,12 @@ PRESETS = {
 
 @click.command()
 @click.option(
-    "--work", type=click.Path(file_okay=False, path_type=Path), envvar="LOA_WORK", metavar="DIR",
+    "--work",
+    type=click.Path(file_okay=False, path_type=Path),
+    envvar="LOA_WORK",
+    metavar="DIR",
     help="Project folder of the demo.  [default: outputs/demo, or outputs/demo-VARIANT, -PRESET, -DATA]",
-)  # fmt: skip
+)
 @click.option(
     "--data",
     type=click.Path(path_type=Path),

@@ -118,9 +118,16 @@ def _same_audio(cards: Mapping[str, Mapping[str, Any]], variant: Variant) -> Non
 @tracking_option
 @friendly
 def main(
-    work: Path, out: Path | None, released: dict[str, str], variant: str | None, tiny: bool, no_joint: bool, critics: bool, force: bool,
+    work: Path,
+    out: Path | None,
+    released: dict[str, str],
+    variant: str | None,
+    tiny: bool,
+    no_joint: bool,
+    critics: bool,
+    force: bool,
     tracking_uri: str | None,
-) -> None:  # fmt: skip
+) -> None:
     """Assemble the trained stages into a bundle that diffusers can load, too."""
     from stages.bundle import read_info
     from stages.variants import resolve

@@ -6,6 +6,7 @@ import hashlib
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -54,7 +55,7 @@ def import_weights(
     from stages.public import laion
     from stages.public.folder import import_folder
     from stages.public.original import import_original, is_original, require_variant, structure, variants_like
-    from stages.public.parts import add_audiomae, add_t5, add_tokenizer, is_audiomae, require_parts
+    from stages.public.parts import add_audiomae, is_audiomae, require_parts
     from stages.variants import resolve
 
     path = Path(source).expanduser()
@@ -65,28 +66,18 @@ def import_weights(
     places = {name: _place(name, place) for name, place in (given or {}).items()}
     state = weights_of(read_checkpoint(path), path)
     if is_original(state):
-        found = structure(state)
-        like = variants_like(found) if found else []
+        unet = structure(state)
+        like = variants_like(unet) if unet else []
         chosen = resolve(variant or (like[0] if like else DEFAULT_VARIANT), tiny, settings)
-        require_variant(found, chosen, path)
-        told = {"imported": {"source": path.name, "layout": "authors", "sha256": _sha256(path)}}
-        return import_original(state, chosen, out or work / "bundle", path, places, weights=weights, provenance=told, force=force)
+        require_variant(unet, chosen, path)
+        provenance = {"imported": {"source": path.name, "layout": "authors", "sha256": _sha256(path)}}
+        return import_original(state, chosen, out or work / "bundle", path, places, weights=weights, provenance=provenance, force=force)
     sizes = resolve(variant or DEFAULT_VARIANT, tiny, settings)
     if laion.is_laion(state):
         require_parts(places, ("tokenizer",), path)
         if verify:
             _verify(laion.disagreement(state))
-        final = _free(out or work / "imported" / "clap", force)
-        config = laion.clap_config(state)
-        with whole_folder(final) as draft:
-            laion.clap_of(state, path, config).save_pretrained(draft / "text_encoder")
-            config.feature_extractor().save_pretrained(draft / "feature_extractor")
-            add_tokenizer(draft, "tokenizer", places["tokenizer"], config.text_vocab)
-            if "text_encoder_2" in places:
-                require_parts(places, ("tokenizer_2",), places["text_encoder_2"])
-                add_t5(draft, places["text_encoder_2"])
-                add_tokenizer(draft, "tokenizer_2", places["tokenizer_2"], sizes.t5.vocab, sizes.t5.max_length)
-        return final
+        return _import_clap(state, path, _free(out or work / "imported" / "clap", force), places, sizes.t5.max_length)
     if is_audiomae(state):
         final = _free(out or work / "imported" / "audiomae", force)
         with whole_folder(final) as draft:
@@ -96,6 +87,23 @@ def import_weights(
         f"{path} is no known checkpoint: expected the authors' AudioLDM 2 (model.diffusion_model.…), LAION's CLAP (audio_branch.…) "
         f"or AudioMAE (cls_token, blocks.…), got {', '.join(list(state)[:3])} …"
     )
+
+
+def _import_clap(state: Mapping[str, Any], path: Path, final: Path, places: Mapping[str, Path], t5_length: int) -> Path:
+    """LAION's CLAP, and T5 where `places` has one, as `--with clap=` takes them."""
+    from stages.public import laion
+    from stages.public.parts import add_t5, add_tokenizer, require_parts
+
+    config = laion.clap_config(state)
+    with whole_folder(final) as draft:
+        laion.clap_of(state, path, config).save_pretrained(draft / "text_encoder")
+        config.feature_extractor().save_pretrained(draft / "feature_extractor")
+        add_tokenizer(draft, "tokenizer", places["tokenizer"], config.text_vocab)
+        if "text_encoder_2" in places:
+            require_parts(places, ("tokenizer_2",), places["text_encoder_2"])
+            rows = add_t5(draft, places["text_encoder_2"])
+            add_tokenizer(draft, "tokenizer_2", places["tokenizer_2"], rows, t5_length)
+    return final
 
 
 def _place(name: str, place: str) -> Path:
@@ -155,9 +163,17 @@ def _verify(distance: Mapping[str, float]) -> None:
 @click.option("--force", is_flag=True, help="Replace an existing result.")
 @friendly
 def main(
-    source: str, work: Path, out: Path | None, variant: str | None, tiny: bool, settings: dict[str, str], weights: str,
-    given: dict[str, str], verify: bool, force: bool,
-) -> None:  # fmt: skip
+    source: str,
+    work: Path,
+    out: Path | None,
+    variant: str | None,
+    tiny: bool,
+    settings: dict[str, str],
+    weights: str,
+    given: dict[str, str],
+    verify: bool,
+    force: bool,
+) -> None:
     """Import public weights: SOURCE becomes a bundle, or weights for a stage.
 
     \b

@@ -22,6 +22,7 @@ from options import friendly, next_step, tiny_option, variant_option, work_optio
 from pipelines import corpora
 from pipelines.corpora.records import Record, Recording, Rejected
 from pipelines.features import DEFAULT_SHARD_SIZE
+from pipelines.tables import aligned
 from stages.config import differences
 from stages.errors import UserError
 
@@ -32,6 +33,8 @@ REPORT = "ingest.json"  # in the store: what it was made from, and the report
 MAX_WINDOWS = 4
 FEWEST_SAMPLES = 100  # a shorter recording is none; the reference refuses it too
 SPEECH_TOLERANCE = 0.25  # seconds that may be missing at the end of a transcribed segment
+
+Headers = Mapping[str, tuple[float, str]]  # path → (seconds, why it cannot be read, or "")
 
 
 # ------------------------------------------------------------------------------------------------------- the report
@@ -80,9 +83,7 @@ class IngestReport:
             rejected = f"{self.counts()['rejected']:,.0f}" if counts is total else reasons or "0"
             numbers = (f"{counts.recordings:,.0f}", f"{counts.clips:,.0f}", f"{counts.hours:,.2f}", f"{counts.captions:,.0f}")
             rows.append([counts.corpus, *numbers, rejected])
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        lines = ["  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 5)), row[5]]) for row in rows]
-        return "\n".join(lines)
+        return aligned(rows, remarks=1)
 
 
 # ------------------------------------------------------------------------------------------- recordings become clips
@@ -101,9 +102,17 @@ class Clip:
         """The row, in the columns of CLIP_SCHEMA."""
         r = self.recording
         return {
-            "clip_id": self.clip_id, "corpus": r.corpus, "path": r.path, "start": self.start, "seconds": self.seconds,
-            "captions": list(r.captions), "transcript": r.transcript, "labels": list(r.labels), "split": r.split, "licence": r.licence,
-        }  # fmt: skip
+            "clip_id": self.clip_id,
+            "corpus": r.corpus,
+            "path": r.path,
+            "start": self.start,
+            "seconds": self.seconds,
+            "captions": list(r.captions),
+            "transcript": r.transcript,
+            "labels": list(r.labels),
+            "split": r.split,
+            "licence": r.licence,
+        }
 
 
 def cut(recording: Recording, file_seconds: float, audio: AudioConfig, max_windows: int = MAX_WINDOWS) -> list[Clip] | Rejected:
@@ -200,11 +209,7 @@ def ingest(
     from pipelines.features.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore
 
     folders = [Path(os.path.abspath(folder)) for folder in data_dirs]
-    found = list(dict.fromkeys(source for folder in folders for source in corpora.discover(folder)))
-    if not found:
-        layouts = "; ".join(corpora.LAYOUTS.values())
-        raise UserError(f"{_names(folders)} contains no recordings; searched it and the folders directly below for {layouts}")
-    listed = [(source, _limited(corpora.read(*source, keep_blacklisted=keep_blacklisted), limit)) for source in found]
+    listed = _listed(folders, keep_blacklisted, limit)
     made_from = {
         "data": [str(folder) for folder in folders],
         "audio": audio.to_dict(),
@@ -222,25 +227,10 @@ def ingest(
     clean = iter(without_leaks([r for _, records in listed for r in records if isinstance(r, Recording)]))
     sources = [(source, [next(clean) if isinstance(r, Recording) else r for r in records]) for source, records in listed]
     paths = sorted({r.path for _, records in sources for r in records if isinstance(r, Recording)})
-    say(f"{', '.join(corpus for corpus, _ in found)}: reading the headers of {len(paths):,} recordings")
-    headers = probe_headers(paths, workers)
-
-    clips: list[Clip] = []
-    rejected: list[Rejected] = []
-    counts: list[CorpusCounts] = []
-    taken: set[str] = set()
-    for (corpus, root), records in sources:
-        kept, lost = _clips_of(records, headers, audio, max_windows, taken)
-        counts.append(_count(corpus, root, kept, lost))
-        clips += kept
-        rejected += lost
+    say(f"{', '.join(corpus for (corpus, _), _ in listed)}: reading the headers of {len(paths):,} recordings")
+    clips, rejected, counts = _clips_of_all(sources, probe_headers(paths, workers), audio, max_windows)
     if not clips:
-        tally = Counter(r.kind for r in rejected).most_common(4)
-        reasons = ", ".join(f"{n:,} {kind}" for kind, n in tally)
-        raise UserError(
-            f"nothing in {_names(folders)} can be used. Found: {'; '.join(corpora.LAYOUTS[corpus] for corpus, _ in found)}. "
-            f"Rejected: {reasons}; the first is {rejected[0].path} ({rejected[0].reason})"
-        )
+        raise UserError(_nothing_usable(folders, [corpus for (corpus, _), _ in listed], rejected))
     clip_table = pa.Table.from_pylist([clip.row() for clip in clips], schema=CLIP_SCHEMA)
     rejected_table = pa.Table.from_pylist([asdict(r) for r in rejected], schema=REJECTED_SCHEMA)
     store = FeatureStore.create(store_root, audio, clip_table, rejected_table, seed, shard_size)
@@ -249,6 +239,23 @@ def ingest(
     content = {"made_from": made_from, "corpora": [asdict(c) for c in counts], "splits": report.splits}
     store.write(json.dumps(content, indent=1, ensure_ascii=False).encode(), REPORT)
     return report
+
+
+def _listed(folders: Sequence[Path], keep_blacklisted: bool, limit: int | None) -> list[tuple[tuple[str, Path], list[Record]]]:
+    """What the readers find: (corpus, root) with its records. Raises UserError when there is no corpus and no recording."""
+    roots = list(dict.fromkeys(source for folder in folders for source in corpora.discover(folder)))
+    if not roots:
+        layouts = "; ".join(corpora.LAYOUTS.values())
+        raise UserError(f"{_names(folders)} contains no recordings; searched it and the folders directly below for {layouts}")
+    return [(source, _limited(corpora.read(*source, keep_blacklisted=keep_blacklisted), limit)) for source in roots]
+
+
+def _nothing_usable(folders: Sequence[Path], names: Sequence[str], rejected: Sequence[Rejected]) -> str:
+    reasons = ", ".join(f"{n:,} {kind}" for kind, n in Counter(r.kind for r in rejected).most_common(4))
+    return (
+        f"nothing in {_names(folders)} can be used. Found: {'; '.join(corpora.LAYOUTS[name] for name in names)}. "
+        f"Rejected: {reasons}; the first is {rejected[0].path} ({rejected[0].reason})"
+    )
 
 
 def _limited(records: Iterable[Record], limit: int | None) -> list[Record]:
@@ -260,8 +267,27 @@ def _limited(records: Iterable[Record], limit: int | None) -> list[Record]:
     return [r for r in listed if isinstance(r, Rejected) or r.recording_id in chosen]
 
 
+def _clips_of_all(
+    sources: Iterable[tuple[tuple[str, Path], Sequence[Record]]],
+    headers: Headers,
+    audio: AudioConfig,
+    max_windows: int,
+) -> tuple[list[Clip], list[Rejected], list[CorpusCounts]]:
+    """The clips of all corpora, what is rejected, and how many of each there are."""
+    clips: list[Clip] = []
+    rejected: list[Rejected] = []
+    counts: list[CorpusCounts] = []
+    taken: set[str] = set()
+    for (corpus, root), records in sources:
+        kept, lost = _clips_of(records, headers, audio, max_windows, taken)
+        counts.append(_count(corpus, root, kept, lost))
+        clips += kept
+        rejected += lost
+    return clips, rejected, counts
+
+
 def _clips_of(
-    records: Iterable[Record], headers: Mapping[str, tuple[float, str]], audio: AudioConfig, max_windows: int, taken: set[str]
+    records: Iterable[Record], headers: Headers, audio: AudioConfig, max_windows: int, taken: set[str]
 ) -> tuple[list[Clip], list[Rejected]]:
     """The clips of a corpus and what is rejected; `taken` are the clip ids in use so far, and grows."""
     clips: list[Clip] = []
@@ -366,9 +392,19 @@ def _names(folders: Sequence[Path]) -> str:
 )
 @friendly
 def main(
-    folders: tuple[Path, ...], data: tuple[Path, ...], work: Path, variant: str, tiny: bool, clip_seconds: float | None,
-    max_windows: int, limit: int | None, keep_blacklisted: bool, seed: int, shard_size: int, workers: int | None,
-) -> None:  # fmt: skip
+    folders: tuple[Path, ...],
+    data: tuple[Path, ...],
+    work: Path,
+    variant: str,
+    tiny: bool,
+    clip_seconds: float | None,
+    max_windows: int,
+    limit: int | None,
+    keep_blacklisted: bool,
+    seed: int,
+    shard_size: int,
+    workers: int | None,
+) -> None:
     """Make the clip table in --work from the corpora or recordings in DIR.
 
     DIR contains any mix of corpora in their published layouts (AudioSet, AudioCaps, WavCaps, Million Song Dataset,
@@ -382,9 +418,17 @@ def main(
     if clip_seconds is not None:
         audio = replace(audio, clip_seconds=clip_seconds)
     report = ingest(
-        folders + data, work / "store", audio, max_windows=max_windows, limit=limit, keep_blacklisted=keep_blacklisted,
-        seed=seed, shard_size=shard_size, workers=workers, say=click.echo,
-    )  # fmt: skip
+        folders + data,
+        work / "store",
+        audio,
+        max_windows=max_windows,
+        limit=limit,
+        keep_blacklisted=keep_blacklisted,
+        seed=seed,
+        shard_size=shard_size,
+        workers=workers,
+        say=click.echo,
+    )
     click.echo(report.table())
     click.echo(f"\n{report.summary()}\n{report.store}\n{next_step('ingest')}")
 

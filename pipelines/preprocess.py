@@ -18,7 +18,8 @@ from pipelines.weights import released_folders, require_used
 from stages.errors import UserError
 
 if TYPE_CHECKING:
-    from pipelines.features.passes import Pass, PassReport
+    from pipelines.features.passes import Pass
+    from pipelines.features.run import PassReport
     from pipelines.features.store import FeatureStore
     from stages.variants import Variant
 
@@ -63,7 +64,7 @@ def run_pass(
         limit_shards: stop after this many shards.
         progress: show a bar on stderr.
     """
-    from pipelines.features.passes import execute
+    from pipelines.features.run import execute
     from pipelines.features.store import FeatureStore
 
     opened = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
@@ -129,10 +130,18 @@ def _pass_command(name: str) -> click.Command:
 
     @friendly
     def command(
-        work: Path, variant: str, tiny: bool, settings: dict[str, str], store_url: str | None, workers: int | None,
-        limit_shards: int | None, verify: bool, released: dict[str, str] | None = None, poolings: tuple[int, ...] | None = None,
-    ) -> None:  # fmt: skip
-        from pipelines.features.passes import execute
+        work: Path,
+        variant: str,
+        tiny: bool,
+        settings: dict[str, str],
+        store_url: str | None,
+        workers: int | None,
+        limit_shards: int | None,
+        verify: bool,
+        released: dict[str, str] | None = None,
+        poolings: tuple[int, ...] | None = None,
+    ) -> None:
+        from pipelines.features.run import execute
         from pipelines.features.store import FeatureStore
         from stages.variants import resolve
 

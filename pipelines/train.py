@@ -78,18 +78,23 @@ def train_stage(
     series = cls.reads(variant)
     corpora = () if cls.any_corpus else _corpora_of(variant, opened)
     dataset = ClipDataset(opened, cls, series, "train", corpora)
-    recipes = opened.recipes()
-    made_by = {name: recipes[name] for name in series}
-    if tracker is not None:
-        tracker.tags({"loa.store": opened.root} | {f"loa.store.{name}": json.dumps(recipe) for name, recipe in made_by.items()})
+    card = _provenance(cls.name, opened, series, folders, tracker) | {"clips_in_split": len(dataset)}
     if not cls.learns_from(dataset.rows):
         raise UserError(nothing_to_train_on(cls, variant, opened, corpora))
     job = TrainJob(
-        stage=stage, variant=variant, store=opened.root, run=str(run), released={k: str(v) for k, v in folders.items()}, output=str(output),
-        tracker=tracker.handle() if tracker else None, seed=seed, precision=precision, loader_workers=loader_workers,
+        stage=stage,
+        variant=variant,
+        store=opened.root,
+        run=str(run),
+        released={k: str(v) for k, v in folders.items()},
+        output=str(output),
+        tracker=tracker.handle() if tracker else None,
+        seed=seed,
+        precision=precision,
+        loader_workers=loader_workers,
         corpora=corpora,
-        card={"store": opened.root, "store_recipes": made_by, "clips_in_split": len(dataset), "inputs": _input_hashes(cls.name, folders)},
-    )  # fmt: skip
+        card=card,
+    )
     for earlier in cls.builds_on(variant):
         job.folder(earlier)  # refuses now, not on a worker
     if not (run / "prepared").is_dir():
@@ -102,6 +107,16 @@ def train_stage(
             _fit_on_ray(job, workers, max_failures)
     read_card(output, stage)
     return output
+
+
+def _provenance(
+    stage: str, store: FeatureStore, series: Sequence[str], folders: Mapping[str, Path], tracker: Tracker | None
+) -> dict[str, Any]:
+    """What a stage is made from, for its card and for MLflow: the store, the recipes of its series, the weights of earlier stages."""
+    recipes = {name: recipe for name, recipe in store.recipes().items() if name in series}
+    if tracker is not None:
+        tracker.tags({"loa.store": store.root} | {f"loa.store.{name}": json.dumps(recipe) for name, recipe in recipes.items()})
+    return {"store": store.root, "store_recipes": recipes, "inputs": _input_hashes(stage, folders)}
 
 
 def _corpora_of(variant: Variant, store: FeatureStore) -> tuple[str, ...]:
@@ -152,6 +167,7 @@ def _fit_on_ray(job: TrainJob, workers: int | None, max_failures: int) -> None:
     from ray.train.v2.api.config import LoggingConfig
 
     from pipelines.training.ray_worker import ray_worker
+    from pipelines.training.rendezvous import OneMachine
 
     have = cluster.cluster_resources()
     count = workers or max(1, have.gpus)
@@ -179,6 +195,7 @@ def _fit_on_ray(job: TrainJob, workers: int | None, max_failures: int) -> None:
     trainer = Trainer(
         ray_worker,
         train_loop_config={"job": cloudpickle.dumps(job), "threads": threads},  # opened by the workers alone
+        torch_config=OneMachine() if cluster.ends_with_us() else None,
         scaling_config=ScalingConfig(
             num_workers=count, use_gpu=have.gpus > 0, resources_per_worker={"CPU": 1} | ({"GPU": 1} if have.gpus else {})
         ),
@@ -317,9 +334,22 @@ def _input_hashes(stage: str, folders: Mapping[str, Path]) -> dict[str, str]:
 @click.option("--dry-run", is_flag=True, help="Print the resolved configuration, sizes and estimates, without training.")
 @friendly
 def main(
-    stage: str, work: Path, variant: str, tiny: bool, settings: dict[str, str], released: dict[str, str], tracking_uri: str | None,
-    store: str | None, workers: int | None, seed: int, precision: str, loader_workers: int, max_failures: int, fresh: bool, dry_run: bool,
-) -> None:  # fmt: skip
+    stage: str,
+    work: Path,
+    variant: str,
+    tiny: bool,
+    settings: dict[str, str],
+    released: dict[str, str],
+    tracking_uri: str | None,
+    store: str | None,
+    workers: int | None,
+    seed: int,
+    precision: str,
+    loader_workers: int,
+    max_failures: int,
+    fresh: bool,
+    dry_run: bool,
+) -> None:
     """Train STAGE: clap, audiomae, vae, vocoder, translator, diffusion, joint or classifier.
 
     The same command continues an interrupted run, and does nothing when the run is finished.
@@ -330,7 +360,7 @@ def main(
 
     resolved = resolve(variant, tiny, settings)
     if dry_run:
-        from stages.sizes import describe
+        from pipelines.plan import describe
 
         click.echo(describe(resolved, stage, workers))
         return
@@ -339,9 +369,19 @@ def main(
     with Tracker.open(tracking_uri, work=work, job=f"train-{stage}", variant=resolved.name, tags=tags, fresh=fresh) as tracker:
         tracker.params({"seed": seed, **flat(to_dict(resolved))})
         folder = train_stage(
-            stage, resolved, work, store=store, given=released, workers=workers, tracker=tracker, seed=seed, precision=precision,
-            loader_workers=loader_workers, max_failures=max_failures, fresh=fresh,
-        )  # fmt: skip
+            stage,
+            resolved,
+            work,
+            store=store,
+            given=released,
+            workers=workers,
+            tracker=tracker,
+            seed=seed,
+            precision=precision,
+            loader_workers=loader_workers,
+            max_failures=max_failures,
+            fresh=fresh,
+        )
     if before:
         steps, place = read_card(folder, stage)["steps"], shown(folder)
         click.echo(

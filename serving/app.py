@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 
+import local_ray
 from options import friendly
 from stages.errors import UserError
 
@@ -56,12 +57,7 @@ def connect(num_replicas: int) -> tuple[int, int]:
     address = os.environ.get("RAY_ADDRESS") or "local"
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nothing of it listens beyond loopback
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-        # replicas import this package whatever folder the command was started in
-        here = str(Path(__file__).resolve().parent.parent)
-        os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
+        local_ray.prepare()
         settings |= {"num_cpus": max(os.cpu_count() or 1, num_replicas) + 1, "object_store_memory": 200 * 2**20, "include_dashboard": False}
     import ray
 
@@ -71,6 +67,7 @@ def connect(num_replicas: int) -> tuple[int, int]:
         raise UserError(
             f"no Ray cluster answers at {address!r} ({error}); start one with `ray start --head` or unset RAY_ADDRESS"
         ) from error
+    local_ray.quieten()
     have = ray.cluster_resources()
     return int(have.get("CPU", 1)), int(have.get("GPU", 0))
 
@@ -95,9 +92,14 @@ def run(bundle: Path, host: str, port: int, num_replicas: int, max_batch: int, m
         if gpus and num_replicas > gpus:
             raise UserError(f"{num_replicas} replicas were asked for and there are {gpus} GPUs; choose at most {gpus}")
         args = ServeArgs(
-            bundle=str(bundle), num_replicas=num_replicas, max_batch=max_batch, max_queue=max_queue, max_seconds=max_seconds,
-            num_gpus=1 if gpus else 0, threads=None if gpus else max(1, (cpus - 1) // num_replicas),
-        )  # fmt: skip
+            bundle=str(bundle),
+            num_replicas=num_replicas,
+            max_batch=max_batch,
+            max_queue=max_queue,
+            max_seconds=max_seconds,
+            num_gpus=1 if gpus else 0,
+            threads=None if gpus else max(1, (cpus - 1) // num_replicas),
+        )
         quiet = {"log_level": "ERROR", "enable_access_log": False}
         serve.start(http_options={"host": host, "port": port, "request_timeout_s": ANSWER_WITHIN}, logging_config=quiet)
         click.echo(f"Loading {info.variant} from {os.path.relpath(bundle)} …")

@@ -73,10 +73,19 @@ def write_sound(path: Path, waveform: np.ndarray, sample_rate: int) -> None:
 @click.option("--force", is_flag=True, help="Overwrite existing files.")
 @friendly
 def main(
-    prompt: str, out: Path | None, bundle: Path | None, seconds: float | None, seed: int, negative_prompt: str | None,
-    transcription: str | None, num: int, sampling: dict[str, Any], peak: float | None,
-    device: str | None, force: bool,
-) -> None:  # fmt: skip
+    prompt: str,
+    out: Path | None,
+    bundle: Path | None,
+    seconds: float | None,
+    seed: int,
+    negative_prompt: str | None,
+    transcription: str | None,
+    num: int,
+    sampling: dict[str, Any],
+    peak: float | None,
+    device: str | None,
+    force: bool,
+) -> None:
     """Generate the sound of PROMPT and write it to a file.
 
     \b
@@ -104,9 +113,15 @@ def main(
 
         began = time.monotonic()
         waveforms = generator.generate(
-            prompt, negative_prompts=negative_prompt, transcriptions=transcription, seconds=seconds, seed=seed,
-            num_waveforms_per_prompt=num, progress=progress, **sampling,
-        )  # fmt: skip
+            prompt,
+            negative_prompts=negative_prompt,
+            transcriptions=transcription,
+            seconds=seconds,
+            seed=seed,
+            num_waveforms_per_prompt=num,
+            progress=progress,
+            **sampling,
+        )
     took = time.monotonic() - began
     for file, waveform in zip(files, waveforms, strict=True):
         if peak is not None:

@@ -22,7 +22,6 @@ from diffusers import AutoencoderKL, DDIMScheduler
 from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2ProjectionModel, AudioLDM2UNet2DConditionModel
 from safetensors import SafetensorError
 from transformers import (
-    AutoTokenizer,
     ClapFeatureExtractor,
     ClapModel,
     GPT2LMHeadModel,
@@ -37,6 +36,7 @@ from stages.config import tiny_name
 from stages.diffusion.model import latent_scale
 from stages.errors import UserError
 from stages.files import weights_hash, whole_folder, write_json
+from stages.tokenizers import read_tokenizer
 
 BUNDLE_FORMAT = 1
 PIPELINE = "AudioLDM2Pipeline"
@@ -349,7 +349,7 @@ def load(bundle: Path, device: str | torch.device = "cpu", dtype: torch.dtype = 
     `dtype` is that of the text encoders, the language model and the T-UNet. VAE and vocoder are a small part of the
     work and stay in float32.
 
-    Raises UserError when the bundle is not whole, damaged, or of another format.
+    Raises UserError when the bundle is not whole, damaged, or of another format, or a tokenizer is not that of its network.
     """
     bundle = Path(bundle)
     info = read_info(bundle)
@@ -367,13 +367,15 @@ def load(bundle: Path, device: str | torch.device = "cpu", dtype: torch.dtype = 
         return model.to(device).eval().requires_grad_(False)
 
     with quiet():
+        text_encoder = network(ClapModel, "text_encoder", dtype)
+        text_encoder_2 = network(VitsModel if info.speech else T5EncoderModel, "text_encoder_2", dtype)
         return Components(
             info=info,
-            text_encoder=network(ClapModel, "text_encoder", dtype),
-            tokenizer=AutoTokenizer.from_pretrained(bundle / "tokenizer", local_files_only=True),
+            text_encoder=text_encoder,
+            tokenizer=read_tokenizer(bundle / "tokenizer", text_encoder.config),
             feature_extractor=ClapFeatureExtractor.from_pretrained(bundle / "feature_extractor", local_files_only=True),
-            text_encoder_2=network(VitsModel if info.speech else T5EncoderModel, "text_encoder_2", dtype),
-            tokenizer_2=AutoTokenizer.from_pretrained(bundle / "tokenizer_2", local_files_only=True),
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=read_tokenizer(bundle / "tokenizer_2", text_encoder_2.config),
             projection_model=network(AudioLDM2ProjectionModel, "projection_model", dtype),
             language_model=network(GPT2LMHeadModel, "language_model", dtype),
             unet=network(AudioLDM2UNet2DConditionModel, "unet", dtype),

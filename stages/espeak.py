@@ -43,7 +43,9 @@ class _Engine:
         try:
             import espeakng_loader
         except ImportError:
-            raise UserError("speech needs espeak-ng, which is not installed; install it with `pip install 'loa[speech]'`") from None
+            raise UserError(
+                "speech needs espeak-ng, which is not installed; install it with `pip install -e '.[speech]'` in loa's folder"
+            ) from None
         try:
             self._library = ctypes.CDLL(espeakng_loader.get_library_path())
         except OSError as error:

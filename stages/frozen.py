@@ -11,11 +11,12 @@ import torch.nn.functional as F
 import transformers
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
-from transformers import AutoTokenizer, ClapFeatureExtractor, ClapModel, SpeechT5HifiGan, T5EncoderModel
+from transformers import ClapFeatureExtractor, ClapModel, SpeechT5HifiGan, T5EncoderModel
 
 from stages.audio import resample
 from stages.clap.model import clap_mel
 from stages.errors import UserError
+from stages.tokenizers import read_tokenizer
 
 # Small networks are loaded and saved at every turn: the bars of their libraries would drown loa's own.
 transformers.utils.logging.disable_progress_bar()
@@ -37,12 +38,12 @@ class TextEncoders(nn.Module):
                 f"{folder} holds no CLAP (no text_encoder folder); train it with `loa train clap` or name a diffusers AudioLDM 2 folder"
             )
         self.clap = ClapModel.from_pretrained(folder / "text_encoder")
-        self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        self.tokenizer = read_tokenizer(folder / "tokenizer", self.clap.config)
         self.extractor = ClapFeatureExtractor.from_pretrained(folder / "feature_extractor")
         self.t5_model: T5EncoderModel | None = None
         if (folder / "text_encoder_2" / "config.json").is_file() and "T5" in (folder / "text_encoder_2" / "config.json").read_text():
             self.t5_model = T5EncoderModel.from_pretrained(folder / "text_encoder_2")
-            self.t5_tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer_2")
+            self.t5_tokenizer = read_tokenizer(folder / "tokenizer_2", self.t5_model.config)
         self.eval().requires_grad_(False)
 
     @classmethod

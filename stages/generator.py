@@ -327,7 +327,7 @@ class AudioGenerator:
         return result
 
     def reconstruct(self, mel: Tensor | NDArray[np.float32]) -> Waveforms:
-        """Waveforms `[B, F · hop]` of log-mel spectrograms `[B, F, M]` after VAE and vocoder: the ceiling of any generation."""
+        """Waveforms `[B, F · hop]` of log-mel spectrograms `[B, F, M]` after VAE and vocoder: reconstructions, blurred clip by clip."""
         restored = self.reconstruct_mel(mel)
         return self.vocode(restored)[:, : restored.shape[1] * self.hop_length]
 

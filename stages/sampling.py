@@ -84,10 +84,16 @@ PROFILES: dict[str, Sampling] = {
     ),
     # The authors' own inference: full noise, no LOA without a prompt, 256 latent frames uncut, the best of three.
     "authors": Sampling(
-        scheduler="ddim", num_inference_steps=200, eta=1.0, timesteps="authors", unconditional="zeros", padding="batch", length="authors",
+        scheduler="ddim",
+        num_inference_steps=200,
+        eta=1.0,
+        timesteps="authors",
+        unconditional="zeros",
+        padding="batch",
+        length="authors",
         candidates=3,
     ),
-}  # fmt: skip
+}
 
 
 def resolve(profile: str = "loa", **options: Any) -> Sampling:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from stages import STAGES, require_stage
-from stages.config import to_dict
+from stages import require_stage
 from stages.variants import Variant
 
 # One H200 does about 790 TFLOP/s in bf16 matrix products; training loops that are not tuned see about a third of that.
@@ -93,31 +91,13 @@ def clip_bytes(variant: Variant) -> dict[str, int]:
     return sizes
 
 
-def describe(variant: Variant, stage: str | None = None, workers: int | None = None) -> str:
-    """The resolved configuration with counts and estimates, as text."""
-    config = to_dict(variant)
-    shown = {k: config[k] for k in config if k != "recipes"} | {
-        "recipes": config["recipes"] if stage is None else {stage: config["recipes"][stage]}
-    }
-    lines = [f"variant {variant.name}: {variant.summary}", "", json.dumps(shown, indent=2), "", "parameters"]
-    nets = networks(variant)
-    lines += [f"  {name:<12}{parameters(net):>14,}" for name, net in nets.items()]
-    flops = forward_flops(variant)
-    count = workers or 1
-    lines += ["", f"training, {count} worker{'s' if count > 1 else ''} (hours assume {ASSUMED_FLOPS / 1e12:.0f} TFLOP/s sustained each)"]
-    for name in [stage] if stage else [s for s in STAGES if s in flops or s == "joint"]:
-        require_stage(name)
-        recipe = getattr(variant.recipes, name)
-        trained = {"joint": ("diffusion", "translator")}.get(name, (name,))
-        size = sum(parameters(nets[n]) for n in trained if n in nets)
-        state = size * (BYTES_PER_PARAMETER + (4 if recipe.ema_decay else 0)) / count / 1e9
-        work = sum(flops.get(n, 0.0) for n in trained)
-        hours = f"{3 * work * recipe.steps * recipe.global_batch / (ASSUMED_FLOPS * count) / 3600:,.1f} h" if work else "not estimated"
-        lines.append(
-            f"  {name:<12}{recipe.steps:>9,} steps x {recipe.global_batch:<5}{state:>8.2f} GB of state per worker + activations   {hours}"
-        )
-    sizes = clip_bytes(variant)
-    total = sum(sizes.values()) / 1e3
-    lines += ["", f"storage per clip of {variant.audio.clip_seconds} s: {total:,.0f} kB, a million clips {total:,.0f} GB"]
-    lines += [f"  {name:<12}{size / 1e3:>10,.1f} kB" for name, size in sizes.items()]
-    return "\n".join(lines)
+def cost(stage: str, variant: Variant, nets: Mapping[str, nn.Module], flops: Mapping[str, float], workers: int) -> list[str]:
+    """A stage's training in words: its name, steps, batch, memory of its state per worker, hours."""
+    require_stage(stage)
+    recipe = getattr(variant.recipes, stage)
+    trained = {"joint": ("diffusion", "translator")}.get(stage, (stage,))
+    size = sum(parameters(nets[n]) for n in trained if n in nets)
+    state = size * (BYTES_PER_PARAMETER + (4 if recipe.ema_decay else 0)) / workers / 1e9
+    work = sum(flops.get(n, 0.0) for n in trained)
+    hours = f"{3 * work * recipe.steps * recipe.global_batch / (ASSUMED_FLOPS * workers) / 3600:,.1f} h" if work else "not estimated"
+    return [stage, f"{recipe.steps:,} steps", f"of {recipe.global_batch} clips", f"{state:.2f} GB of state per worker + activations", hours]

@@ -160,21 +160,48 @@ def tiny(variant: Variant) -> Variant:
         name=tiny_name(variant.name),
         audio=replace(variant.audio, clip_seconds=seconds),
         clap=ClapConfig(
-            projection_dim=128, text_vocab=1000, text_width=128, text_layers=2, text_heads=4, audio_width=24, audio_depths=(1, 1, 2),
-            audio_heads=(2, 4, 8), window_size=4, spec_size=64, sample_rate=16_000, max_seconds=math.ceil(seconds),
-            hop_length=800 if speech else 400, mel_bins=32, fmax=8000.0, text_length=40,
+            projection_dim=128,
+            text_vocab=1000,
+            text_width=128,
+            text_layers=2,
+            text_heads=4,
+            audio_width=24,
+            audio_depths=(1, 1, 2),
+            audio_heads=(2, 4, 8),
+            window_size=4,
+            spec_size=64,
+            sample_rate=16_000,
+            max_seconds=math.ceil(seconds),
+            hop_length=800 if speech else 400,
+            mel_bins=32,
+            fmax=8000.0,
+            text_length=40,
         ),
         t5=T5Config(vocab=1000, width=128, head_width=32, heads=4, layers=2, feed_forward=256, max_length=40),
         phonemes=PhonemeEncoderConfig(width=96, layers=3, feed_forward=192, max_length=96) if speech else None,
         audiomae=AudioMAEConfig(
-            width=128, depth=6, heads=4, frames=round(100 * seconds), decoder="global", decoder_width=96, decoder_depth=2, decoder_heads=4,
+            width=128,
+            depth=6,
+            heads=4,
+            frames=round(100 * seconds),
+            decoder="global",
+            decoder_width=96,
+            decoder_depth=2,
+            decoder_heads=4,
         ),
         vae=VAEConfig.tiny(),
         vae_loss=VAELossConfig.tiny(),
         vocoder=VocoderConfig.tiny(),
         vocoder_loss=VocoderLossConfig.tiny(),
         translator=replace(
-            variant.translator, width=128, layers=4, heads=4, positions=512, vocab=8, dropout=0.0, clap_dropout=0.0,
+            variant.translator,
+            width=128,
+            layers=4,
+            heads=4,
+            positions=512,
+            vocab=8,
+            dropout=0.0,
+            clap_dropout=0.0,
             pooling=1 if speech else 4,
         ),
         # v-prediction: ε at the noisiest steps says almost nothing about z, which a short training does not forgive.
@@ -182,7 +209,7 @@ def tiny(variant: Variant) -> Variant:
             variant.diffusion, channels=(96, 128), layers_per_block=1, heads=(3, 4), norm_groups=16, prediction="v_prediction"
         ),
         recipes=tiny_recipes(speech),
-    )  # fmt: skip
+    )
 
 
 def tiny_recipes(speech: bool = False) -> Recipes:

@@ -1,18 +1,22 @@
 """What the tests share: real recordings where they are at hand, one local Ray cluster, quiet libraries."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
-# Before ray is imported anywhere: no tokens, no telemetry, short polls.
+import local_ray
+
+T = TypeVar("T")
+
+# Before ray is imported anywhere: a closed cluster, no telemetry, short polls.
+local_ray.prepare()
 for key, value in {
-    "RAY_AUTH_MODE": "disabled",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "60",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
@@ -21,6 +25,20 @@ for key, value in {
     os.environ.setdefault(key, value)
 
 REPO = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that asks for `rounds` is one that `make soak` runs at length."""
+    for item in items:
+        if "rounds" in getattr(item, "fixturenames", ()):
+            item.add_marker("soak")
+
+
+@pytest.fixture(scope="session")
+def rounds() -> Callable[[T, T], T]:
+    """`rounds(short, long)`: how often to kill, draw or repeat; `long` where LOA_SOAK is set (`make soak`), `short` elsewhere."""
+    soaking = os.environ.get("LOA_SOAK", "0") not in ("", "0")
+    return lambda short, long: long if soaking else short
 
 
 @pytest.fixture(scope="session")

@@ -19,9 +19,15 @@ CLAP = {"metric": "clap_score", "judge": "clap", "num_reference": None}
 
 def systems():
     return [
-        record("A", 2.0), record("A", 1.5, **KL), record("A", 0.25, **CLAP), record("A", 3.3, metric="fad_infinity"),
-        record("B <b>", 1.5), record("B <b>", 1.75, **KL), record("silent", 0.5, silent=500), record("A: VAE", 1.0, metric="fad_infinity"),
-    ]  # fmt: skip
+        record("A", 2.0),
+        record("A", 1.5, **KL),
+        record("A", 0.25, **CLAP),
+        record("A", 3.3, metric="fad_infinity"),
+        record("B <b>", 1.5),
+        record("B <b>", 1.75, **KL),
+        record("silent", 0.5, silent=500),
+        record("A: VAE", 1.0, metric="fad_infinity"),
+    ]
 
 
 def test_measures_of_the_papers_table_come_first_and_the_best_is_marked():

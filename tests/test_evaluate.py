@@ -45,9 +45,17 @@ def make_store(folder, sounds=("low", "high"), count=12, split="test", **changes
         clip_id = f"tones-{i:02d}"
         waves[clip_id] = tone(label, i)
         row = {
-            "clip_id": clip_id, "corpus": "tones", "path": f"/x/{i}.wav", "start": 0.0, "seconds": 0.64, "transcript": "",
-            "captions": [f"a {label} tone", f"{label} beeping"], "labels": [label], "split": split, "licence": "",
-        }  # fmt: skip
+            "clip_id": clip_id,
+            "corpus": "tones",
+            "path": f"/x/{i}.wav",
+            "start": 0.0,
+            "seconds": 0.64,
+            "transcript": "",
+            "captions": [f"a {label} tone", f"{label} beeping"],
+            "labels": [label],
+            "split": split,
+            "licence": "",
+        }
         rows.append(row | changes)
     store = FeatureStore.create(folder, AUDIO, pa.Table.from_pylist(rows, CLIP_SCHEMA), REJECTED_SCHEMA.empty_table())
     store.begin_series("waveform", {"codec": "flac"})
@@ -224,8 +232,9 @@ def test_a_frozen_caption_list_is_taken_as_it_is(work):
     (work / "own.csv").write_text("clip_id,caption\ntones-03,a high one\ntones-00,a low one\n")
     own = evaluate(work, captions=work / "own.csv")
     assert [(row["clip_id"], row["text"], row["label"]) for row in own.clips] == [
-        ("tones-03", "a high one", "high"), ("tones-00", "a low one", "low"),
-    ]  # fmt: skip
+        ("tones-03", "a high one", "high"),
+        ("tones-00", "a low one", "low"),
+    ]
     assert "other_real" in own.scores["frechet_clap"]
     (work / "own.csv").write_text("clip_id,caption\nnowhere,a high one\n")
     with pytest.raises(UserError, match="lacks 1 of the 1 clips.*nowhere"):

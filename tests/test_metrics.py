@@ -231,7 +231,7 @@ def test_error_rates_count_edits_over_the_whole_set():
         metrics.error_rate(["a", "b"], ["a"])
 
 
-def test_edits_are_those_of_the_textbook(rng):
+def test_edits_are_those_of_the_textbook(rng, rounds):
     def plainly(a, b):
         table = [[i + j if not i * j else 0 for j in range(len(b) + 1)] for i in range(len(a) + 1)]
         for i in range(1, len(a) + 1):
@@ -239,7 +239,7 @@ def test_edits_are_those_of_the_textbook(rng):
                 table[i][j] = min(table[i - 1][j] + 1, table[i][j - 1] + 1, table[i - 1][j - 1] + (a[i - 1] != b[j - 1]))
         return table[-1][-1]
 
-    for _ in range(50):
+    for _ in range(rounds(50, 50_000)):
         one, two = ("".join(rng.choice(list("abc"), size=rng.integers(1, 12))) for _ in range(2))
         assert metrics.error_rate([one], [two]) == pytest.approx(plainly(one, two) / len(one))
 

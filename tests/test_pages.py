@@ -84,7 +84,7 @@ def run(command: str) -> str:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, ray_cluster: object) -> Iterator[Path]:
     """A folder with `recordings/` in it: a folder of sounds for the README, where commands are run."""
-    from pipelines.demo_corpus import make_demo_corpus
+    from pipelines.demo_corpus.make import make_demo_corpus
 
     folder = tmp_path_factory.mktemp("pages")
     make_demo_corpus(folder / "recordings", 0, 4, 2.56)

@@ -12,11 +12,29 @@ from pipelines.evaluation.records import MEASURES, Protocol, Record, read_record
 from stages.errors import UserError
 
 FAD = Protocol(
-    metric="fad", implementation="Fréchet distance", judge="vggish", judge_sha256="a" * 64, sample_rate=16_000, resampler="soxr-vhq",
-    channels="mean", level="as recorded", clip_rule="cut or padded to 10 s", num_generated=957, rows_generated=9570, num_reference=957,
-    rows_reference=9570, pairing="none", direction=None, ddof=1, dtype="float64", seed=None, captions_sha256="c" * 64,
-    references_sha256="d" * 64, candidates=1, ranker=None,
-)  # fmt: skip
+    metric="fad",
+    implementation="Fréchet distance",
+    judge="vggish",
+    judge_sha256="a" * 64,
+    sample_rate=16_000,
+    resampler="soxr-vhq",
+    channels="mean",
+    level="as recorded",
+    clip_rule="cut or padded to 10 s",
+    num_generated=957,
+    rows_generated=9570,
+    num_reference=957,
+    rows_reference=9570,
+    pairing="none",
+    direction=None,
+    ddof=1,
+    dtype="float64",
+    seed=None,
+    captions_sha256="c" * 64,
+    references_sha256="d" * 64,
+    candidates=1,
+    ranker=None,
+)
 
 
 def record(system="A", value=2.0, silent=0, made=None, **changes):
@@ -77,10 +95,17 @@ def test_systems_measured_alike_stand_side_by_side():
 @pytest.mark.parametrize(
     ("field", "other"),
     [
-        ("judge_sha256", "b" * 64), ("num_generated", 900), ("captions_sha256", None), ("direction", "KL(generated || reference)"),
-        ("candidates", 3), ("resampler", "sinc-hann-6"), ("clip_rule", "whole clips"), ("references_sha256", "e" * 64), ("ddof", 0),
+        ("judge_sha256", "b" * 64),
+        ("num_generated", 900),
+        ("captions_sha256", None),
+        ("direction", "KL(generated || reference)"),
+        ("candidates", 3),
+        ("resampler", "sinc-hann-6"),
+        ("clip_rule", "whole clips"),
+        ("references_sha256", "e" * 64),
+        ("ddof", 0),
     ],
-)  # fmt: skip
+)
 def test_mixed_protocols_are_refused_by_the_fields_that_differ(field, other):
     with pytest.raises(UserError, match=rf"fad of A and of B were not measured alike: they differ in {field} \(.* against .*\)"):
         side_by_side([record("A"), record("B", **{field: other})])

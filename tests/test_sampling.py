@@ -198,11 +198,15 @@ def authors_reference(parts, prompts, noises, steps, guidance, spoken=None):
         joint, rows = parts.projection_model, len(texts)
         sequence = torch.cat(
             [
-                joint.sos_embed.expand(rows, 1, -1), joint.projection(clap), joint.eos_embed.expand(rows, 1, -1),
-                joint.sos_embed_1.expand(rows, 1, -1), joint.projection_1(states), joint.eos_embed_1.expand(rows, 1, -1),
+                joint.sos_embed.expand(rows, 1, -1),
+                joint.projection(clap),
+                joint.eos_embed.expand(rows, 1, -1),
+                joint.sos_embed_1.expand(rows, 1, -1),
+                joint.projection_1(states),
+                joint.eos_embed_1.expand(rows, 1, -1),
             ],
             dim=1,
-        )  # fmt: skip
+        )
         one = torch.ones(rows, 1, dtype=torch.long)
         mask = torch.cat([one, one, one, one, text_mask, one], dim=1)
         for _ in range(LOA_TOKENS):

@@ -46,13 +46,18 @@ def stopped(command: list[str], under_way: Callable[[], bool], number: int, scop
     with log.open("wb") as said:
         start = {"cwd": REPO, "env": env, "start_new_session": True, "preexec_fn": as_in_a_terminal}
         job = subprocess.Popen([sys.executable, "-m", *command], stdout=said, stderr=said, **start)
-    deadline = time.monotonic() + 300
-    while not under_way():
-        assert job.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
-        time.sleep(0.1)
-    children = psutil.Process(job.pid).children(recursive=True)
-    (os.killpg if scope == "group" else os.kill)(job.pid, number)
-    status = job.wait(120)
+    try:
+        deadline = time.monotonic() + 300
+        while not under_way():
+            assert job.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
+            time.sleep(0.1)
+        children = psutil.Process(job.pid).children(recursive=True)
+        (os.killpg if scope == "group" else os.kill)(job.pid, number)
+        status = job.wait(120)
+    finally:
+        if job.poll() is None:  # what went wrong leaves nothing behind
+            os.killpg(job.pid, signal.SIGKILL)
+            job.wait()
     psutil.wait_procs(children, 30)
     left = [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     assert not left, left

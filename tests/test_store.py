@@ -30,11 +30,19 @@ RECIPE = {"format": 1, "weights": {"vae": "abc"}, "pooling": 8, "provenance": {"
 def clip_table(count: int) -> pa.Table:
     rows = [
         {
-            "clip_id": f"corpus-{i:03d}", "corpus": "corpus", "path": f"/sounds/{i}.wav", "start": 0.5 * i, "seconds": 0.5,
-            "captions": [f"sound {i}", "noise"], "transcript": "", "labels": [], "split": "train", "licence": "CC0",
+            "clip_id": f"corpus-{i:03d}",
+            "corpus": "corpus",
+            "path": f"/sounds/{i}.wav",
+            "start": 0.5 * i,
+            "seconds": 0.5,
+            "captions": [f"sound {i}", "noise"],
+            "transcript": "",
+            "labels": [],
+            "split": "train",
+            "licence": "CC0",
         }
         for i in range(count)
-    ]  # fmt: skip
+    ]
     return pa.Table.from_pylist(rows, schema=CLIP_SCHEMA)
 
 
@@ -175,12 +183,12 @@ def test_a_reader_joins_series_and_refuses_incomplete_ones(tmp_path):
         store.reader(["text", "other"])
 
 
-def test_a_reader_serves_many_threads(tmp_path, monkeypatch):
+def test_a_reader_serves_many_threads(tmp_path, monkeypatch, rounds):
     monkeypatch.setattr("pipelines.features.reader._MOST_OPEN_SHARDS", 2)
     store = make_store(tmp_path, 40)
     fill(store, "text")
     reader = store.reader(["text"])
-    ids = np.random.default_rng(0).choice(reader.clip_ids, 800).tolist()
+    ids = np.random.default_rng(0).choice(reader.clip_ids, rounds(800, 100_000)).tolist()
     with ThreadPoolExecutor(8) as threads:
         read = list(threads.map(reader.read, ids))
     assert all(np.array_equal(clip["wide"], features(i)["wide.npy"]) for i, clip in zip(ids, read, strict=True))
@@ -278,5 +286,10 @@ def test_opening_what_is_no_store(tmp_path):
 def test_every_series_knows_its_command():
     series = ("mel", "waveform", "loa-1", "latent", "text", "speech")
     assert [completing_command(name).removeprefix("loa preprocess ") for name in series] == [
-        "mel", "mel", "loa --pooling 1", "latent", "text", "speech",
-    ]  # fmt: skip
+        "mel",
+        "mel",
+        "loa --pooling 1",
+        "latent",
+        "text",
+        "speech",
+    ]

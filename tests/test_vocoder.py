@@ -19,9 +19,15 @@ from stages.vocoder.training import VocoderStage, magnitude, spectral_loss
 
 AUDIO = AudioConfig(clip_seconds=0.32)  # 5120 samples, 32 frames
 CONFIG = VocoderConfig(
-    upsample_rates=(8, 5, 4), upsample_kernels=(16, 11, 8), initial_channels=32,
-    resblock_kernels=(3,), resblock_dilations=((1, 3),), initializer_range=0.1, mel_mean=-5.0, mel_std=2.0,
-)  # fmt: skip
+    upsample_rates=(8, 5, 4),
+    upsample_kernels=(16, 11, 8),
+    initial_channels=32,
+    resblock_kernels=(3,),
+    resblock_dilations=((1, 3),),
+    initializer_range=0.1,
+    mel_mean=-5.0,
+    mel_std=2.0,
+)
 CRITICS = CriticConfig(periods=(2, 3), period_channels=(4, 8, 8), scales=2, scale_channels=(4, 4, 8, 8, 8, 8, 8))
 LOSS = VocoderLossConfig(segment_samples=3200, critics=CRITICS, spectral_weight=5.0, spectral_windows=(256, 512))
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.features.passes import Unit, make_shard
+from pipelines.features.run import Unit, make_shard
 from pipelines.features.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore
 from pipelines.preprocess import build_pass
 from stages.audio import AudioConfig, write_wav
@@ -42,16 +42,27 @@ def make_store(root: Path, variant: Variant, clips: int = 24, shard_size: int = 
         write_wav(path, sound(kind, rng, variant.audio), variant.audio.sample_rate)
         rows.append(
             {
-                "clip_id": f"made-{i:03d}", "corpus": "made", "path": str(path), "start": 0.0, "seconds": variant.audio.clip_seconds,
-                "captions": [f"a {kind}", f"the sound of a {kind}"], "transcript": "one two", "labels": [kind],
-                "split": "validation" if i >= clips - 6 else "train", "licence": "CC0",
+                "clip_id": f"made-{i:03d}",
+                "corpus": "made",
+                "path": str(path),
+                "start": 0.0,
+                "seconds": variant.audio.clip_seconds,
+                "captions": [f"a {kind}", f"the sound of a {kind}"],
+                "transcript": "one two",
+                "labels": [kind],
+                "split": "validation" if i >= clips - 6 else "train",
+                "licence": "CC0",
                 **columns,
             }
-        )  # fmt: skip
+        )
     store = FeatureStore.create(
-        str(root / "store"), variant.audio, pa.Table.from_pylist(rows, CLIP_SCHEMA), pa.Table.from_pylist([], REJECTED_SCHEMA),
-        seed=0, shard_size=shard_size,
-    )  # fmt: skip
+        str(root / "store"),
+        variant.audio,
+        pa.Table.from_pylist(rows, CLIP_SCHEMA),
+        pa.Table.from_pylist([], REJECTED_SCHEMA),
+        seed=0,
+        shard_size=shard_size,
+    )
     run_here("mel", store, variant)
     return store
 

@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+import local_ray
 from pipelines.features.store import FeatureStore
 from pipelines.tracking import Tracker
 from pipelines.training import checkpoint
@@ -101,6 +102,7 @@ class OneProcess:
         self._store: str | None = None
         self._excepthook = sys.excepthook  # torch.distributed puts one of its own before it
         if not dist.is_initialized():
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", local_ray.LOOPBACK)  # one process has nobody to listen to
             self._store = tempfile.mktemp(prefix="loa-rendezvous-")
             dist.init_process_group("gloo", init_method=f"file://{self._store}", rank=0, world_size=1)
 
@@ -123,6 +125,7 @@ class OneProcess:
         """End the process group this object began."""
         if self._store is not None:
             dist.destroy_process_group()
+            Path(self._store).unlink(missing_ok=True)
             sys.excepthook = self._excepthook
 
 

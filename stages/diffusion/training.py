@@ -132,7 +132,7 @@ class DiffusionStage(Stage):
 
     @torch.no_grad()
     def listen(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The same sounds from their true LOA: the ceiling of every translator."""
+        """The same sounds from their true LOA: what a perfect translator would give."""
         latents = self.process.sample(self.network, *self._conditions(batch, self.listening_pooling), like=batch["latent"])
         return self.decoder.listen("from_true_loa", latents) | self.decoder.listen("real_latent", batch["latent"] / self.process.scale)
 

@@ -120,9 +120,14 @@ class JointStage(Stage):
         use_truth = bool(rng.random() < self.config.ground_truth)
         noisy, target = self.process.noisy(batch)
         predicted, forced = self.system(
-            batch["clap"], *cut_padding(batch), batch["loa"], noisy, batch["timestep"],
-            drop=lambda *conditions: self.process.drop(rng, *conditions), use_truth=use_truth,
-        )  # fmt: skip
+            batch["clap"],
+            *cut_padding(batch),
+            batch["loa"],
+            noisy,
+            batch["timestep"],
+            drop=lambda *conditions: self.process.drop(rng, *conditions),
+            use_truth=use_truth,
+        )
         noise = F.mse_loss(predicted.float(), target)
         translation = translation_loss(forced, batch["loa"], self.loss)
         yield "system", noise + self.config.translation_weight * translation, {"noise": noise, "loa": translation}

@@ -58,9 +58,12 @@ class VGGish(Network):
         self.features = nn.Sequential(*layers)
         flat = (EXAMPLE // 16) * (MEL_BINS // 16) * channels
         self.embeddings = nn.Sequential(
-            nn.Linear(flat, config.hidden), nn.ReLU(), nn.Linear(config.hidden, config.hidden), nn.ReLU(),
+            nn.Linear(flat, config.hidden),
+            nn.ReLU(),
+            nn.Linear(config.hidden, config.hidden),
+            nn.ReLU(),
             nn.Linear(config.hidden, config.embedding_width),
-        )  # fmt: skip
+        )
 
     def forward(self, waveform: Tensor) -> tuple[Tensor, None]:
         """Embeddings `[B, W, 128]` of waveforms `[B, T]` in [-1, 1]; 10 s give 10 examples, or 19 with Google's windowing.

@@ -25,6 +25,7 @@ from stages.config import TINY
 from stages.errors import UserError
 from stages.public.original import require_variant, variants_like
 from stages.public.parts import beside
+from stages.tokenizers import read_tokenizer
 from stages.variants import resolve
 
 NETWORKS: dict[str, Any] = {
@@ -36,6 +37,7 @@ NETWORKS: dict[str, Any] = {
     "vae": AutoencoderKL,
     "vocoder": SpeechT5HifiGan,
 }
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 STAGES = ("clap", "translator", "diffusion", "vae", "vocoder")
 
 
@@ -53,7 +55,7 @@ def import_folder(
         force: replace another bundle at `out`.
 
     Raises:
-        UserError: the folder is no AudioLDM 2 pipeline, lacks parts, holds weights that do not fit, or is another variant.
+        UserError: the folder is no AudioLDM 2 pipeline, lacks parts, holds weights or tokenizers that do not fit, or is another variant.
     """
     folder = Path(folder)
     with tempfile.TemporaryDirectory(prefix=".import-", dir=beside(out)) as draft:
@@ -61,7 +63,9 @@ def import_folder(
         info = read_info(whole)
         for component, network in NETWORKS.items():
             speaks = component == "text_encoder_2" and info.speech
-            _require_whole(whole / component, VitsModel if speaks else network, folder / component)
+            config = _require_whole(whole / component, VitsModel if speaks else network, folder / component)
+            if component in TOKENIZERS:
+                read_tokenizer(folder / TOKENIZERS[component], config)
         ours = (folder / "loa.json").is_file()
         name = variant or (info.variant if ours else _looks_like(whole, folder))
         require_variant(_structure(whole), resolve(name), folder)
@@ -107,8 +111,8 @@ def _pytorch_file(component: Path) -> Path | None:
     return next((component / name for name in names if (component / name).is_file()), None)
 
 
-def _require_whole(component: Path, network: Any, named: Path) -> None:
-    """Load a network for the sole purpose of learning what does not fit."""
+def _require_whole(component: Path, network: Any, named: Path) -> Any:
+    """Load a network for the sole purpose of learning what does not fit; return its configuration."""
     argument = "torch_dtype" if issubclass(network, diffusers.ModelMixin) else "dtype"
     options = {argument: torch.float32, "use_safetensors": True, "local_files_only": True}
     with quiet():
@@ -125,6 +129,7 @@ def _require_whole(component: Path, network: Any, named: Path) -> None:
     )
     if problems:
         raise UserError(f"the weights in {named} do not fit {network.__name__} of its configuration: {problems}")
+    return model.config
 
 
 def _structure(folder: Path) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from transformers import ClapModel, RobertaConfig, RobertaModel
 from stages.checkpoints import require_fit
 from stages.clap.model import ClapConfig, clap_mel
 from stages.errors import UserError
+from stages.public.extra import INSTALL, torchvision_fault
 from stages.public.layout import UNUSED, clap, computed, expected, origins, take
 
 ROBERTA_HEAD = 64  # channels per head of every RoBERTa; the heads leave no trace in the shapes
@@ -92,24 +93,33 @@ def package() -> Any:
     """
     spec = importlib.util.find_spec("laion_clap")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError("the package laion-clap is not installed; `pip install 'loa[clap]'`, best in an environment of its own")
+        raise UserError(f"the package laion-clap is not installed; in an environment of its own: `{INSTALL}`")
     folder = str(spec.submodule_search_locations[0])
     if folder not in sys.path:
         sys.path.append(folder)  # as the package does to itself
     try:
         return importlib.import_module("clap_module.model")
-    except ImportError as error:
-        raise UserError(f"laion-clap cannot be imported ({error}); `pip install 'loa[clap]'` in an environment of its own") from error
+    except (ImportError, RuntimeError, OSError) as error:
+        fault = torchvision_fault() or f"laion-clap cannot be imported ({error}); in an environment of its own: `{INSTALL}`"
+        raise UserError(fault) from error
 
 
 def original(state: Mapping[str, Tensor]) -> Any:
     """laion-clap's own CLAP with these weights, in evaluation mode. Raises UserError without the package."""
     module, config = package(), clap_config(state)
     sizes = RobertaConfig(
-        vocab_size=config.text_vocab, hidden_size=config.text_width, num_hidden_layers=config.text_layers,
-        num_attention_heads=config.text_heads, intermediate_size=4 * config.text_width, max_position_embeddings=514, type_vocab_size=1,
-        layer_norm_eps=1e-5, pad_token_id=1, bos_token_id=0, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=config.text_vocab,
+        hidden_size=config.text_width,
+        num_hidden_layers=config.text_layers,
+        num_attention_heads=config.text_heads,
+        intermediate_size=4 * config.text_width,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=2,
+    )
 
     class Roberta:
         """Fresh weights in place of the hub's: the checkpoint brings its own."""
@@ -119,10 +129,18 @@ def original(state: Mapping[str, Tensor]) -> Any:
             return RobertaModel(sizes)
 
     audio = {
-        "model_type": "HTSAT", "model_name": _HTSAT_NAMES.get(config.audio_width, "base"), "audio_length": 1024, "class_num": 527,
-        "clip_samples": 480_000, "mel_bins": config.mel_bins, "sample_rate": 48_000, "window_size": 1024, "hop_size": 480,
-        "fmin": 50, "fmax": 14_000,
-    }  # fmt: skip
+        "model_type": "HTSAT",
+        "model_name": _HTSAT_NAMES.get(config.audio_width, "base"),
+        "audio_length": 1024,
+        "class_num": 527,
+        "clip_samples": 480_000,
+        "mel_bins": config.mel_bins,
+        "sample_rate": 48_000,
+        "window_size": 1024,
+        "hop_size": 480,
+        "fmin": 50,
+        "fmax": 14_000,
+    }
     text = {"model_type": "roberta", "context_length": 77, "vocab_size": 49_408, "width": 512, "heads": 8, "layers": 12}
     kept, module.RobertaModel = module.RobertaModel, Roberta
     try:

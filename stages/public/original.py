@@ -275,9 +275,8 @@ def import_original(
         clap = Path(draft) / "clap"
         add_tokenizer(clap, "tokenizer", given["tokenizer"], variant.clap.text_vocab)
         if not speech:
-            add_tokenizer(clap, "tokenizer_2", given["tokenizer_2"], variant.t5.vocab, variant.t5.max_length)
-            if "text_encoder_2" in given:
-                add_t5(clap, given["text_encoder_2"])
+            rows = add_t5(clap, given["text_encoder_2"]) if "text_encoder_2" in given else variant.t5.vocab
+            add_tokenizer(clap, "tokenizer_2", given["tokenizer_2"], rows, variant.t5.max_length)
         stages = write_stages(state, variant, Path(draft), source, weights, without=given.keys())
         if "audiomae" in given:
             stages["audiomae"] = add_audiomae(Path(draft) / "audiomae", given["audiomae"], variant.audiomae)

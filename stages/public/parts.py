@@ -14,6 +14,9 @@ from stages.bundle import quiet
 from stages.checkpoints import read_checkpoint, weights_of
 from stages.errors import UserError
 from stages.public import PARTS
+from stages.tokenizers import misfit
+
+PADDING = {"tokenizer": 1, "tokenizer_2": 0}  # ids of <pad> in RoBERTa's and T5's vocabularies
 
 
 def beside(out: Path) -> Path:
@@ -42,7 +45,7 @@ def component(name: str, place: Path) -> Path:
 def add_tokenizer(stage: Path, name: str, place: Path, vocabulary: int, length: int | None = None) -> None:
     """Write a given tokenizer into a stage's folder, reading at most `length` tokens.
 
-    Raises UserError when it is none, or has more tokens than the network's `vocabulary`.
+    Raises UserError when it is none, or not that of a network with this `vocabulary` (`stages.tokenizers.misfit`).
     """
     folder = component(name, place)
     try:
@@ -50,21 +53,23 @@ def add_tokenizer(stage: Path, name: str, place: Path, vocabulary: int, length: 
             tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--with {name}={place}: no tokenizer could be read there; expected {PARTS[name]}") from error
-    if len(tokenizer) > vocabulary:
-        raise UserError(f"--with {name}={place}: it has {len(tokenizer)} tokens, the network has {vocabulary}; expected {PARTS[name]}")
+    if problem := misfit(tokenizer, vocabulary, PADDING[name]):
+        raise UserError(f"--with {name}={place}: {problem}; expected {PARTS[name]}")
     if length is not None:
         tokenizer.model_max_length = length
     tokenizer.save_pretrained(stage / name)
 
 
-def add_t5(stage: Path, place: Path) -> None:
-    """Write the encoder of a given T5 into a stage's folder."""
+def add_t5(stage: Path, place: Path) -> int:
+    """Write the encoder of a given T5 into a stage's folder; return the rows of its embedding table."""
     folder = component("text_encoder_2", place)
     try:
         with quiet():
-            T5EncoderModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).save_pretrained(stage / "text_encoder_2")
+            encoder: Any = T5EncoderModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+            encoder.save_pretrained(stage / "text_encoder_2")
     except (OSError, ValueError) as error:
         raise UserError(f"--with text_encoder_2={place}: no T5 could be read there ({str(error).splitlines()[0][:120]})") from error
+    return int(encoder.config.vocab_size)
 
 
 def add_audiomae(stage: Path, place: Path, config: AudioMAEConfig) -> Path:
