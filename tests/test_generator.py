@@ -119,7 +119,7 @@ def test_bfloat16_is_near(bundle, generator):
         ({"prompts": [3]}, "a prompt is text, got 3"),
         ({"seconds": 0.0}, "seconds is 0.0; expected at least 0.04"),
         ({"seconds": float("nan")}, "seconds is nan"),
-        ({"num_inference_steps": 0}, "from 1 on"),
+        ({"num_inference_steps": 0}, "at least 1"),
         ({"num_inference_steps": 1000}, "from 1 to 999"),
         ({"guidance_scale": 0.5}, "guidance_scale is 0.5"),
         ({"guidance_scale": 1.0, "negative_prompts": "wind"}, "negative prompts need guidance"),
@@ -141,7 +141,7 @@ def test_wrong_arguments_are_explained(generator, wrong, message):
 
 
 def test_speech_needs_words(speaker):
-    with pytest.raises(UserError, match="give the words to say"):
+    with pytest.raises(UserError, match="give the text to speak"):
         speaker.generate("a man")
 
 

@@ -432,7 +432,7 @@ def test_code_in_a_checkpoint_does_not_run(small) -> None:
     marker = small / "was-here"
     for path, write in ((small / "a.pth", torch.save), (small / "b.pth", lambda value, path: path.write_bytes(pickle.dumps(value)))):
         write({"model": published_state("vggish", JUDGES["vggish"].tiny()), "extra": Malicious(marker)}, path)
-        with pytest.raises(UserError, match="no file of plain weights, so it was not loaded"):
+        with pytest.raises(UserError, match="not a file of plain weights, so it was not loaded"):
             read_checkpoint(path)
         assert not marker.exists()
     pickle.loads((small / "b.pth").read_bytes())
@@ -494,7 +494,7 @@ def test_what_is_wrong_with_a_folder_is_said(small) -> None:
         path.unlink()
     (small / PUBLISHED["vggish"].file).write_bytes(b"not a checkpoint")
     describe_folder(small)
-    with pytest.raises(UserError, match="no file of plain weights"):
+    with pytest.raises(UserError, match="not a file of plain weights"):
         load_judge("vggish", small)
     torch.save({"epoch": 3}, small / PUBLISHED["vggish"].file)
     describe_folder(small)
@@ -533,7 +533,7 @@ def test_the_command_describes_a_folder(small) -> None:
     assert lines[2].startswith("cnn14-32k    missing: put Cnn14_mAP=0.431.pth (MIT) from zenodo.org/records/3987831")
     (small / "Cnn14_16k_mAP=0.438.pth").write_bytes(b"")
     result = CliRunner().invoke(judges_command, [str(small)])
-    assert result.exit_code == 1 and "no file of plain weights" in result.output
+    assert result.exit_code == 1 and "not a file of plain weights" in result.output
 
 
 # ----------------------------------------------------------------------------------------------------- interface
@@ -609,7 +609,7 @@ def test_listenings_differ_as_they_say() -> None:
         (torch.zeros(1, 2, 160), 16_000, r"clip 0 is \[2, 160\] of float32.*mono"),
         ([np.zeros(100, np.int16)], 16_000, r"clip 0 is \[100\] of int16"),
         ([np.zeros(10, np.float32), np.zeros(0, np.float32)], 16_000, "clip 1 is"),
-        ([np.array([0, np.nan], np.float32)], 16_000, "clip 0 holds samples that are not finite"),
+        ([np.array([0, np.nan], np.float32)], 16_000, "clip 0 contains samples that are not finite"),
         (torch.zeros(1, 160), 0, "sample_rate is 0"),
     ],
 )
