@@ -23,24 +23,28 @@ class Job(NamedTuple):
 # In the order of a first visit. The summaries stand here because the modules are not imported to ask them.
 JOURNEY: dict[str, dict[str, Job]] = {
     "Start here": {
-        "demo": Job("pipelines.demo:main", "The whole line on a small corpus: recordings in, trained stages, sound out."),
-        "variants": Job("pipelines.plan:main", "The systems that can be built, with their sizes and costs."),
+        "demo": Job("pipelines.demo:main", "Run the whole pipeline on a small corpus, from recordings to sound."),
+        "variants": Job("pipelines.plan:main", "List the systems that can be built, with their sizes and costs."),
     },
     "From recordings to features": {
-        "ingest": Job("pipelines.ingest:main", "Corpora or a folder of sound -> one validated clip table."),
-        "preprocess": Job("pipelines.preprocess:main", "Clip table -> shards of mel, loa, latent, text or speech features."),
+        "ingest": Job("pipelines.ingest:main", "Make one validated clip table from corpora or a folder of recordings."),
+        "preprocess": Job("pipelines.preprocess:main", "Compute mel, loa, latent, text or speech features of the clips."),
     },
     "From features to a system": {
-        "import": Job("pipelines.import_weights:main", "Public weights in: diffusers folders, the authors' checkpoints, CLAP, AudioMAE."),
+        "import": Job(
+            "pipelines.import_weights:main", "Import public weights: diffusers folders, the authors' checkpoints, CLAP, AudioMAE."
+        ),
         "train": Job("pipelines.train:main", "Train one stage of a variant on this machine or a cluster."),
-        "export": Job("pipelines.export:main", "Gather the trained stages into a bundle that diffusers loads, too."),
-        "judges": Job("pipelines.judges:main", "Check public weights of the networks behind FAD, FD, IS and KL."),
-        "evaluate": Job("pipelines.evaluate:main", "Score a system: held-out captions of a store, or folders of clips."),
-        "report": Job("pipelines.compare:main", "Scored systems side by side, beside the published numbers."),
+        "export": Job("pipelines.export:main", "Assemble the trained stages into a bundle that diffusers can load, too."),
+        "judges": Job("pipelines.judges:main", "Check the public weights of the networks for FAD, FD, IS and KL."),
+        "evaluate": Job("pipelines.evaluate:main", "Generate for held-out captions, and score the clips."),
+        "score": Job("pipelines.score:main", "Score a folder of clips from any system, beside a folder of real clips."),
+        "compare": Job("pipelines.compare:main", "Compare scored systems with each other and with published numbers."),
+        "report": Job("pipelines.report:main", "Write one page about a project: scores, sounds, curves, costs."),
     },
     "From a bundle to sound": {
-        "generate": Job("serving.generate:main", "Write the sound of a prompt to a WAV file."),
-        "serve": Job("serving.app:main", "Answer prompts over HTTP, with a page to try it."),
+        "generate": Job("serving.generate:main", "Generate the sound of a prompt as a WAV file."),
+        "serve": Job("serving.app:main", "Serve a bundle over HTTP, with a page to try it."),
     },
 }
 JOBS = {name: job for jobs in JOURNEY.values() for name, job in jobs.items()}
@@ -92,7 +96,7 @@ class Commands(click.Group):
 def main() -> None:
     """loa trains every stage of AudioLDM 2 from recordings, and serves the result.
 
-    New here? `loa demo` runs the whole line in minutes. Then, on recordings of your own:
+    New here? `loa demo` runs the whole pipeline in minutes. Then, on recordings of your own:
 
     \b
       loa ingest DIR            one table of clips
@@ -101,7 +105,7 @@ def main() -> None:
       loa export                a bundle
       loa generate "rain on a tin roof" -o rain.wav
 
-    Each command explains itself: `loa train --help`.
+    Every command has its own help, such as `loa train --help`.
     """
 
 

@@ -7,23 +7,36 @@ A job's command is built as
     @variant_option
     @friendly
     def main(work: Path, variant: str) -> None: ...
+
+Neither this file nor a command's file imports torch, pyarrow and their like at its top: `--help`, completion and a mistyped
+option answer at once. A command imports what does the work where the work begins.
 """
 
 from __future__ import annotations
 
 import errno
 import functools
+import math
 import os
+import re
+import shlex
 import shutil
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar, cast
 
 import click
 import psutil
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
+from stages.config import TINY
 from stages.errors import AudioError, UserError
 from stages.sampling import CHOICES, OPTIONS, PROFILES
 
@@ -31,35 +44,68 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 DEFAULT_WORK = "outputs"
 DEFAULT_VARIANT = "audioldm2-full"
-INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
+SAME_WISH = 2.0  # seconds
+STOPPED = "Stopped. What was finished is kept; the same command continues from there."
 
 
 # ------------------------------------------------------------------------------------------------ errors for people
 
 
 def friendly(function: Function) -> Function:
-    """Turn the errors a user can mend into one sentence on stderr and exit status 1; Ctrl-C gives 130.
+    """Turn the errors a user can mend into one sentence on stderr and exit status 1.
 
+    Ctrl-C and SIGTERM give a sentence, too, and the statuses that shells give them, 130 and 143 (128 + the signal's number).
     Anything else is a fault of loa and keeps its traceback. With LOA_DEBUG=1 every error does.
     """
 
     @functools.wraps(function)
     def command(*args: Any, **kwargs: Any) -> Any:
+        received: list[int] = []
         try:
-            return function(*args, **kwargs)
+            with _stoppable(received):
+                return function(*args, **kwargs)
         except KeyboardInterrupt:
             if _debugging():
                 raise
-            click.echo("\nStopped. What was finished is kept; the same command continues from there.", err=True)
-            sys.exit(INTERRUPTED)
+            click.echo(f"\n{STOPPED}", err=True)
+            sys.exit(128 + (received[0] if received else signal.SIGINT))
         except Exception as error:
             sentence = plain_sentence(error)
             if sentence is None or _debugging():
                 raise
-            click.echo(f"Error: {sentence}", err=True)
+            click.echo(f"Error: {complete(sentence)}", err=True)
             sys.exit(1)
 
     return command  # type: ignore[return-value]
+
+
+@contextmanager
+def _stoppable(received: list[int]) -> Iterator[None]:
+    """Within the block SIGINT and SIGTERM become a KeyboardInterrupt of the main thread; `received` says which they were.
+
+    A signal soon after another one is the same wish: wrappers pass on what the terminal has already sent to all. A later
+    one breaks off the cleaning up, and after the block it ends the process. What a parent had ignored (nohup) stays ignored.
+    """
+    mine = (signal.SIG_DFL, signal.default_int_handler)
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) in mine}
+    if threading.current_thread() is not threading.main_thread():
+        before = {}  # only the main thread has handlers
+    last = -math.inf
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal last
+        again, last = time.monotonic() - last < SAME_WISH, time.monotonic()
+        if not again:
+            received.append(number)  # Ray raises an exception of its own in place of this one
+            raise KeyboardInterrupt
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if received else handler)
 
 
 def plain_sentence(error: BaseException) -> str | None:
@@ -133,7 +179,7 @@ work_option = click.option(
     show_default=True,
     envvar="LOA_WORK",
     metavar="DIR",
-    help="Folder of this project: its feature store, stages, runs and bundle. On a cluster, one that all nodes share.",
+    help="Project folder with feature store, stages, runs and bundle. On a cluster, a folder that all nodes share.",
 )
 variant_option = click.option(
     "--variant",
@@ -143,14 +189,14 @@ variant_option = click.option(
     shell_complete=_variant_names,
     help="Which system to build; `loa variants` lists them.",
 )
-tiny_option = click.option("--tiny", is_flag=True, help="The variant's small twin, for laptops and tests.")
+tiny_option = click.option("--tiny", is_flag=True, help="Use the tiny configuration of the variant, for laptops and tests.")
 set_option = click.option(
     "--set",
     "settings",
     multiple=True,
     callback=pairs,
     metavar="NAME=VALUE",
-    help="Change one setting of the variant, such as recipes.diffusion.learning_rate=5e-5. May be repeated.",
+    help="Override a single setting of the variant, such as recipes.diffusion.learning_rate=5e-5. May be repeated.  [default: none]",
 )
 with_option = click.option(
     "--with",
@@ -158,25 +204,29 @@ with_option = click.option(
     multiple=True,
     callback=pairs,
     metavar="STAGE=FOLDER",
-    help="Use these weights for a stage instead of the ones trained in --work. A folder or a hub id; may be repeated.",
+    help="Use these weights for a stage: a folder or a hub id. May be repeated.  [default: the ones trained in --work]",
 )
 tracking_option = click.option(
     "--tracking-uri",
     envvar="MLFLOW_TRACKING_URI",
     metavar="URI",
-    help="MLflow server or database to write to.  [default: mlflow.db in --work]",
+    help="MLflow server or database to log to.  [default: mlflow.db in --work]",
 )
 
 _SAMPLING: dict[str, Any] = {
-    "num_inference_steps": (("--steps",), click.IntRange(1), "Denoising steps: more take longer and sound better."),
-    "guidance_scale": ((), float, "How closely to follow the prompt; 1 means freely."),
-    "scheduler": ((), click.Choice(CHOICES["scheduler"]), "Who walks from noise to sound."),
-    "eta": ((), float, "Fresh noise per step, 0 to 1; ddim only."),
-    "timesteps": ((), click.Choice(CHOICES["timesteps"]), "Whose walk where steps do not divide 1000."),
-    "unconditional": ((), click.Choice(CHOICES["unconditional"]), "What guidance steers away from: no LOA, or GPT-2's of no prompt."),
-    "padding": ((), click.Choice(CHOICES["padding"]), "Read each prompt at its own length, or all at the longest's."),
-    "length": ((), click.Choice(CHOICES["length"]), "Whose rule from seconds to frames and samples."),
-    "candidates": ((), click.IntRange(1), "Generate this many and keep what CLAP finds most fitting."),
+    "num_inference_steps": (("--steps",), click.IntRange(1), "Number of denoising steps; more are slower and sound better."),
+    "guidance_scale": ((), float, "Classifier-free guidance scale; 1 means no guidance."),
+    "scheduler": ((), click.Choice(CHOICES["scheduler"]), "Sampler."),
+    "eta": ((), float, "Noise added per step, 0 to 1; ddim only."),
+    "timesteps": ((), click.Choice(CHOICES["timesteps"]), "Timestep spacing when --steps does not divide 1000."),
+    "unconditional": (
+        (),
+        click.Choice(CHOICES["unconditional"]),
+        "Unconditional input of guidance: zeros, or GPT-2's LOA of the empty prompt.",
+    ),
+    "padding": ((), click.Choice(CHOICES["padding"]), "Pad each prompt on its own, or all to the longest of the batch."),
+    "length": ((), click.Choice(CHOICES["length"]), "Rule for the number of frames and samples of --seconds."),
+    "candidates": ((), click.IntRange(1), "Generate this many per prompt and keep those with the best CLAP score."),
 }
 
 
@@ -197,8 +247,10 @@ def sampling_options(*left_out: str) -> Callable[[Function], Function]:
         for name in reversed(OPTIONS):
             if name in names:
                 flags, kind, text = _SAMPLING[name]
+                default = getattr(PROFILES["loa"], name)
+                text += f"  [default: {'as the bundle was trained' if default is None else default}, or the value of --profile]"
                 decorated = click.option(*(flags or (f"--{name.replace('_', '-')}",)), name, type=kind, help=text)(decorated)
-        whose = "Whose way of sampling; the options below change it in single points."
+        whose = "Sampling settings: loa's, or those of diffusers or the authors; the options below override single settings."
         decorated = click.option("--profile", type=click.Choice(list(PROFILES)), default="loa", show_default=True, help=whose)(decorated)
         return cast(Function, decorated)
 
@@ -209,6 +261,103 @@ def shown(path: Path | str) -> str:
     """A path as people write it: relative to where they are if it lies there or next to it, else whole."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith(os.path.join(os.pardir, os.pardir)) else relative
+
+
+# ---------------------------------------------------------------------------------------- commands that messages name
+
+# The README's steps, in order; {work} is an argument there.
+STEPS = (
+    "ingest",
+    "preprocess mel",
+    "train clap",
+    "train audiomae",
+    "train vae",
+    "train vocoder",
+    "train classifier",
+    "preprocess loa",
+    "preprocess latent",
+    "preprocess text",
+    "preprocess speech",
+    "train translator",
+    "train diffusion",
+    "train joint",
+    "export",
+    "evaluate",
+    "compare {work}",
+    'generate "rain on a tin roof"',
+    "serve",
+)
+NOT_FOR_SPEECH = ("train classifier", "preprocess text")
+REPEATED = ("--work", "--store", "--bundle", "--variant", "--tiny", "--set")
+_SYSTEM = "loa.system"  # in click's context: options that stand for the system a command works on
+
+
+def next_step(done: str, speech: bool = False) -> str:
+    """The line that ends a command: the step of `STEPS` after `done`, with the options of this call."""
+    left_out = NOT_FOR_SPEECH if speech else ("preprocess speech",)
+    steps = [step for step in STEPS if step not in left_out or step == done]
+    context = click.get_current_context(silent=True)
+    work = context.params.get("work") if context else None
+    names = [step.partition(" {")[0].partition(' "')[0] for step in steps]
+    step = steps[names.index(done) + 1].format(work=shlex.quote(shown(work or DEFAULT_WORK)))
+    return f"next: {again(f'loa {step}')}"
+
+
+def complete(sentence: str) -> str:
+    """A message in which every command in backquotes has the options of the call it answers."""
+    return re.sub(r"`(loa [^`]+)`", lambda found: f"`{again(found[1])}`", sentence)
+
+
+def again(command: str) -> str:
+    """`command` with those options of this call that it has, too, so that it can be pasted; as it is outside a call."""
+    context = click.get_current_context(silent=True)
+    if context is None or command.split()[-1].startswith("-"):
+        return command
+    known, words = _options_of(command), command.split()
+    return " ".join([command, *(text for flag, text in _given(context) if flag in known and flag not in words)])
+
+
+def works_on(variant: str, work: Path | str | None = None) -> None:
+    """Let the commands that messages name repeat a variant (and work folder) that is not among this call's options."""
+    context = click.get_current_context(silent=True)
+    if context is None:
+        return
+    name = variant.removesuffix(TINY)
+    system = context.meta.setdefault(_SYSTEM, {})
+    if work is not None:
+        system["--work"] = f"--work {shlex.quote(shown(work))}"
+    if name != DEFAULT_VARIANT:
+        system["--variant"] = f"--variant {name}"
+    if name != variant:
+        system["--tiny"] = "--tiny"
+
+
+def _given(context: click.Context) -> list[tuple[str, str]]:
+    """Options of this call that other commands repeat: (flag, text)."""
+    given: list[tuple[str, str]] = list(context.meta.get(_SYSTEM, {}).items())
+    for parameter in context.command.params:
+        flag, name = parameter.opts[0], str(parameter.name)
+        if flag not in REPEATED or context.get_parameter_source(name) is not ParameterSource.COMMANDLINE or flag in dict(given):
+            continue
+        value = context.params[name]
+        if isinstance(value, dict):  # --set: a recipe belongs to one stage, all else to the system
+            values = [f"{key}={text}" for key, text in value.items() if not key.startswith("recipes.")]
+        else:
+            values = [shown(value) if isinstance(value, Path) else str(value)]
+        given += [(flag, flag if value is True else f"{flag} {shlex.quote(text)}") for text in values]
+    return given
+
+
+def _options_of(command: str) -> set[str]:
+    """Long options of the command that begins with these words; none if there is no such command."""
+    import loa  # only now: it names this file's users
+
+    context = click.Context(loa.main)
+    found: click.Command = loa.main
+    for word in command.split()[1:]:
+        if isinstance(found, click.Group) and (inner := found.get_command(context, word)) is not None:
+            found = inner
+    return {flag for parameter in found.params for flag in parameter.opts}
 
 
 # ------------------------------------------------------------------------------------------ is there room for this?
@@ -237,7 +386,7 @@ def require_memory(gigabytes: float) -> None:
     if free < gigabytes:
         raise UserError(
             f"this needs about {gigabytes:.1f} GB of memory and {free:.1f} GB are available; "
-            "close other programs, or use a machine (or container limit) with more"
+            "close other programs, or use a machine or container with more"
         )
 
 

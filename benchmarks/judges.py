@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stages.judges.judge import Judge, Listening, random_network
+from stages.judges.catalogue import Listening, PublishedJudge, random_network
 from stages.judges.weights import Provenance
 
 
@@ -40,7 +40,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
 
     network = random_network(given.judge, tiny=False).eval()
-    judge = Judge(given.judge, copy.deepcopy(network), "", Provenance("", "", "random weights"), Listening(), given.batch)
+    judge = PublishedJudge(given.judge, copy.deepcopy(network), "", Provenance("", "", "random weights"), Listening(), given.batch)
     clips = 0.1 * torch.randn(given.clips, 10 * judge.sample_rate, generator=torch.Generator().manual_seed(0))
 
     @torch.no_grad()

@@ -5,11 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import local_ray
 from stages.errors import UserError
 
 OBJECT_STORE_BYTES = 400 * 2**20  # units of work are shard numbers: features travel through files, not through Ray
@@ -17,10 +23,9 @@ OBJECT_STORE_BYTES = 400 * 2**20  # units of work are shard numbers: features tr
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of tasks that were under way when a command was stopped; all others are fetched
 }
 _QUIET_LOCAL = {
-    "RAY_AUTH_MODE": "disabled",  # nothing of a local cluster listens beyond loopback
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers use this interpreter and this folder
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away; saves a process per training
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon the end of a training is noticed
 }
@@ -63,17 +68,18 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
     Raises:
         UserError: no cluster answers at the address.
     """
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
+        local_ray.prepare()
     for name, value in (_QUIET | _QUIET_LOCAL if address == "local" else _QUIET).items():
         os.environ.setdefault(name, value)
     import ray
 
-    if ray.is_initialized():
-        return
     _check_answers(address)
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
-        _make_importable()
         settings |= {
             "num_cpus": num_cpus or local_resources().cpus + 1,
             "object_store_memory": min(OBJECT_STORE_BYTES, max(100 * 2**20, _shared_memory() * 3 // 4)),
@@ -81,10 +87,12 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
         }
     global _started
     try:
-        ray.init(address=address, **settings)
+        with _own_signals():
+            ray.init(address=address, **settings)
         _started = ray.get_runtime_context().gcs_address if address == "local" else None
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(f"Ray does not start or join a cluster at {address!r}: {error}") from error
+        raise UserError(f"Ray cannot start or join a cluster at {address!r}: {error}") from error
+    local_ray.quieten()
     import ray.data  # its loggers exist only now; progress is told by our own bars
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -139,6 +147,17 @@ def encoder_pool(resources: Resources, units: int, workers: int | None = None) -
     return Pool(size, max(1, min(free // size, resources.largest_node_cpus, 8)))
 
 
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep this process's answer to SIGTERM: `ray.init` puts a bare exit with status 15 in its place."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
 def _check_answers(address: str) -> None:
     """Refuse at once where nothing listens; Ray itself would wait for minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
@@ -151,14 +170,6 @@ def _check_answers(address: str) -> None:
             f"no Ray cluster answers at {address!r} ({error.strerror or error}); "
             "start one with `ray start --head`, or unset RAY_ADDRESS to use this machine"
         ) from error
-
-
-def _make_importable() -> None:
-    """Let workers of a local cluster import these packages whatever folder the command was started in."""
-    here = str(Path(__file__).resolve().parent.parent)
-    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    if here not in paths:
-        os.environ["PYTHONPATH"] = os.pathsep.join([here, *paths])
 
 
 def _container_cores() -> float | None:

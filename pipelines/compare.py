@@ -1,6 +1,6 @@
 """JOB: scores of several systems side by side, and what papers print as a block of its own.
 
-Every value of a column was measured by one protocol; records that mix protocols are refused (`pipelines.protocol`).
+Every value of a column was measured by one protocol; records that mix protocols are refused (`pipelines.evaluation.records`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import click
 from options import friendly
 from pipelines.evaluation.published import TABLES, PublishedTable
 from pipelines.evaluation.records import MEASURES, SILENT_LIMIT, Comparison, Protocol, Record, read_records, side_by_side
+from pipelines.tables import aligned
 
 
 class Cell(NamedTuple):
@@ -38,7 +39,7 @@ class Block:
     notes: tuple[str, ...]
 
 
-def report(records: Sequence[Record], table: str | None = "II") -> list[Block]:
+def compare(records: Sequence[Record], table: str | None = "II") -> list[Block]:
     """The systems of `records` side by side, and the published table beside them.
 
     Args:
@@ -81,17 +82,17 @@ def _of(found: Comparison, metric: str) -> Protocol:
 
 def _protocol(protocol: Protocol) -> str:
     """What a reader must know of a column, in one line; records hold all of it."""
-    told = [protocol.implementation]
+    parts = [protocol.implementation]
     if protocol.judge is not None:
-        told.append(f"heard by {protocol.judge}" + (f" {protocol.judge_sha256[:12]}" if protocol.judge_sha256 else ""))
-    told.append(protocol.clip_rule)
+        parts.append(f"judged by {protocol.judge}" + (f" {protocol.judge_sha256[:12]}" if protocol.judge_sha256 else ""))
+    parts.append(protocol.clip_rule)
     against = f" against {protocol.num_reference}" if protocol.num_reference is not None else ""
-    told.append(f"{protocol.num_generated} clips{against}")
-    told += [protocol.direction] if protocol.direction else []
-    told.append(f"captions {protocol.captions_sha256[:12]}" if protocol.captions_sha256 else "no caption list")
+    parts.append(f"{protocol.num_generated} clips{against}")
+    parts += [protocol.direction] if protocol.direction else []
+    parts.append(f"captions {protocol.captions_sha256[:12]}" if protocol.captions_sha256 else "no caption list")
     candidates = "an unknown number" if protocol.candidates is None else str(protocol.candidates)
-    told.append(f"each clip the best of {candidates}" if protocol.candidates != 1 else "one candidate per caption")
-    return ", ".join(told)
+    parts.append(f"each clip the best of {candidates}" if protocol.candidates != 1 else "one candidate per caption")
+    return ", ".join(parts)
 
 
 def _published(table: PublishedTable) -> Block:
@@ -118,15 +119,13 @@ def _published(table: PublishedTable) -> Block:
 
 def as_text(blocks: Sequence[Block]) -> str:
     """Plain text; a star marks the best of a column."""
-    return "\n".join(_aligned(block) for block in blocks)
+    return "\n".join(_text_table(block) for block in blocks)
 
 
-def _aligned(block: Block) -> str:
+def _text_table(block: Block) -> str:
     head = ("", *(f"{column} " for column in block.columns))  # a blank where values have their star
     rows = [head, *((system, *(cell.shown + ("*" if cell.best else " ") for cell in cells)) for system, cells in block.rows)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = ["  ".join([f"{row[0]:<{widths[0]}}", *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
-    return "\n".join([block.title, "", *lines, "", *(f"- {note}" for note in block.notes)]) + "\n"
+    return "\n".join([block.title, "", aligned(rows), "", *(f"- {note}" for note in block.notes)]) + "\n"
 
 
 def as_markdown(blocks: Sequence[Block]) -> str:
@@ -193,7 +192,7 @@ def main(places: tuple[Path, ...], table: str, form: str, output: Path | None) -
     fields in which their protocols differ. Published numbers stand apart: they were not measured here.
     """
     records = [record for place in places for record in read_records(place)]
-    page = FORMATS[form](report(records, None if table == "none" else table))
+    page = FORMATS[form](compare(records, None if table == "none" else table))
     if output is None:
         click.echo(page, nl=False)
     else:

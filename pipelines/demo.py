@@ -1,4 +1,4 @@
-"""JOB: the whole line on a small corpus: recordings → shards → trained stages → bundle → sound, scores and a report.
+"""JOB: the whole pipeline on a small corpus: recordings → shards → trained stages → bundle → sound, scores and a report.
 
 Every step finds out by itself whether it is done, so a second call continues where the first one stopped.
 """
@@ -13,19 +13,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import psutil
 
-from options import friendly, require_disk, require_memory, set_option, shown, tracking_option
+from options import friendly, require_disk, require_memory, set_option, shown, tracking_option, works_on
 from pipelines import cluster
-from pipelines.evaluation.results import Evaluation
 from pipelines.tracking import Tracker
 from stages.config import to_dict
 from stages.errors import UserError
 from stages.files import write_json
-from stages.variants import Variant, resolve
+
+if TYPE_CHECKING:
+    from stages.variants import Variant
 
 MEMORY_GB, DISK_GB = 6.0, 4.0  # measured peak and footprint of the default preset, rounded up (docs/log.md)
 
@@ -84,7 +85,7 @@ class Demo:
         ]
 
     def _corpus(self, tracker: Tracker) -> str:
-        from pipelines.demo_corpus import make_demo_corpus
+        from pipelines.demo_corpus.make import make_demo_corpus
 
         folder, count = self.work / "recordings", self.preset.clips_per_kind
         if self.variant.phonemes is None:
@@ -111,12 +112,24 @@ class Demo:
         from pipelines.train import train_stage
         from stages.base import read_card
 
+        if stage == "classifier" and not self._has_labels():
+            return "skipped: the recordings have no labels; CLAP scores remain"
         # The judge learns in half a minute, less than Ray Train takes to start.
         workers = 0 if stage == "classifier" else self.workers
         folder = train_stage(stage, self.variant, self.work, workers=workers, tracker=tracker, seed=self.seed)
         card = read_card(folder, stage)
         measures = ", ".join(f"{k} {v:.3g}" for k, v in card["validation"].items())
         return f"{card['steps']} steps, held out: {measures}"
+
+    def _has_labels(self) -> bool:
+        """Whether the training clips have labels of two kinds at least, without which there is nothing to tell apart."""
+        from pipelines.features.store import FeatureStore
+        from pipelines.training.dataset import ClipDataset
+        from stages.base import stage_class
+
+        classifier = stage_class("classifier")
+        clips = ClipDataset(FeatureStore.open(str(self.work / "store")), classifier, classifier.reads(self.variant), "train")
+        return classifier.learns_from(clips.rows)
 
     def _export(self, tracker: Tracker) -> str:
         from pipelines.export import export
@@ -126,17 +139,16 @@ class Demo:
         return shown(bundle)
 
     def _evaluate(self, tracker: Tracker) -> str:
-        from pipelines.evaluate import evaluate
+        from pipelines.evaluation.clips import Selection
+        from pipelines.evaluation.run import evaluate
 
-        found = evaluate(
+        evaluation = evaluate(
             self.work,
-            self.variant,
-            num_clips=self.preset.evaluated_clips,
-            num_inference_steps=self.preset.sampling_steps,
-            seed=self.seed,
+            Selection(self.preset.evaluated_clips, seed=self.seed),
+            {"num_inference_steps": self.preset.sampling_steps},
             tracker=tracker,
         )
-        return found.summary()
+        return evaluation.summary()
 
     def _report(self, tracker: Tracker) -> str:
         from pipelines.report import write_report
@@ -196,8 +208,10 @@ class Demo:
         """One folder, one demo: other data, variant or preset would mix two runs."""
         path = self.work / "demo.json"
         now = {"data": str(self.data) if self.data else None, "variant": json.loads(json.dumps(to_dict(self.variant))), "seed": self.seed}
+        del now["variant"]["name"]
         if path.is_file():
             before = json.loads(path.read_text())
+            before["variant"].pop("name", None)  # earlier versions kept it; the settings say all
             if before != now:
                 raise UserError(
                     f"{self.work} holds a demo with other data, variant, preset or settings; continue it with the options it was "
@@ -209,7 +223,7 @@ class Demo:
 
 
 _TRAINED_FIRST = (
-    ("classifier", "the judge: which sound is this? (real clips only)"),
+    ("classifier", "classifier for evaluation (trained on real clips only)"),
     ("clap", "CLAP and T5: words ↔ sounds"),
     ("audiomae", "AudioMAE: masked spectrograms"),
     ("vae", "VAE: mel ↔ latent"),
@@ -255,10 +269,24 @@ def _minutes(minutes: float) -> str:
 
 # What each step of the quick preset takes on two cores, for the time left.
 _QUICK_MINUTES = {
-    "corpus": 0.3, "ingest": 0.1, "mel": 0.3, "train-classifier": 0.5, "train-clap": 1.3, "train-audiomae": 1.0, "train-vae": 3.7,
-    "train-vocoder": 3.6, "loa": 0.3, "latent": 0.5, "text": 0.3, "train-translator": 0.8, "train-diffusion": 3.1, "train-joint": 1.3,
-    "export": 0.1, "evaluate": 0.6, "report": 0.1,
-}  # fmt: skip
+    "corpus": 0.3,
+    "ingest": 0.1,
+    "mel": 0.3,
+    "train-classifier": 0.5,
+    "train-clap": 1.3,
+    "train-audiomae": 1.0,
+    "train-vae": 3.7,
+    "train-vocoder": 3.6,
+    "loa": 0.3,
+    "latent": 0.5,
+    "text": 0.3,
+    "train-translator": 0.8,
+    "train-diffusion": 3.1,
+    "train-joint": 1.3,
+    "export": 0.1,
+    "evaluate": 0.6,
+    "report": 0.1,
+}
 
 PRESETS = {
     "quick": Preset(
@@ -270,7 +298,7 @@ PRESETS = {
         settings={},
     ),
     "full": Preset(
-        summary="an hour and a half on two cores, for sound worth hearing",
+        summary="an hour and a half on two cores, for better sound",
         clips_per_kind=200,
         evaluated_clips=120,
         sampling_steps=50,
@@ -301,13 +329,25 @@ PRESETS = {
 
 @click.command()
 @click.option(
-    "--work", type=click.Path(file_okay=False, path_type=Path), envvar="LOA_WORK", metavar="DIR",
-    help="Folder of the demo.  [default: outputs/demo, or outputs/demo-<variant or data or preset>]",
-)  # fmt: skip
-@click.option(
-    "--data", type=click.Path(path_type=Path), metavar="DIR", help="Your recordings, in any of the known layouts, instead of made ones."
+    "--work",
+    type=click.Path(file_okay=False, path_type=Path),
+    envvar="LOA_WORK",
+    metavar="DIR",
+    help="Project folder of the demo.  [default: outputs/demo, or outputs/demo-VARIANT, -PRESET, -DATA]",
 )
-@click.option("--variant", default="audioldm2-full", show_default=True, metavar="NAME", help="Which system; always its tiny twin here.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder of your own recordings, in any known layout.  [default: a corpus that the demo synthesises]",
+)
+@click.option(
+    "--variant",
+    default="audioldm2-full",
+    show_default=True,
+    metavar="NAME",
+    help="Which system to train; the demo always uses its tiny configuration.",
+)
 @click.option(
     "--preset",
     type=click.Choice(list(PRESETS)),
@@ -316,7 +356,7 @@ PRESETS = {
     help="; ".join(f"{k}: {p.summary}" for k, p in PRESETS.items()),
 )
 @click.option("--workers", type=click.IntRange(min=0), default=1, show_default=True, help="Ray Train workers; 0 trains in this process.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Seed of the corpus, of training and of generation.")
 @set_option
 @tracking_option
 @friendly
@@ -330,12 +370,16 @@ def main(
     settings: dict[str, str],
     tracking_uri: str | None,
 ) -> None:
-    """Run the whole line on a small corpus, from recordings to sound."""
+    """Run the whole pipeline on a small corpus, from recordings to sound."""
+    from pipelines.evaluation.results import Evaluation
+    from stages.variants import resolve
+
     chosen = PRESETS[preset]
     resolved = resolve(variant, tiny=True, settings=chosen.settings | settings)
     if data is not None and not data.is_dir():
         raise UserError(f"--data {data} is not a folder; name the folder that holds your recordings")
     work = (work or _default_work(variant, preset, data)).absolute()
+    works_on(resolved.name, work)
     require_disk(work, DISK_GB)
     require_memory(MEMORY_GB)
     cluster.connect()
@@ -347,7 +391,7 @@ def main(
     if (found := Evaluation.read(work)) is not None:
         click.echo(found.table())
     click.secho(f"done in {_minutes((time.monotonic() - began) / 60)}", bold=True)
-    click.echo(f"  hear and see it   {place}/report.html")
+    click.echo(f"  listen and look   {place}/report.html")
     click.echo(f"  every step        mlflow ui --backend-store-uri {tracking_uri or f'sqlite:///{place}/mlflow.db'}")
     click.echo(f'  make a sound      loa generate "a dog barks" --bundle {place}/bundle -o dog.wav')
     click.echo(f"  serve it          loa serve --bundle {place}/bundle")

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from options import friendly, shown, tracking_option, with_option, work_option
+from options import friendly, next_step, shown, tracking_option, with_option, work_option, works_on
 from pipelines.tracking import Tracker
-from pipelines.weights import released_folders
-from stages.bundle import assemble, read_info
-from stages.config import to_dict
+from pipelines.weights import released_folders, require_used
+from stages.config import TINY, differences, to_dict
 from stages.errors import UserError
 from stages.files import code_version, weights_hash
-from stages.variants import VARIANTS, Variant, resolve
+
+if TYPE_CHECKING:
+    from stages.variants import Variant
 
 SEPARATE = ("translator", "diffusion")
 ALWAYS = ("clap", "audiomae", "vae", "vocoder")
@@ -45,18 +46,21 @@ def export(
     Raises:
         UserError: a stage is missing, the stages do not belong together, or another bundle is in the way.
     """
+    from stages.bundle import assemble
+
     folders = released_folders(work, given or {})
     if not joint or "joint" not in folders or any(stage in (given or {}) for stage in SEPARATE):
         folders.pop("joint", None)
     used = {s: f for s, f in folders.items() if s in ALWAYS or s == "joint" or ("joint" not in folders and s in SEPARATE)}
+    require_used(given or {}, used, "the bundle")
     cards = {stage: _card(folder) for stage, folder in used.items()}
     variant = variant or _variant_of(cards)
+    works_on(variant.name)
     _same_audio(cards, variant)
     hashes = {folder: weights_hash(folder) for folder in set(used.values())}  # imported stages may share one folder
-    small = variant.audiomae == resolve(variant.name, tiny=True).audiomae
     meta = {
         "variant": variant.name,
-        "tiny": small,
+        "tiny": variant.name.endswith(TINY),
         "audio": variant.audio,
         "provenance": {
             "code": code_version(),
@@ -78,22 +82,22 @@ def _card(folder: Path) -> dict[str, Any]:
 
 
 def _variant_of(cards: Mapping[str, Mapping[str, Any]]) -> Variant:
+    from stages.variants import VARIANTS, resolve
+
     for stage in ("joint", "diffusion", "translator", "vae"):
         card = cards.get(stage, {})
-        if card.get("variant") in VARIANTS:
-            full, tiny = resolve(card["variant"]), resolve(card["variant"], tiny=True)
+        if (name := str(card.get("variant")).removesuffix(TINY)) in VARIANTS:
+            full, tiny = resolve(name), resolve(name, tiny=True)
             return tiny if card["config"]["audiomae"] == to_dict(tiny.audiomae) else full
-    raise UserError("no stage says which variant it belongs to (all are imported weights); name it with --variant")
+    raise UserError("the variant is unknown, since all stages are imported weights; name it with --variant")
 
 
 def _same_audio(cards: Mapping[str, Mapping[str, Any]], variant: Variant) -> None:
     expected = to_dict(variant.audio)
     for stage, card in cards.items():
-        heard = card.get("config", {}).get("audio", expected)
-        differing = [f"{k} {heard.get(k)} instead of {v}" for k, v in expected.items() if heard.get(k) != v]
-        if differing:
+        if told := differences(card.get("config", {}).get("audio", expected), expected):
             raise UserError(
-                f"the stage {stage} was trained for other sound than {variant.name}: {', '.join(differing)}; "
+                f"the stage {stage} was trained with other audio settings than {variant.name} ({told}); "
                 f"train it again or replace it with --with {stage}=FOLDER"
             )
 
@@ -101,30 +105,43 @@ def _same_audio(cards: Mapping[str, Mapping[str, Any]], variant: Variant) -> Non
 @click.command()
 @work_option
 @click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Where the bundle goes.  [default: bundle in --work]"
+    "--out", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Where to write the bundle.  [default: bundle in --work]"
 )
 @with_option
-@click.option("--variant", metavar="NAME", help="Which system this is; needed only when all weights are imported.")
-@click.option("--tiny", is_flag=True, help="With --variant: its small twin.")
-@click.option("--no-joint", is_flag=True, help="Take translator and diffusion as they were before joint finetuning.")
-@click.option("--critics", is_flag=True, help="Add the discriminators of VAE and vocoder, for further training.")
-@click.option("--force", is_flag=True, help="Replace another bundle.")
+@click.option(
+    "--variant", metavar="NAME", help="Which system this is; needed only when all weights are imported.  [default: as the stages say]"
+)
+@click.option("--tiny", is_flag=True, help="With --variant: its tiny configuration.")
+@click.option("--no-joint", is_flag=True, help="Use translator and diffusion from before joint finetuning.")
+@click.option("--critics", is_flag=True, help="Include the discriminators of VAE and vocoder, for further training.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @tracking_option
 @friendly
 def main(
-    work: Path, out: Path | None, released: dict[str, str], variant: str | None, tiny: bool, no_joint: bool, critics: bool, force: bool,
+    work: Path,
+    out: Path | None,
+    released: dict[str, str],
+    variant: str | None,
+    tiny: bool,
+    no_joint: bool,
+    critics: bool,
+    force: bool,
     tracking_uri: str | None,
-) -> None:  # fmt: skip
-    """Gather the trained stages into a bundle that diffusers loads, too."""
+) -> None:
+    """Assemble the trained stages into a bundle that diffusers can load, too."""
+    from stages.bundle import read_info
+    from stages.variants import resolve
+
     chosen = resolve(variant, tiny) if variant else None
     bundle = export(work, chosen, out=out, given=released, joint=not no_joint, force=force, critics=critics)
     info = read_info(bundle)
     with Tracker.open(tracking_uri, work=work, job="export", variant=info.variant) as tracker:
         version = tracker.register(bundle, f"loa-{info.variant}")
     size = sum(p.stat().st_size for p in bundle.rglob("*") if p.is_file()) / 1e6
-    place, name = shown(bundle), info.variant + (" (tiny)" if info.tiny else "")
-    click.echo(f"{place}: {name}, {size:.0f} MB, version {version} of the model loa-{info.variant} in MLflow")
-    click.echo(f'Try it: loa generate "rain on a tin roof" --bundle {place}')
+    place = shown(bundle)
+    click.echo(f"{place}: {info.variant}, {size:.0f} MB, version {version} of the model loa-{info.variant} in MLflow")
+    click.echo(f'listen: loa generate "rain on a tin roof" --bundle {place}')
+    click.echo(next_step("export"))
 
 
 if __name__ == "__main__":

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
-from options import DEFAULT_VARIANT, friendly, pairs, set_option, work_option
+from options import DEFAULT_VARIANT, again, friendly, pairs, set_option, shown, work_option
 from pipelines.weights import from_hub
-from stages.bundle import FILES, read_info
-from stages.checkpoints import read_checkpoint, weights_of
 from stages.errors import UserError
 from stages.files import whole_folder
-from stages.public import laion
-from stages.public.folder import import_folder
-from stages.public.original import WEIGHTS, import_original, is_original, require_variant, structure, variants_like
-from stages.public.parts import PARTS, add_audiomae, add_t5, add_tokenizer, is_audiomae, require_parts
-from stages.variants import resolve
+from stages.public import PARTS, WEIGHTS
 
 AGREE = 1e-4  # embeddings of one CLAP in two packages; measured 1e-7
 
@@ -55,6 +50,14 @@ def import_weights(
     Raises:
         UserError: the source is none of these, does not fit, or something else is in the way.
     """
+    from stages.bundle import FILES
+    from stages.checkpoints import read_checkpoint, weights_of
+    from stages.public import laion
+    from stages.public.folder import import_folder
+    from stages.public.original import import_original, is_original, require_variant, structure, variants_like
+    from stages.public.parts import add_audiomae, is_audiomae, require_parts
+    from stages.variants import resolve
+
     path = Path(source).expanduser()
     if not path.exists():
         path = from_hub(source, [f"{name}/*" for name in FILES] + ["model_index.json"], source)
@@ -63,37 +66,44 @@ def import_weights(
     places = {name: _place(name, place) for name, place in (given or {}).items()}
     state = weights_of(read_checkpoint(path), path)
     if is_original(state):
-        found = structure(state)
-        like = variants_like(found) if found else []
+        unet = structure(state)
+        like = variants_like(unet) if unet else []
         chosen = resolve(variant or (like[0] if like else DEFAULT_VARIANT), tiny, settings)
-        require_variant(found, chosen, path)
-        told = {"imported": {"source": path.name, "layout": "authors", "sha256": _sha256(path)}}
-        return import_original(state, chosen, out or work / "bundle", path, places, weights=weights, provenance=told, force=force)
+        require_variant(unet, chosen, path)
+        provenance = {"imported": {"source": path.name, "layout": "authors", "sha256": _sha256(path)}}
+        return import_original(state, chosen, out or work / "bundle", path, places, weights=weights, provenance=provenance, force=force)
     sizes = resolve(variant or DEFAULT_VARIANT, tiny, settings)
     if laion.is_laion(state):
         require_parts(places, ("tokenizer",), path)
         if verify:
             _verify(laion.disagreement(state))
-        final = _free(out or work / "imported" / "clap", force)
-        config = laion.clap_config(state)
-        with whole_folder(final) as draft:
-            laion.clap_of(state, path, config).save_pretrained(draft / "text_encoder")
-            config.feature_extractor().save_pretrained(draft / "feature_extractor")
-            add_tokenizer(draft, "tokenizer", places["tokenizer"], config.text_vocab)
-            if "text_encoder_2" in places:
-                require_parts(places, ("tokenizer_2",), places["text_encoder_2"])
-                rows = add_t5(draft, places["text_encoder_2"])
-                add_tokenizer(draft, "tokenizer_2", places["tokenizer_2"], rows, sizes.t5.max_length)
-        return final
+        return _import_clap(state, path, _free(out or work / "imported" / "clap", force), places, sizes.t5.max_length)
     if is_audiomae(state):
         final = _free(out or work / "imported" / "audiomae", force)
         with whole_folder(final) as draft:
             add_audiomae(draft, path, sizes.audiomae)
         return final
     raise UserError(
-        f"{path} is no checkpoint loa knows: expected the authors' AudioLDM 2 (model.diffusion_model.…), LAION's CLAP (audio_branch.…) "
+        f"{path} is no known checkpoint: expected the authors' AudioLDM 2 (model.diffusion_model.…), LAION's CLAP (audio_branch.…) "
         f"or AudioMAE (cls_token, blocks.…), got {', '.join(list(state)[:3])} …"
     )
+
+
+def _import_clap(state: Mapping[str, Any], path: Path, final: Path, places: Mapping[str, Path], t5_length: int) -> Path:
+    """LAION's CLAP, and T5 where `places` has one, as `--with clap=` takes them."""
+    from stages.public import laion
+    from stages.public.parts import add_t5, add_tokenizer, require_parts
+
+    config = laion.clap_config(state)
+    with whole_folder(final) as draft:
+        laion.clap_of(state, path, config).save_pretrained(draft / "text_encoder")
+        config.feature_extractor().save_pretrained(draft / "feature_extractor")
+        add_tokenizer(draft, "tokenizer", places["tokenizer"], config.text_vocab)
+        if "text_encoder_2" in places:
+            require_parts(places, ("tokenizer_2",), places["text_encoder_2"])
+            rows = add_t5(draft, places["text_encoder_2"])
+            add_tokenizer(draft, "tokenizer_2", places["tokenizer_2"], rows, t5_length)
+    return final
 
 
 def _place(name: str, place: str) -> Path:
@@ -106,7 +116,7 @@ def _place(name: str, place: str) -> Path:
 
 def _free(out: Path, force: bool) -> Path:
     if out.exists() and not force and any(out.iterdir() if out.is_dir() else [out]):
-        raise UserError(f"{out} exists already; replace it with --force or choose another place with --out")
+        raise UserError(f"{out} exists already; replace it with --force or choose another folder with --out")
     return out
 
 
@@ -125,16 +135,21 @@ def _verify(distance: Mapping[str, float]) -> None:
 @click.command("import")
 @click.argument("source", metavar="SOURCE")
 @work_option
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where the result goes.  [default: in --work]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where to write the result.  [default: bundle, or imported/STAGE, in --work]",
+)
 @click.option("--variant", metavar="NAME", help="Which system this is.  [default: the one its T-UNet looks like]")
-@click.option("--tiny", is_flag=True, help="With a checkpoint file: the sizes of the variant's small twin.")
+@click.option("--tiny", is_flag=True, help="With a checkpoint file: use the sizes of the variant's tiny configuration.")
 @set_option
 @click.option(
     "--weights",
     type=click.Choice(WEIGHTS),
     default="raw",
     show_default=True,
-    help="The T-UNet of the authors' checkpoint: as trained, or its running average.",
+    help="Which T-UNet of the authors' checkpoint: the trained weights, or their exponential moving average.",
 )
 @click.option(
     "--with",
@@ -142,16 +157,24 @@ def _verify(distance: Mapping[str, float]) -> None:
     multiple=True,
     callback=pairs,
     metavar="PART=FOLDER",
-    help=f"What a checkpoint file lacks: {', '.join(PARTS)}. A folder or a hub id; may be repeated.",
+    help=f"Parts that a checkpoint file lacks: {', '.join(PARTS)}. A folder or a hub id; may be repeated.  [default: none]",
 )
 @click.option("--verify", is_flag=True, help="Compare a LAION CLAP with the package laion-clap (extra: clap).")
-@click.option("--force", is_flag=True, help="Replace what is there.")
+@click.option("--force", is_flag=True, help="Replace an existing result.")
 @friendly
 def main(
-    source: str, work: Path, out: Path | None, variant: str | None, tiny: bool, settings: dict[str, str], weights: str,
-    given: dict[str, str], verify: bool, force: bool,
-) -> None:  # fmt: skip
-    """Public weights in: SOURCE becomes a bundle, or weights for a stage.
+    source: str,
+    work: Path,
+    out: Path | None,
+    variant: str | None,
+    tiny: bool,
+    settings: dict[str, str],
+    weights: str,
+    given: dict[str, str],
+    verify: bool,
+    force: bool,
+) -> None:
+    """Import public weights: SOURCE becomes a bundle, or weights for a stage.
 
     \b
     SOURCE is one of
@@ -160,21 +183,24 @@ def main(
       LAION's CLAP, such as music_speech_audioset_….pt            -> weights for --with clap=
       AudioMAE's pretrained.pth                                   -> weights for --with audiomae=
 
-    Files are read without running anything they hold.
+    Files are read without executing any code in them.
     """
     folder = import_weights(
         source, work, out=out, variant=variant, tiny=tiny, settings=settings, weights=weights, given=given, verify=verify, force=force
     )
-    shown = os.path.relpath(folder)
+    place = shlex.quote(shown(folder))
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6
     if (folder / "model_index.json").is_file():
+        from stages.bundle import read_info
+
         info = read_info(folder)
-        click.echo(f"{shown}: {info.variant}{' (tiny)' if info.tiny else ''}, {size:.0f} MB")
+        click.echo(f"{place}: {info.variant}, {size:.0f} MB")
         words = ' --transcription "Hello there."' if info.speech else ""
-        click.echo(f'Try it: loa generate "{"a woman speaks calmly" if info.speech else "rain on a tin roof"}"{words} --bundle {shown}')
+        click.echo(f'next: loa generate "{"a woman speaks calmly" if info.speech else "rain on a tin roof"}"{words} --bundle {place}')
     else:
         stage = "audiomae" if (folder / "model.safetensors").is_file() else "clap"
-        click.echo(f"{shown}: weights of {stage}, {size:.0f} MB; use them with --with {stage}={shown}")
+        step = again("loa preprocess " + {"audiomae": "loa", "clap": "text"}[stage])
+        click.echo(f"{place}: weights of {stage}, {size:.0f} MB\nnext: {step} --with {stage}={place}")
 
 
 if __name__ == "__main__":

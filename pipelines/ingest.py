@@ -13,25 +13,28 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
-import pyarrow as pa
 
-from options import friendly, tiny_option, variant_option, work_option
+from options import friendly, next_step, tiny_option, variant_option, work_option
 from pipelines import corpora
-from pipelines.corpora.headers import probe_headers
 from pipelines.corpora.records import Record, Recording, Rejected
-from pipelines.features.store import CLIP_SCHEMA, DEFAULT_SHARD_SIZE, REJECTED_SCHEMA, FeatureStore
-from stages.audio import AudioConfig
+from pipelines.features import DEFAULT_SHARD_SIZE
+from pipelines.tables import aligned
+from stages.config import differences
 from stages.errors import UserError
-from stages.variants import resolve
+
+if TYPE_CHECKING:
+    from stages.audio import AudioConfig
 
 REPORT = "ingest.json"  # in the store: what it was made from, and the report
 MAX_WINDOWS = 4
 FEWEST_SAMPLES = 100  # a shorter recording is none; the reference refuses it too
 SPEECH_TOLERANCE = 0.25  # seconds that may be missing at the end of a transcribed segment
+
+Headers = Mapping[str, tuple[float, str]]  # path → (seconds, why it cannot be read, or "")
 
 
 # ------------------------------------------------------------------------------------------------------- the report
@@ -80,9 +83,7 @@ class IngestReport:
             rejected = f"{self.counts()['rejected']:,.0f}" if counts is total else reasons or "0"
             numbers = (f"{counts.recordings:,.0f}", f"{counts.clips:,.0f}", f"{counts.hours:,.2f}", f"{counts.captions:,.0f}")
             rows.append([counts.corpus, *numbers, rejected])
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        lines = ["  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 5)), row[5]]) for row in rows]
-        return "\n".join(lines)
+        return aligned(rows, remarks=1)
 
 
 # ------------------------------------------------------------------------------------------- recordings become clips
@@ -101,9 +102,17 @@ class Clip:
         """The row, in the columns of CLIP_SCHEMA."""
         r = self.recording
         return {
-            "clip_id": self.clip_id, "corpus": r.corpus, "path": r.path, "start": self.start, "seconds": self.seconds,
-            "captions": list(r.captions), "transcript": r.transcript, "labels": list(r.labels), "split": r.split, "licence": r.licence,
-        }  # fmt: skip
+            "clip_id": self.clip_id,
+            "corpus": r.corpus,
+            "path": r.path,
+            "start": self.start,
+            "seconds": self.seconds,
+            "captions": list(r.captions),
+            "transcript": r.transcript,
+            "labels": list(r.labels),
+            "split": r.split,
+            "licence": r.licence,
+        }
 
 
 def cut(recording: Recording, file_seconds: float, audio: AudioConfig, max_windows: int = MAX_WINDOWS) -> list[Clip] | Rejected:
@@ -129,7 +138,7 @@ def cut(recording: Recording, file_seconds: float, audio: AudioConfig, max_windo
         if length is not None and length - seconds > SPEECH_TOLERANCE:
             return rejected(f"outside the recording: ends at {start + length:g} s of {file_seconds:g} s")
         if seconds > audio.clip_seconds:
-            return rejected(f"speech longer than a clip: {seconds:.2f} s, a clip has {audio.clip_seconds:g} s")
+            return rejected(f"speech longer than a clip: {seconds:.2f} s, a clip lasts {audio.clip_seconds:g} s")
         return [Clip(clip_id, recording, start, seconds)]
     windows = int(seconds // audio.clip_seconds)
     if windows == 0 or seconds - windows * audio.clip_seconds >= audio.clip_seconds / 2:
@@ -194,12 +203,13 @@ def ingest(
     Raises:
         UserError: nothing usable was found, or the store was made from something else.
     """
+    import pyarrow as pa
+
+    from pipelines.corpora.headers import probe_headers
+    from pipelines.features.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore
+
     folders = [Path(os.path.abspath(folder)) for folder in data_dirs]
-    found = list(dict.fromkeys(source for folder in folders for source in corpora.discover(folder)))
-    if not found:
-        layouts = "; ".join(corpora.LAYOUTS.values())
-        raise UserError(f"{_names(folders)} holds no recordings; looked there and one folder below for {layouts}")
-    listed = [(source, _limited(corpora.read(*source, keep_blacklisted=keep_blacklisted), limit)) for source in found]
+    listed = _listed(folders, keep_blacklisted, limit)
     made_from = {
         "data": [str(folder) for folder in folders],
         "audio": audio.to_dict(),
@@ -217,25 +227,10 @@ def ingest(
     clean = iter(without_leaks([r for _, records in listed for r in records if isinstance(r, Recording)]))
     sources = [(source, [next(clean) if isinstance(r, Recording) else r for r in records]) for source, records in listed]
     paths = sorted({r.path for _, records in sources for r in records if isinstance(r, Recording)})
-    say(f"{', '.join(corpus for corpus, _ in found)}: reading the headers of {len(paths):,} recordings")
-    headers = probe_headers(paths, workers)
-
-    clips: list[Clip] = []
-    rejected: list[Rejected] = []
-    counts: list[CorpusCounts] = []
-    taken: set[str] = set()
-    for (corpus, root), records in sources:
-        kept, lost = _clips_of(records, headers, audio, max_windows, taken)
-        counts.append(_count(corpus, root, kept, lost))
-        clips += kept
-        rejected += lost
+    say(f"{', '.join(corpus for (corpus, _), _ in listed)}: reading the headers of {len(paths):,} recordings")
+    clips, rejected, counts = _clips_of_all(sources, probe_headers(paths, workers), audio, max_windows)
     if not clips:
-        tally = Counter(r.kind for r in rejected).most_common(4)
-        reasons = ", ".join(f"{n:,} {kind}" for kind, n in tally)
-        raise UserError(
-            f"nothing in {_names(folders)} can be used. Found: {'; '.join(corpora.LAYOUTS[corpus] for corpus, _ in found)}. "
-            f"Rejected: {reasons}; the first is {rejected[0].path} ({rejected[0].reason})"
-        )
+        raise UserError(_nothing_usable(folders, [corpus for (corpus, _), _ in listed], rejected))
     clip_table = pa.Table.from_pylist([clip.row() for clip in clips], schema=CLIP_SCHEMA)
     rejected_table = pa.Table.from_pylist([asdict(r) for r in rejected], schema=REJECTED_SCHEMA)
     store = FeatureStore.create(store_root, audio, clip_table, rejected_table, seed, shard_size)
@@ -244,6 +239,23 @@ def ingest(
     content = {"made_from": made_from, "corpora": [asdict(c) for c in counts], "splits": report.splits}
     store.write(json.dumps(content, indent=1, ensure_ascii=False).encode(), REPORT)
     return report
+
+
+def _listed(folders: Sequence[Path], keep_blacklisted: bool, limit: int | None) -> list[tuple[tuple[str, Path], list[Record]]]:
+    """What the readers find: (corpus, root) with its records. Raises UserError when there is no corpus and no recording."""
+    roots = list(dict.fromkeys(source for folder in folders for source in corpora.discover(folder)))
+    if not roots:
+        layouts = "; ".join(corpora.LAYOUTS.values())
+        raise UserError(f"{_names(folders)} contains no recordings; searched it and the folders directly below for {layouts}")
+    return [(source, _limited(corpora.read(*source, keep_blacklisted=keep_blacklisted), limit)) for source in roots]
+
+
+def _nothing_usable(folders: Sequence[Path], names: Sequence[str], rejected: Sequence[Rejected]) -> str:
+    reasons = ", ".join(f"{n:,} {kind}" for kind, n in Counter(r.kind for r in rejected).most_common(4))
+    return (
+        f"nothing in {_names(folders)} can be used. Found: {'; '.join(corpora.LAYOUTS[name] for name in names)}. "
+        f"Rejected: {reasons}; the first is {rejected[0].path} ({rejected[0].reason})"
+    )
 
 
 def _limited(records: Iterable[Record], limit: int | None) -> list[Record]:
@@ -255,8 +267,27 @@ def _limited(records: Iterable[Record], limit: int | None) -> list[Record]:
     return [r for r in listed if isinstance(r, Rejected) or r.recording_id in chosen]
 
 
+def _clips_of_all(
+    sources: Iterable[tuple[tuple[str, Path], Sequence[Record]]],
+    headers: Headers,
+    audio: AudioConfig,
+    max_windows: int,
+) -> tuple[list[Clip], list[Rejected], list[CorpusCounts]]:
+    """The clips of all corpora, what is rejected, and how many of each there are."""
+    clips: list[Clip] = []
+    rejected: list[Rejected] = []
+    counts: list[CorpusCounts] = []
+    taken: set[str] = set()
+    for (corpus, root), records in sources:
+        kept, lost = _clips_of(records, headers, audio, max_windows, taken)
+        counts.append(_count(corpus, root, kept, lost))
+        clips += kept
+        rejected += lost
+    return clips, rejected, counts
+
+
 def _clips_of(
-    records: Iterable[Record], headers: Mapping[str, tuple[float, str]], audio: AudioConfig, max_windows: int, taken: set[str]
+    records: Iterable[Record], headers: Headers, audio: AudioConfig, max_windows: int, taken: set[str]
 ) -> tuple[list[Clip], list[Rejected]]:
     """The clips of a corpus and what is rejected; `taken` are the clip ids in use so far, and grows."""
     clips: list[Clip] = []
@@ -302,6 +333,8 @@ def _earlier_report(store_root: str | Path, made_from: Mapping[str, Any]) -> Ing
 
     A store without a report was interrupted at the last moment; `FeatureStore.create` compares it.
     """
+    from pipelines.features.store import FeatureStore
+
     try:
         store = FeatureStore.open(store_root)
     except UserError as error:
@@ -312,28 +345,13 @@ def _earlier_report(store_root: str | Path, made_from: Mapping[str, Any]) -> Ing
         there = json.loads(store.fs.cat_file(store.path(REPORT)))
     except FileNotFoundError:
         return None
-    changes = _changes(there["made_from"], json.loads(json.dumps(made_from)))
+    changes = differences(there["made_from"], made_from)
     if changes:
         raise UserError(
-            f"{store_root} was made from something else ({'; '.join(changes)}). Choose another folder with --work, "
+            f"{store_root} was made from something else ({changes}). Choose another folder with --work, "
             f"or delete {store_root} to make it and all its features again"
         )
     return IngestReport(str(store_root), tuple(CorpusCounts(**c) for c in there["corpora"]), there["splits"], already=True)
-
-
-def _changes(there: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    changes: list[str] = []
-    for key in dict.fromkeys([*there, *now]):
-        old, new = there.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            changes += _changes(old, new, f"{prefix}{key}: ")
-        elif old != new:
-            changes.append(f"{prefix}{key}: {_show(old)} there, {_show(new)} now")
-    return changes
-
-
-def _show(value: Any) -> str:
-    return "none" if value is None else ", ".join(value) if isinstance(value, list) else str(value)
 
 
 def _names(folders: Sequence[Path]) -> str:
@@ -342,44 +360,79 @@ def _names(folders: Sequence[Path]) -> str:
 
 @click.command()
 @click.argument("folders", nargs=-1, type=click.Path(path_type=Path), metavar="[DIR]...")
-@click.option("--data", multiple=True, type=click.Path(path_type=Path), metavar="DIR", help="The same, as an option; may be repeated.")
+@click.option(
+    "--data",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder of recordings, like DIR. May be repeated.  [default: none]",
+)
 @work_option
 @variant_option
 @tiny_option
 @click.option("--clip-seconds", type=click.FloatRange(min=0.64), metavar="S", help="Length of a clip.  [default: the variant's]")
 @click.option(
-    "--max-windows", type=click.IntRange(min=1), default=MAX_WINDOWS, show_default=True, metavar="N", help="Most clips of one recording."
+    "--max-windows",
+    type=click.IntRange(min=1),
+    default=MAX_WINDOWS,
+    show_default=True,
+    metavar="N",
+    help="Maximum number of clips cut from one recording.",
 )
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Take only N recordings of each corpus, to try things out.")
-@click.option("--keep-blacklisted", is_flag=True, help="Use what WavCaps' blacklists name (it occurs in other corpora's test sets).")
-@click.option("--seed", default=0, show_default=True, help="Of the shuffle that deals clips to shards.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), metavar="N", help="Use only N recordings of each corpus, for a first try.  [default: all]"
+)
+@click.option(
+    "--keep-blacklisted", is_flag=True, help="Keep the recordings on WavCaps' blacklists, which occur in test sets of other corpora."
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of the shuffle that assigns clips to shards.")
 @click.option(
     "--shard-size", type=click.IntRange(min=1), default=DEFAULT_SHARD_SIZE, show_default=True, metavar="N", help="Clips per shard."
 )
 @click.option(
-    "--workers", type=click.IntRange(min=0), metavar="N", help="CPUs that read headers; 0 reads in this process.  [default: what is free]"
+    "--workers", type=click.IntRange(min=0), metavar="N", help="CPUs that read headers; 0 reads in this process.  [default: all free ones]"
 )
 @friendly
 def main(
-    folders: tuple[Path, ...], data: tuple[Path, ...], work: Path, variant: str, tiny: bool, clip_seconds: float | None,
-    max_windows: int, limit: int | None, keep_blacklisted: bool, seed: int, shard_size: int, workers: int | None,
-) -> None:  # fmt: skip
-    """Make the clip table of --work from the corpora or recordings in DIR.
+    folders: tuple[Path, ...],
+    data: tuple[Path, ...],
+    work: Path,
+    variant: str,
+    tiny: bool,
+    clip_seconds: float | None,
+    max_windows: int,
+    limit: int | None,
+    keep_blacklisted: bool,
+    seed: int,
+    shard_size: int,
+    workers: int | None,
+) -> None:
+    """Make the clip table in --work from the corpora or recordings in DIR.
 
-    DIR holds any mix of corpora in their published layouts (AudioSet, AudioCaps, WavCaps, Million Song Dataset,
-    LJSpeech, GigaSpeech), at it or one folder below, or simply recordings, with or without captions.
+    DIR contains any mix of corpora in their published layouts (AudioSet, AudioCaps, WavCaps, Million Song Dataset,
+    LJSpeech, GigaSpeech), in it or one folder below, or simply recordings, with or without captions.
     """
     if not folders + data:
         raise UserError("name the folder that holds the recordings: `loa ingest DIR`")
+    from stages.variants import resolve
+
     audio = resolve(variant, tiny=tiny).audio
     if clip_seconds is not None:
         audio = replace(audio, clip_seconds=clip_seconds)
     report = ingest(
-        folders + data, work / "store", audio, max_windows=max_windows, limit=limit, keep_blacklisted=keep_blacklisted,
-        seed=seed, shard_size=shard_size, workers=workers, say=click.echo,
-    )  # fmt: skip
+        folders + data,
+        work / "store",
+        audio,
+        max_windows=max_windows,
+        limit=limit,
+        keep_blacklisted=keep_blacklisted,
+        seed=seed,
+        shard_size=shard_size,
+        workers=workers,
+        say=click.echo,
+    )
     click.echo(report.table())
-    click.echo(f"\n{report.summary()}\n{report.store}")
+    click.echo(f"\n{report.summary()}\n{report.store}\n{next_step('ingest')}")
 
 
 if __name__ == "__main__":

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
 
-from options import friendly
-from stages.judges.judge import JUDGES, load_judge
-from stages.judges.weights import PUBLISHED, describe_folder
+from options import friendly, shown
 
 
 @click.command()
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @friendly
 def main(folder: Path) -> None:
-    """Write FOLDER/judges.json for the judges' public weights in FOLDER, and load each once to see that it fits.
+    """Write FOLDER/judges.json, the manifest of the judges' public weights in FOLDER, and load each once as a check.
 
-    Nothing is downloaded: for weights that are not there it says where they come from.
+    Nothing is downloaded; for missing weights the source is printed.
     """
+    from stages.judges.catalogue import JUDGES, load_judge
+    from stages.judges.weights import PUBLISHED, describe_folder
+
     entries = describe_folder(folder)
     for name, published in PUBLISHED.items():
         if name not in entries:
@@ -29,6 +31,8 @@ def main(folder: Path) -> None:
         click.echo(
             f"{name:<12} {entries[name]['file']}, sha256 {entries[name]['sha256'][:12]}…, {entries[name]['licence']}: {', '.join(judges)}"
         )
+    if entries:
+        click.echo(f"next: loa evaluate --judges {shlex.quote(shown(folder))}")
 
 
 if __name__ == "__main__":

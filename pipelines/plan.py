@@ -1,129 +1,47 @@
-"""JOB: what each variant is, and what training it would take: sizes, memory, storage, hours."""
+"""JOB: what each variant is, and what training it takes: sizes, memory, storage, hours."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import click
-import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from options import friendly, set_option, tiny_option
+from options import again, friendly, set_option, tiny_option
+from pipelines.tables import aligned
 from stages import STAGES
-from stages.base import stage_class
 from stages.config import to_dict
-from stages.variants import VARIANTS, Variant, resolve
 
-# One H200 does about 790 TFLOP/s in bf16 matrix products; training loops that are not tuned see about a third of that.
-ASSUMED_FLOPS = 250e12
-BYTES_PER_PARAMETER = 4 + 4 + 8  # weight, gradient, two Adam moments, all float32
-
-
-def networks(variant: Variant) -> dict[str, nn.Module]:
-    """Every network of the variant on the meta device: shapes and counts without memory."""
-    from stages.audiomae.model import AudioMAE
-    from stages.diffusion.training import build_unet
-    from stages.translator.training import build_translator
-
-    with torch.device("meta"):
-        nets: dict[str, nn.Module] = {"clap": variant.clap.build()}
-        if variant.phonemes is None:
-            nets["t5"] = variant.t5.build()
-        nets |= {
-            "audiomae": AudioMAE(variant.audiomae),
-            "vae": variant.vae.build(),
-            "vocoder": variant.vocoder.build(variant.audio),
-            "translator": build_translator(variant),
-            "diffusion": build_unet(variant),
-        }
-    return {name: net.to("meta") for name, net in nets.items()}  # tables computed from numpy land on the CPU
-
-
-def parameters(net: nn.Module) -> int:
-    """Parameters of a network, each counted once."""
-    return sum(p.numel() for p in net.parameters())
-
-
-def forward_flops(variant: Variant) -> dict[str, float]:
-    """Floating-point operations of one clip's forward pass, by network (meta tensors, no arithmetic done)."""
-    nets = networks(variant)
-    audio = variant.audio
-    channels, frames, bins = variant.latent_shape
-    loa = torch.zeros(1, variant.loa_tokens(variant.translator.pooling), variant.audiomae.width, device="meta")
-    text = torch.zeros(1, 16, variant.t5.width, device="meta")
-    mask = torch.ones(1, 16, device="meta", dtype=torch.long)
-    speech = variant.phonemes is not None
-
-    def unet() -> object:
-        latent = torch.zeros(1, channels, frames, bins, device="meta")
-        return nets["diffusion"](latent, torch.zeros(1, device="meta"), loa, None if speech else text, None if speech else mask)
-
-    calls: dict[str, Callable[[], object]] = {
-        "vae": lambda: nets["vae"](torch.zeros(1, 1, audio.mel_frames, audio.mel_bins, device="meta")),
-        "vocoder": lambda: nets["vocoder"](torch.zeros(1, audio.mel_frames, audio.mel_bins, device="meta")),
-        "audiomae": lambda: nets["audiomae"].features(torch.zeros(1, audio.mel_frames, audio.fbank_bins, device="meta")),  # type: ignore[operator]
-        "diffusion": unet,
-    }
-    counts = {}
-    for name, call in calls.items():
-        with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-            call()
-        counts[name] = float(counter.get_total_flops())
-    # GPT-2's masks ask for values that meta tensors have not; its blocks cost 2 operations per weight and place.
-    length = loa.shape[1] + (variant.text_length + 5 if speech else 16 + 5)
-    counts["translator"] = 2.0 * parameters(nets["translator"].language_model.transformer.h) * length  # type: ignore[union-attr,arg-type]
-    return counts
-
-
-def clip_bytes(variant: Variant) -> dict[str, int]:
-    """Bytes one clip takes in each series of the feature store (FLAC at half the samples' size)."""
-    audio, width = variant.audio, variant.audiomae.width
-    channels, frames, bins = variant.latent_shape
-    pooling = variant.translator.pooling
-    sizes = {
-        "mel": 2 * audio.mel_frames * audio.mel_bins,
-        "waveform": audio.clip_samples,
-        "loa-1": 2 * variant.loa_tokens(1) * width,
-        f"loa-{pooling}": 2 * variant.loa_tokens(pooling) * width,
-        "latent": 2 * 2 * channels * frames * bins,
-    }
-    if variant.phonemes is None:
-        sizes["text"] = 2 * (variant.clap.projection_dim + 16 * variant.t5.width)  # one caption of 16 tokens
-    else:
-        sizes["speech"] = 2 * (variant.clap.projection_dim + variant.phonemes.max_length)
-    return sizes
+if TYPE_CHECKING:
+    from stages.variants import Variant
 
 
 def describe(variant: Variant, stage: str | None = None, workers: int | None = None) -> str:
     """The resolved configuration with counts and estimates, as text."""
+    from stages.sizes import ASSUMED_FLOPS, clip_bytes, cost, forward_flops, networks, parameters
+
     config = to_dict(variant)
-    shown = {k: config[k] for k in config if k != "recipes"} | {
-        "recipes": config["recipes"] if stage is None else {stage: config["recipes"][stage]}
-    }
-    lines = [f"variant {variant.name}: {variant.summary}", "", json.dumps(shown, indent=2), "", "parameters"]
-    nets = networks(variant)
-    lines += [f"  {name:<12}{parameters(net):>14,}" for name, net in nets.items()]
-    flops = forward_flops(variant)
-    count = workers or 1
-    lines += ["", f"training, {count} worker{'s' if count > 1 else ''} (hours assume {ASSUMED_FLOPS / 1e12:.0f} TFLOP/s sustained each)"]
-    for name in [stage] if stage else [s for s in STAGES if s in flops or s == "joint"]:
-        stage_class(name)
-        recipe = getattr(variant.recipes, name)
-        trained = {"joint": ("diffusion", "translator")}.get(name, (name,))
-        size = sum(parameters(nets[n]) for n in trained if n in nets)
-        state = size * (BYTES_PER_PARAMETER + (4 if recipe.ema_decay else 0)) / count / 1e9
-        work = sum(flops.get(n, 0.0) for n in trained)
-        hours = f"{3 * work * recipe.steps * recipe.global_batch / (ASSUMED_FLOPS * count) / 3600:,.1f} h" if work else "not estimated"
-        lines.append(
-            f"  {name:<12}{recipe.steps:>9,} steps x {recipe.global_batch:<5}{state:>8.2f} GB of state per worker + activations   {hours}"
-        )
-    sizes = clip_bytes(variant)
+    recipes = config["recipes"] if stage is None else {stage: config["recipes"][stage]}
+    nets, flops, sizes = networks(variant), forward_flops(variant), clip_bytes(variant)
+    workers = workers or 1
+    chosen = [stage] if stage else [s for s in STAGES if s in flops or s == "joint"]
     total = sum(sizes.values()) / 1e3
-    lines += ["", f"storage per clip of {variant.audio.clip_seconds} s: {total:,.0f} kB, a million clips {total:,.0f} GB"]
-    lines += [f"  {name:<12}{size / 1e3:>10,.1f} kB" for name, size in sizes.items()]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            f"variant {variant.name}: {variant.summary}",
+            "",
+            json.dumps({k: v for k, v in config.items() if k != "recipes"} | {"recipes": recipes}, indent=2),
+            "",
+            "parameters",
+            aligned([[name, f"{parameters(net):,}"] for name, net in nets.items()], indent="  "),
+            "",
+            f"training, {workers} worker{'s' if workers > 1 else ''} (hours assume {ASSUMED_FLOPS / 1e12:.0f} TFLOP/s sustained each)",
+            aligned([cost(name, variant, nets, flops, workers) for name in chosen], indent="  "),
+            "",
+            f"storage per clip of {variant.audio.clip_seconds} s: {total:,.0f} kB, a million clips {total:,.0f} GB",
+            aligned([[name, f"{size / 1e3:,.1f} kB"] for name, size in sizes.items()], indent="  "),
+        ]
+    )
 
 
 @click.command()
@@ -133,15 +51,20 @@ def describe(variant: Variant, stage: str | None = None, workers: int | None = N
 @friendly
 def main(name: str | None, tiny: bool, settings: dict[str, str]) -> None:
     """List the variants, or show one in full: configuration, parameters, memory, storage, hours."""
+    from stages.sizes import networks, parameters
+    from stages.variants import VARIANTS, resolve
+
     if name:
         click.echo(describe(resolve(name, tiny, settings)))
         return
-    click.echo(f"{'variant':<26}{'T-UNet':>14}{'translator':>14}{'λ':>4}  what it is")
+    rows = [["variant", "T-UNet", "translator", "λ", "what it is"]]
     for each in VARIANTS:
         variant = resolve(each, tiny, settings)
         nets = networks(variant)
-        counts = f"{parameters(nets['diffusion']):>14,}{parameters(nets['translator']):>14,}"
-        click.echo(f"{each:<26}{counts}{variant.translator.pooling:>4}  {variant.summary}")
+        counts = [f"{parameters(nets[part]):,}" for part in ("diffusion", "translator")]
+        rows.append([variant.name, *counts, str(variant.translator.pooling), variant.summary])
+    click.echo(aligned(rows, remarks=1))
+    click.echo(f"\nnext: {again('loa variants NAME')} for one in full, or {again('loa ingest DIR --variant NAME')}")
 
 
 if __name__ == "__main__":

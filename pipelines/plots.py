@@ -10,6 +10,7 @@ import html
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -106,9 +107,10 @@ class Picture:
 # ----------------------------------------------------------------------------------------------------- spectrograms
 
 
-@lru_cache(maxsize=1)
-def _palette() -> NDArray[np.uint8]:
-    colours: NDArray[np.uint8] = (matplotlib.colormaps["magma"](np.linspace(0.0, 1.0, 256))[:, :3] * 255).round().astype(np.uint8)
+@lru_cache(maxsize=2)
+def mel_colours(count: int = 256) -> NDArray[np.uint8]:
+    """The colours `[count, 3]` of spectrograms, from the lowest value to the highest."""
+    colours: NDArray[np.uint8] = (matplotlib.colormaps["magma"](np.linspace(0.0, 1.0, count))[:, :3] * 255).round().astype(np.uint8)
     return colours
 
 
@@ -116,7 +118,7 @@ def mel_image(mel: NDArray[np.floating], scale: int = 1) -> NDArray[np.uint8]:
     """A log-mel spectrogram `[F, M]` as colours `[M * scale, F, 3]`: time runs right, pitch runs up."""
     share = (np.asarray(mel, dtype=np.float32).T[::-1] - MEL_LOW) / (MEL_HIGH - MEL_LOW)
     index = (np.nan_to_num(share).clip(0.0, 1.0) * 255).astype(np.uint8)
-    return np.repeat(_palette()[index], scale, axis=0)
+    return np.repeat(mel_colours()[index], scale, axis=0)
 
 
 def spectrograms(mels: Mapping[str, NDArray[np.floating]], seconds: float, centres_hz: Sequence[float]) -> Picture:
@@ -133,9 +135,15 @@ def spectrograms(mels: Mapping[str, NDArray[np.floating]], seconds: float, centr
         marks = [hz for hz in (100, 500, 1000, 2000, 4000, 8000, 16_000) if centres_hz[0] <= hz <= centres_hz[-1]]
         for axis, (name, mel) in zip(axes, mels.items(), strict=True):
             picture = axis.imshow(
-                np.asarray(mel).T, origin="lower", aspect="auto", cmap="magma", vmin=MEL_LOW, vmax=MEL_HIGH,
-                interpolation="nearest", extent=(0.0, seconds, -0.5, np.shape(mel)[1] - 0.5),
-            )  # fmt: skip
+                np.asarray(mel).T,
+                origin="lower",
+                aspect="auto",
+                cmap="magma",
+                vmin=MEL_LOW,
+                vmax=MEL_HIGH,
+                interpolation="nearest",
+                extent=(0.0, seconds, -0.5, np.shape(mel)[1] - 0.5),
+            )
             axis.set_title(name)
             axis.set_yticks(np.interp(marks, centres_hz, np.arange(len(centres_hz))), [_hertz(hz) for hz in marks])
             axis.set_ylabel("Hz")
@@ -143,6 +151,25 @@ def spectrograms(mels: Mapping[str, NDArray[np.floating]], seconds: float, centr
         axes[-1].set_xlabel("seconds")
         bar = figure.colorbar(picture, ax=list(axes), label="ln magnitude", pad=0.015, aspect=11 * len(mels))
         bar.outline.set_visible(False)
+        return figure
+
+    return Picture(draw)
+
+
+def spectrogram_grid(rows: Mapping[str, Sequence[NDArray[np.floating]]], columns: Sequence[str]) -> Picture:
+    """Log-mel spectrograms `[F, M]` without axes: a row per name, a column per title. All share one colour scale."""
+
+    def draw(theme: Theme) -> Figure:
+        figure = Figure(figsize=(2.6 * len(columns) + 0.2, 1.15 * len(rows) + 0.4), layout="constrained")
+        axes = figure.subplots(len(rows), len(columns), squeeze=False)
+        for line, (name, mels) in zip(axes, rows.items(), strict=True):
+            for axis, mel in zip(line, mels, strict=True):
+                axis.imshow(np.asarray(mel).T, origin="lower", aspect="auto", cmap="magma", vmin=MEL_LOW, vmax=MEL_HIGH)
+                axis.set(xticks=[], yticks=[])
+                axis.spines[:].set_visible(False)
+            line[0].set_ylabel(name)
+        for axis, title in zip(axes[0], columns, strict=True):
+            axis.set_title(textwrap.fill(textwrap.shorten(title, 76, placeholder=" …"), 40), fontweight="normal", fontsize=8.5)
         return figure
 
     return Picture(draw)
@@ -281,9 +308,14 @@ def class_bars(names: Sequence[str], systems: Mapping[str, Sequence[float]], cha
             axis.set_title(title, pad=22)
         marks = [handle for handle in axis.get_legend_handles_labels()[0] if handle is not measured]
         axis.legend(
-            handles=[measured, *marks], loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=6, handlelength=1.2, columnspacing=1.4,
+            handles=[measured, *marks],
+            loc="lower left",
+            bbox_to_anchor=(0.0, 1.0),
+            ncols=6,
+            handlelength=1.2,
+            columnspacing=1.4,
             borderaxespad=0.3,
-        )  # fmt: skip
+        )
         return figure
 
     return Picture(draw)

@@ -8,20 +8,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from options import friendly, set_option, tiny_option, variant_option, with_option, work_option
+from options import again, friendly, next_step, set_option, tiny_option, variant_option, with_option, work_option
 from pipelines import cluster
-from pipelines.features.passes import LatentPass, LoaPass, MelPass, Pass, PassReport, SpeechPass, TextPass, execute
-from pipelines.features.store import FeatureStore
-from pipelines.weights import released_folders
+from pipelines.weights import released_folders, require_used
 from stages.errors import UserError
-from stages.translator.model import PhonemeEncoderConfig
-from stages.variants import Variant, resolve
 
-PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in (MelPass, LoaPass, LatentPass, TextPass, SpeechPass)}
+if TYPE_CHECKING:
+    from pipelines.features.passes import Pass
+    from pipelines.features.run import PassReport
+    from pipelines.features.store import FeatureStore
+    from stages.variants import Variant
+
+
+class PassSummary(NamedTuple):
+    """What a command must know of its pass before it does any work."""
+
+    encoder: str  # the stage whose weights it needs; "" for none
+    help: str
+
+
+PASSES = {
+    "mel": PassSummary("", "Recordings -> normalised waveform (FLAC) and log-mel spectrogram of every clip."),
+    "loa": PassSummary("audiomae", "Waveforms -> the language of audio: AudioMAE features pooled at every given λ, from one forward pass."),
+    "latent": PassSummary("vae", "Log-mel spectrograms -> mean and standard deviation of the VAE's posterior, unscaled."),
+    "text": PassSummary("clap", "Captions (or labels) -> CLAP embeddings and T5 states of all texts of a clip."),
+    "speech": PassSummary("clap", "Spoken clips -> CLAP embedding of the speaker and phonemes of the transcript; others are left out."),
+}
 
 
 def run_pass(
@@ -48,6 +64,9 @@ def run_pass(
         limit_shards: stop after this many shards.
         progress: show a bar on stderr.
     """
+    from pipelines.features.run import execute
+    from pipelines.features.store import FeatureStore
+
     opened = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
     folders = (released_folders(work, {}) if work else {}) | dict(released or {})
     chosen = build_pass(name, variant, folders, poolings)
@@ -60,13 +79,17 @@ def build_pass(name: str, variant: Variant, released: Mapping[str, Path] | None 
 
     Raises UserError when its encoder is not there.
     """
-    kind = PASSES[name]
+    from pipelines.features.passes import LatentPass, LoaPass, MelPass, SpeechPass, TextPass
+    from stages.translator.model import PhonemeEncoderConfig
+
+    kinds: dict[str, type[Pass]] = {kind.name: kind for kind in (MelPass, LoaPass, LatentPass, TextPass, SpeechPass)}
+    kind = kinds[name]
     if not kind.encoder:
         return kind(variant.audio)
     if not released or kind.encoder not in released:
         raise UserError(
             f"the {name} pass needs the weights of {kind.encoder}; train them with `loa train {kind.encoder}`, "
-            f"or name some with `--with {kind.encoder}=FOLDER_OR_HUB_ID`"
+            f"or give them with `--with {kind.encoder}=FOLDER_OR_HUB_ID`"
         )
     folder = released[kind.encoder].absolute()  # workers run in folders of their own
     if kind is LoaPass:
@@ -99,20 +122,32 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str | No
     try:
         return tuple(int(part) for part in value.split(","))
     except ValueError:
-        raise click.BadParameter(f"{value!r} is no list of numbers such as 1,8") from None
+        raise click.BadParameter(f"{value!r} is not a list of numbers such as 1,8") from None
 
 
 def _pass_command(name: str) -> click.Command:
     """The command of one pass; they share all options but --pooling."""
-    kind = PASSES[name]
 
     @friendly
     def command(
-        work: Path, variant: str, tiny: bool, settings: dict[str, str], store_url: str | None, workers: int | None,
-        limit_shards: int | None, verify: bool, released: dict[str, str] | None = None, poolings: tuple[int, ...] | None = None,
-    ) -> None:  # fmt: skip
+        work: Path,
+        variant: str,
+        tiny: bool,
+        settings: dict[str, str],
+        store_url: str | None,
+        workers: int | None,
+        limit_shards: int | None,
+        verify: bool,
+        released: dict[str, str] | None = None,
+        poolings: tuple[int, ...] | None = None,
+    ) -> None:
+        from pipelines.features.run import execute
+        from pipelines.features.store import FeatureStore
+        from stages.variants import resolve
+
         system = resolve(variant, tiny, settings)
         store = FeatureStore.open(store_url or work / "store")
+        require_used(released or {}, [PASSES[name].encoder], f"the {name} pass")
         chosen = build_pass(name, system, released_folders(work, released) if released is not None else None, poolings)
         if verify:
             for series in chosen.series:
@@ -122,30 +157,40 @@ def _pass_command(name: str) -> click.Command:
         if report.rejected and not report.clips:
             raise UserError(f"no clip was usable. {report.sentence()}")
         click.echo(report.sentence())
+        if limit_shards is None:
+            click.echo(next_step(f"preprocess {name}", speech=system.phonemes is not None))
+        else:
+            click.echo(f"next: {again(f'loa preprocess {name}')} for the remaining shards")
 
     options: list[Callable[[Any], Any]] = [work_option, variant_option, tiny_option, set_option]
-    if kind is LoaPass:
+    if name == "loa":
         options.append(
             click.option(
-                "--pooling", "poolings", callback=_numbers, metavar="λ,…", help="Poolings to store.  [default: what the variant reads]"
+                "--pooling",
+                "poolings",
+                callback=_numbers,
+                metavar="λ,…",
+                help="Poolings λ to store.  [default: those that the variant reads]",
             )
         )
-    if kind.encoder:
+    if PASSES[name].encoder:
         options.append(with_option)
     options += [
-        click.option("--store", "store_url", metavar="DIR", help="The feature store, a folder or URL.  [default: store in --work]"),
-        click.option("--workers", type=click.IntRange(1), help="Shards made at once.  [default: what the cluster has room for]"),
-        click.option("--limit-shards", type=click.IntRange(1), help="Stop after this many shards, for a first look."),
-        click.option("--verify", is_flag=True, help="Read the existing shards first; corrupt ones are made again."),
+        click.option("--store", "store_url", metavar="DIR", help="Feature store, a folder or URL.  [default: store in --work]"),
+        click.option(
+            "--workers", type=click.IntRange(1), help="Shards computed in parallel.  [default: as many as the cluster has room for]"
+        ),
+        click.option("--limit-shards", type=click.IntRange(1), help="Stop after this many shards, for a first try.  [default: all]"),
+        click.option("--verify", is_flag=True, help="Verify the checksums of existing shards first; corrupt ones are recomputed."),
     ]
     for option in reversed(options):
         command = option(command)
-    return click.command(name, help=kind.__doc__)(command)
+    return click.command(name, help=PASSES[name].help)(command)
 
 
 @click.group()
 def main() -> None:
-    """Turn recordings into features: mel first; loa, latent, text and speech once their encoders are trained."""
+    """Compute features of the clips: mel first; loa, latent, text and speech once their encoders are trained."""
 
 
 for _name in PASSES:

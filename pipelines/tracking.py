@@ -15,16 +15,15 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from stages.audio import write_wav
 from stages.config import to_dict
 from stages.errors import UserError
 from stages.files import code_version, weights_hash
@@ -43,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 @cache
-def _mlflow() -> ModuleType:
+def mlflow() -> ModuleType:
     """MLflow, imported when first needed (it takes seconds), without telemetry and without database chatter."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
@@ -61,7 +60,7 @@ def tracking_uri(work: Path | str, given: str | None = None) -> str:
     if uri:
         return uri
     if "://" in str(work):
-        raise UserError(f"{work} is no local folder, so it cannot hold MLflow's database; name a server with --tracking-uri")
+        raise UserError(f"{work} is not a local folder, so it cannot contain MLflow's database; name a server with --tracking-uri")
     return f"sqlite:///{Path(work).absolute() / 'mlflow.db'}"
 
 
@@ -82,7 +81,7 @@ class Tracker:
 
     def __init__(self, handle: RunHandle, owner: bool) -> None:
         self._handle, self._owner = handle, owner
-        self._client = _mlflow().MlflowClient(handle.uri) if handle.run_id else None
+        self._client = mlflow().MlflowClient(handle.uri) if handle.run_id else None
         self._waiting = _Waiting(self._client, handle.run_id)
         self._send_at_exit = weakref.finalize(self, self._waiting.send_quietly)
 
@@ -113,8 +112,8 @@ class Tracker:
             fresh: begin a new run even if there is an earlier one, which keeps its history.
         """
         uri = tracking_uri(work, uri)
-        with _reachable(uri):
-            client = _mlflow().MlflowClient(uri)
+        with reachable(uri):
+            client = mlflow().MlflowClient(uri)
             experiment_id = _experiment(client, experiment, uri)
             key = run_key(work, job, variant)
             known = [] if fresh else client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{key}'", max_results=1)
@@ -204,6 +203,8 @@ class Tracker:
         """Keep `[T]` samples in [-1, 1] as `samples/step_…/<name>.wav`, which the UI plays."""
         if self._client is None:
             return
+        from stages.audio import write_wav  # torch, which the commands import only for their work
+
         with self._draft(f"samples/step_{step:06d}/{_fit_name(name)}.wav") as path:
             write_wav(path, np.asarray(waveform, dtype=np.float32), rate)
 
@@ -322,70 +323,6 @@ class _Waiting:
             self.warned = True
 
 
-# --------------------------------------------------------------------------------------------------------- reading back
-
-
-@dataclass(frozen=True)
-class Run:
-    """What MLflow knows of a job's run. `metrics`: name -> (steps, values), one value per step, in order."""
-
-    run_id: str
-    name: str
-    job: str
-    status: str
-    start: float  # seconds since 1970
-    end: float | None
-    params: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
-    metrics: dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]] = field(default_factory=dict)
-
-
-def read_runs(work: Path | str, uri: str | None = None, experiment: str = EXPERIMENT) -> list[Run]:
-    """The runs of the project folder `work` with their curves, oldest first; the newest of each job and variant.
-
-    The folder's own database belongs to it even if the folder was moved; in a shared store the runs' keys tell.
-    """
-    uri = tracking_uri(work, uri)
-    own = uri == f"sqlite:///{Path(work).absolute() / 'mlflow.db'}"
-    if own and not (Path(work) / "mlflow.db").is_file():
-        return []
-    with _reachable(uri):
-        client = _mlflow().MlflowClient(uri)
-        found = client.get_experiment_by_name(experiment)
-        if found is None:
-            return []
-        newest: dict[str, Any] = {}
-        token: str | None = None
-        while token != "":
-            page = client.search_runs([found.experiment_id], order_by=["attributes.start_time ASC"], page_token=token)
-            for run in page:
-                key = run.data.tags.get(RUN_KEY, "")
-                if key and (own or key.startswith(run_key(work, ""))):
-                    newest[key] = run
-            token = page.token or ""
-        return [_read_run(client, run) for run in sorted(newest.values(), key=lambda run: run.info.start_time)]
-
-
-def _read_run(client: Any, run: Any) -> Run:
-    metrics = {}
-    for name in run.data.metrics:
-        # A step that a restarted job repeated counts once, as it went the last time.
-        latest = {m.step: m.value for m in sorted(client.get_metric_history(run.info.run_id, name), key=lambda m: m.timestamp)}
-        steps = sorted(latest)
-        metrics[name] = np.array(steps, dtype=np.int64), np.array([latest[s] for s in steps], dtype=np.float64)
-    return Run(
-        run_id=run.info.run_id,
-        name=run.info.run_name,
-        job=run.data.tags.get("loa.job", run.info.run_name),
-        status=run.info.status,
-        start=run.info.start_time / 1000,
-        end=run.info.end_time / 1000 if run.info.end_time else None,
-        params=dict(run.data.params),
-        tags=dict(run.data.tags),
-        metrics=metrics,
-    )
-
-
 # --------------------------------------------------------------------------------------------------------- small things
 
 
@@ -415,7 +352,7 @@ def _experiment(client: Any, name: str, uri: str) -> str:
 
 
 @contextmanager
-def _reachable(uri: str) -> Iterator[None]:
+def reachable(uri: str) -> Iterator[None]:
     """Says which tracking store does not answer, where MLflow would show only the last layer's error."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from tqdm import tqdm
 
-from options import friendly, set_option, shown, tiny_option, tracking_option, variant_option, with_option, work_option
+from options import friendly, next_step, set_option, shown, tiny_option, tracking_option, variant_option, with_option, work_option
 from pipelines import cluster
 from pipelines.corpora import PUBLISHED
-from pipelines.features.store import FeatureStore
 from pipelines.tracking import Tracker
-from pipelines.training.dataset import ClipDataset
-from pipelines.training.loop import OneProcess, TrainJob, follow, train
-from pipelines.training.ray_worker import ray_worker
-from pipelines.weights import released_folders
-from stages import STAGES
-from stages.base import read_card, stage_class
-from stages.config import to_dict
+from pipelines.weights import released_folders, require_used
+from stages import STAGES, require_stage
+from stages.config import Recipe, differences, flat, to_dict
 from stages.errors import UserError
 from stages.files import weights_hash, whole_folder, write_json
-from stages.variants import Variant, resolve
+
+if TYPE_CHECKING:
+    from pipelines.features.store import FeatureStore
+    from pipelines.training.loop import TrainJob
+    from stages.base import Stage
+    from stages.variants import Variant
 
 
 def train_stage(
@@ -58,14 +56,16 @@ def train_stage(
     Raises:
         UserError: something the stage needs is missing, or an earlier run used another configuration.
     """
+    from pipelines.features.store import FeatureStore
+    from pipelines.training.dataset import ClipDataset
+    from pipelines.training.loop import TrainJob
+    from stages.base import read_card, stage_class
+
     work = Path(work).absolute()
     cls = stage_class(stage)
+    require_used(given or {}, cls.builds_on(variant), stage)
     opened = FeatureStore.open(store or str(work / "store"))
-    if opened.audio != variant.audio:
-        raise UserError(
-            f"the store {opened.root} holds clips of {to_dict(opened.audio)}, the variant {variant.name} expects {to_dict(variant.audio)}; "
-            "name the variant the store was made for (and --tiny, if it was), or ingest again into another folder"
-        )
+    opened.require_audio(variant.audio, variant.name)
     output, run = work / "stages" / stage, work / "runs" / stage
     folders = released_folders(work, given or {})
     identity = {"stage": stage, "variant": _without_recipes(variant), "seed": seed, "store": opened.root}
@@ -73,39 +73,50 @@ def train_stage(
         _discard(run, output)
     _check_same(run, identity)
     recipe = getattr(variant.recipes, stage)
-    if output.is_dir() and _finished(output, stage, recipe.steps, recipe.max_seconds):
+    if is_finished(output, stage, recipe):
         return output
     series = cls.reads(variant)
     corpora = () if cls.any_corpus else _corpora_of(variant, opened)
     dataset = ClipDataset(opened, cls, series, "train", corpora)
-    recipes = opened.recipes()
-    made_by = {name: recipes[name] for name in series}
-    if tracker is not None:
-        tracker.tags({"loa.store": opened.root} | {f"loa.store.{name}": json.dumps(recipe) for name, recipe in made_by.items()})
-    if not dataset.rows:
-        raise UserError(
-            f"{stage} has nothing to train on: no training clip of {opened.root} has what it needs (captions, labels or transcripts)"
-        )
+    card = _provenance(cls.name, opened, series, folders, tracker) | {"clips_in_split": len(dataset)}
+    if not cls.learns_from(dataset.rows):
+        raise UserError(nothing_to_train_on(cls, variant, opened, corpora))
     job = TrainJob(
-        stage=stage, variant=variant, store=opened.root, run=str(run), released={k: str(v) for k, v in folders.items()}, output=str(output),
-        tracker=tracker.handle() if tracker else None, seed=seed, precision=precision, loader_workers=loader_workers,
+        stage=stage,
+        variant=variant,
+        store=opened.root,
+        run=str(run),
+        released={k: str(v) for k, v in folders.items()},
+        output=str(output),
+        tracker=tracker.handle() if tracker else None,
+        seed=seed,
+        precision=precision,
+        loader_workers=loader_workers,
         corpora=corpora,
-        card={"store": opened.root, "store_recipes": made_by, "clips_in_split": len(dataset), "inputs": _input_hashes(cls.name, folders)},
-    )  # fmt: skip
+        card=card,
+    )
+    for earlier in cls.builds_on(variant):
+        job.folder(earlier)  # refuses now, not on a worker
     if not (run / "prepared").is_dir():
         with whole_folder(run / "prepared") as folder:
             cls.prepare(variant, job.folder, dataset, folder)
     with _progress_bar(job):
         if workers == 0:
-            world = OneProcess(run)
-            try:
-                train(job, world)
-            finally:
-                world.close()
+            _fit_here(job)
         else:
             _fit_on_ray(job, workers, max_failures)
     read_card(output, stage)
     return output
+
+
+def _provenance(
+    stage: str, store: FeatureStore, series: Sequence[str], folders: Mapping[str, Path], tracker: Tracker | None
+) -> dict[str, Any]:
+    """What a stage is made from, for its card and for MLflow: the store, the recipes of its series, the weights of earlier stages."""
+    recipes = {name: recipe for name, recipe in store.recipes().items() if name in series}
+    if tracker is not None:
+        tracker.tags({"loa.store": store.root} | {f"loa.store.{name}": json.dumps(recipe) for name, recipe in recipes.items()})
+    return {"store": store.root, "store_recipes": recipes, "inputs": _input_hashes(stage, folders)}
 
 
 def _corpora_of(variant: Variant, store: FeatureStore) -> tuple[str, ...]:
@@ -123,12 +134,40 @@ def _corpora_of(variant: Variant, store: FeatureStore) -> tuple[str, ...]:
     return used
 
 
+def nothing_to_train_on(cls: type[Stage], variant: Variant, store: FeatureStore, corpora: Sequence[str] = ()) -> str:
+    """The sentence on a store without clips for a stage: what it needs, what there is, what to do."""
+    table = store.clips()
+    table = table[(table["split"] == "train") & (table["corpus"].isin(list(corpora)) if corpora else True)]
+    there = {name: sum(len(value) > 0 for value in table[name]) for name in ("captions", "labels", "transcript")}
+    if cls.learns_from(table.to_dict("records")):
+        what = f"none of those in {store.root} is in the series {', '.join(cls.reads(variant))}: see what `loa preprocess` rejected"
+    else:
+        what = (
+            f"of the {len(table)} training clips in {store.root} {there['captions']} have captions, {there['labels']} labels and "
+            f"{there['transcript']} transcripts; add them to the recordings' table and ingest it into another folder"
+        )
+    return f"{cls.name} needs {cls.asks(variant)}: {what}" + (f", {cls.otherwise}" if cls.otherwise else "")
+
+
+def _fit_here(job: TrainJob) -> None:
+    from pipelines.training.loop import OneProcess, train
+
+    world = OneProcess(Path(job.run))
+    try:
+        train(job, world)
+    finally:
+        world.close()
+
+
 def _fit_on_ray(job: TrainJob, workers: int | None, max_failures: int) -> None:
     cluster.connect()
     from ray import cloudpickle
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
+
+    from pipelines.training.ray_worker import ray_worker
+    from pipelines.training.rendezvous import OneMachine
 
     have = cluster.cluster_resources()
     count = workers or max(1, have.gpus)
@@ -147,9 +186,16 @@ def _fit_on_ray(job: TrainJob, workers: int | None, max_failures: int) -> None:
             callbacks: list[Any] = super()._create_default_callbacks()
             return [c for c in callbacks if not (cluster.ends_with_us() and type(c).__name__ == "PlacementGroupCleanerCallback")]
 
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """Not Ray's, after which the driver leaves without a word; Ctrl-C is an exception here, as everywhere in loa.
+
+            The controller and its workers belong to this driver and end with it.
+            """
+
     trainer = Trainer(
         ray_worker,
         train_loop_config={"job": cloudpickle.dumps(job), "threads": threads},  # opened by the workers alone
+        torch_config=OneMachine() if cluster.ends_with_us() else None,
         scaling_config=ScalingConfig(
             num_workers=count, use_gpu=have.gpus > 0, resources_per_worker={"CPU": 1} | ({"GPU": 1} if have.gpus else {})
         ),
@@ -182,6 +228,10 @@ class _progress_bar:
         self.thread.join()
 
     def _show(self) -> None:
+        from tqdm import tqdm
+
+        from pipelines.training.loop import follow
+
         steps = self.job.recipe.steps
         interval = 1.0 if sys.stderr.isatty() else 15.0
         with tqdm(total=steps, desc=self.job.stage, unit="step", mininterval=interval, file=sys.stderr, dynamic_ncols=True) as bar:
@@ -201,7 +251,7 @@ class _progress_bar:
 
 
 def _without_recipes(variant: Variant) -> dict[str, Any]:
-    return {k: v for k, v in to_dict(variant).items() if k not in ("recipes", "summary")}
+    return {k: v for k, v in to_dict(variant).items() if k not in ("name", "recipes", "summary")}
 
 
 def _check_same(run: Path, identity: dict[str, Any]) -> None:
@@ -213,23 +263,22 @@ def _check_same(run: Path, identity: dict[str, Any]) -> None:
         write_json(path, now)
         return
     before = json.loads(path.read_text())
+    before.get("variant", {}).pop("name", None)  # earlier versions kept it; the settings say all
     if before != now:
-        changed = [f"{k}: was {v!r}, now {_flat(now).get(k)!r}" for k, v in _flat(before).items() if _flat(now).get(k) != v]
         raise UserError(
-            f"{run} holds a run of another configuration ({'; '.join(changed[:5]) or 'new settings'}); "
+            f"{run} holds a run of another configuration ({differences(before, now)}); "
             "repeat the old settings to continue it, use --fresh to start over, or choose another --work"
         )
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
-        return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}{key}.").items()}
-    return {prefix.rstrip("."): value}
+def is_finished(output: Path, stage: str, recipe: Recipe) -> bool:
+    """Whether `output` holds a release of `stage` that was trained for as long as the recipe asks."""
+    from stages.base import read_card
 
-
-def _finished(output: Path, stage: str, steps: int, max_seconds: float | None) -> bool:
+    if not output.is_dir():
+        return False
     card = read_card(output, stage)
-    return bool(card["steps"] >= steps or (max_seconds is not None and card["seconds"] >= max_seconds))
+    return bool(card["steps"] >= recipe.steps or (recipe.max_seconds is not None and card["seconds"] >= recipe.max_seconds))
 
 
 def _discard(run: Path, output: Path) -> None:
@@ -240,18 +289,13 @@ def _discard(run: Path, output: Path) -> None:
 
 
 def _input_hashes(stage: str, folders: Mapping[str, Path]) -> dict[str, str]:
-    """Which weights were at hand when this stage was trained: provenance for its card."""
+    """Which weights were available when this stage was trained: provenance for its card."""
     before = list(STAGES)[: list(STAGES).index(stage)]
     hashes = {}
     for name in before:
         if name in folders and any(Path(folders[name]).rglob("*.safetensors")):
             hashes[name] = weights_hash(folders[name])
     return hashes
-
-
-def _stage_names(context: click.Context, parameter: click.Parameter, value: str) -> str:
-    stage_class(value)  # raises with the nearest name
-    return value
 
 
 @click.command()
@@ -264,36 +308,88 @@ def _stage_names(context: click.Context, parameter: click.Parameter, value: str)
 @tracking_option
 @click.option("--store", metavar="DIR", help="Feature store to read.  [default: store in --work]")
 @click.option("--workers", type=click.IntRange(min=0), help="Ray Train workers; 0 trains in this process.  [default: one per GPU, else 1]")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--precision", type=click.Choice(["auto", "bf16", "fp32"]), default="auto", show_default=True)
-@click.option("--loader-workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes per worker that read clips.")
-@click.option("--max-failures", type=click.IntRange(min=0), default=3, show_default=True, help="Restarts after a worker dies.")
-@click.option("--fresh", is_flag=True, help="Throw an earlier run of this stage away and start over.")
-@click.option("--dry-run", is_flag=True, help="Print the resolved configuration, sizes and estimates, and stop.")
+@click.option("--seed", default=0, show_default=True, help="Seed of weights, data order and dropout.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "bf16", "fp32"]),
+    default="auto",
+    show_default=True,
+    help="auto: bf16 where the device is fast at it.",
+)
+@click.option(
+    "--loader-workers",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Processes per worker that load clips; 0 loads in the worker.",
+)
+@click.option(
+    "--max-failures",
+    type=click.IntRange(min=0),
+    default=3,
+    show_default=True,
+    help="How often a training is restarted after a worker died.",
+)
+@click.option("--fresh", is_flag=True, help="Delete an earlier run of this stage and start over.")
+@click.option("--dry-run", is_flag=True, help="Print the resolved configuration, sizes and estimates, without training.")
 @friendly
 def main(
-    stage: str, work: Path, variant: str, tiny: bool, settings: dict[str, str], released: dict[str, str], tracking_uri: str | None,
-    store: str | None, workers: int | None, seed: int, precision: str, loader_workers: int, max_failures: int, fresh: bool, dry_run: bool,
-) -> None:  # fmt: skip
+    stage: str,
+    work: Path,
+    variant: str,
+    tiny: bool,
+    settings: dict[str, str],
+    released: dict[str, str],
+    tracking_uri: str | None,
+    store: str | None,
+    workers: int | None,
+    seed: int,
+    precision: str,
+    loader_workers: int,
+    max_failures: int,
+    fresh: bool,
+    dry_run: bool,
+) -> None:
     """Train STAGE: clap, audiomae, vae, vocoder, translator, diffusion, joint or classifier.
 
-    A killed or finished run is found again by the same command.
+    The same command continues an interrupted run, and does nothing when the run is finished.
     """
-    stage_class(stage)
+    require_stage(stage)
+    from stages.base import read_card
+    from stages.variants import resolve
+
     resolved = resolve(variant, tiny, settings)
     if dry_run:
         from pipelines.plan import describe
 
         click.echo(describe(resolved, stage, workers))
         return
+    before = not fresh and is_finished(work.absolute() / "stages" / stage, stage, getattr(resolved.recipes, stage))
     tags = {"loa.stage": stage, "loa.variant": resolved.name}
     with Tracker.open(tracking_uri, work=work, job=f"train-{stage}", variant=resolved.name, tags=tags, fresh=fresh) as tracker:
-        tracker.params({"seed": seed, **_flat(to_dict(dataclasses.replace(resolved)))})
+        tracker.params({"seed": seed, **flat(to_dict(resolved))})
         folder = train_stage(
-            stage, resolved, work, store=store, given=released, workers=workers, tracker=tracker, seed=seed, precision=precision,
-            loader_workers=loader_workers, max_failures=max_failures, fresh=fresh,
-        )  # fmt: skip
-    click.echo(f"{stage}: released to {shown(folder)}")
+            stage,
+            resolved,
+            work,
+            store=store,
+            given=released,
+            workers=workers,
+            tracker=tracker,
+            seed=seed,
+            precision=precision,
+            loader_workers=loader_workers,
+            max_failures=max_failures,
+            fresh=fresh,
+        )
+    if before:
+        steps, place = read_card(folder, stage)["steps"], shown(folder)
+        click.echo(
+            f"{stage}: finished already, {steps} steps, in {place}; raise recipes.{stage}.steps to continue, or start over with --fresh"
+        )
+    else:
+        click.echo(f"{stage}: released to {shown(folder)}")
+    click.echo(next_step(f"train {stage}", speech=resolved.phonemes is not None))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from stages import STAGES
-from stages.base import stage_class
+from stages import STAGES, require_stage
 from stages.errors import UserError
 
 # What makes a folder usable for a stage (the layout of a released stage, or of a diffusers AudioLDM 2 folder).
@@ -24,29 +23,48 @@ FILE_ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")  # a mistyped pa
 
 
 def released_folders(work: Path, given: Mapping[str, str]) -> dict[str, Path]:
-    """Folder of every stage whose weights are at hand: `given` ones first, then those released in `work`.
+    """Folder of every stage whose weights are available: `given` ones first, then those released in `work`.
 
     Raises UserError for an unknown stage, a folder that is not one, or a hub id that cannot be had.
     """
     found = {s: Path(work) / "stages" / s for s in STAGES if (Path(work) / "stages" / s / "stage.json").is_file()}
     for stage, place in given.items():
-        stage_class(stage)
+        require_stage(stage)
         folder = Path(place).expanduser()
         if not folder.exists():
             folder = _from_hub(stage, place)
-        missing = [name for name in NEEDS[stage] if not (folder / name).exists()]
-        if missing:
-            raise UserError(
-                f"--with {stage}={place}: the folder lacks {', '.join(missing)}; expected a released stage or a diffusers AudioLDM 2 folder"
-            )
+        if not _lacking(stage, folder / stage):
+            folder = folder / stage  # a bundle keeps AudioMAE in a folder of its own
+        if missing := _lacking(stage, folder):
+            also = {"audiomae": " or a bundle that has one", "classifier": ""}.get(stage, ", a bundle or a diffusers AudioLDM 2 folder")
+            raise UserError(f"--with {stage}={place}: the folder lacks {', '.join(missing)}; expected a released stage{also}")
         found[stage] = folder.absolute()
     return found
 
 
+def require_used(given: Mapping[str, str], used: Collection[str], who: str) -> None:
+    """Refuse `given` weights that `who` does not read, which are most often a mistake for others.
+
+    Raises UserError naming those it reads.
+    """
+    for stage, place in given.items():
+        require_stage(stage)  # a misspelt name gets the nearest one
+        if stage not in used:
+            reads = f"it reads those of {', '.join(used)}" if used else "it reads no other stage's"
+            why = "its weights are what this command trains" if stage == who else f"{who} does not read the weights of {stage}; {reads}"
+            raise UserError(f"--with {stage}={place}: {why}; --with names weights that are used as they are, so leave it out")
+
+
+def _lacking(stage: str, folder: Path) -> list[str]:
+    return [name for name in NEEDS[stage] if not (folder / name).exists()]
+
+
 def _from_hub(stage: str, name: str) -> Path:
     """Fetch what the stage needs from the hub; only ever called with an id the user typed."""
-    also = ("text_encoder_2", "tokenizer_2") if stage in ("clap", "translator", "joint") else ()
-    return from_hub(name, [f"{part}*/*" if "." not in part else part for part in (*NEEDS[stage], *also)], f"--with {stage}={name}")
+    text, scale = ("text_encoder_2", "tokenizer_2"), ("vae/config.json",)
+    also = {"clap": text, "translator": text, "joint": (*text, *scale), "diffusion": scale, "audiomae": ("config.json", "audiomae")}
+    parts = (*NEEDS[stage], *also.get(stage, ()))
+    return from_hub(name, [f"{part}*/*" if "." not in part else part for part in parts], f"--with {stage}={name}")
 
 
 def from_hub(name: str, patterns: list[str], said: str) -> Path:
@@ -63,5 +81,5 @@ def from_hub(name: str, patterns: list[str], said: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*.bin", "*.pt", "*.ckpt", "*.pkl"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"{said}: no such folder, and the hub did not give it ({type(error).__name__}); download it and name the folder"
+            f"{said}: no such folder, and downloading it from the hub failed ({type(error).__name__}); download it and name the folder"
         ) from error

@@ -17,8 +17,8 @@ from typing import Any
 
 import click
 
+import local_ray
 from options import friendly
-from stages.bundle import find_bundle, read_info
 from stages.errors import UserError
 
 ANSWER_WITHIN = 900  # seconds; a CPU takes its time
@@ -29,7 +29,9 @@ def require_free_port(host: str, port: int) -> None:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
-        raise UserError(f"{host} is no address of this machine; 127.0.0.1 serves this machine alone, 0.0.0.0 everybody") from error
+        raise UserError(
+            f"{host} is not an address of this machine; use 127.0.0.1 for this machine only, or 0.0.0.0 for other machines, too"
+        ) from error
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -38,7 +40,7 @@ def require_free_port(host: str, port: int) -> None:
             raise UserError(f"port {port} needs administrator rights; choose one above 1023 with --port") from error
         except OSError as error:
             raise UserError(
-                f"nothing can listen on {host}, port {port}: {(error.strerror or str(error)).lower()}; choose another with --port"
+                f"cannot listen on {host}, port {port}: {(error.strerror or str(error)).lower()}; choose another with --port"
             ) from error
 
 
@@ -55,12 +57,7 @@ def connect(num_replicas: int) -> tuple[int, int]:
     address = os.environ.get("RAY_ADDRESS") or "local"
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nothing of it listens beyond loopback
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-        # replicas import this package whatever folder the command was started in
-        here = str(Path(__file__).resolve().parent.parent)
-        os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
+        local_ray.prepare()
         settings |= {"num_cpus": max(os.cpu_count() or 1, num_replicas) + 1, "object_store_memory": 200 * 2**20, "include_dashboard": False}
     import ray
 
@@ -70,6 +67,7 @@ def connect(num_replicas: int) -> tuple[int, int]:
         raise UserError(
             f"no Ray cluster answers at {address!r} ({error}); start one with `ray start --head` or unset RAY_ADDRESS"
         ) from error
+    local_ray.quieten()
     have = ray.cluster_resources()
     return int(have.get("CPU", 1)), int(have.get("GPU", 0))
 
@@ -79,6 +77,8 @@ def run(bundle: Path, host: str, port: int, num_replicas: int, max_batch: int, m
 
     Raises UserError when the bundle is not whole, the port is taken or the cluster has no room for the replicas.
     """
+    from stages.bundle import read_info
+
     info = read_info(bundle)
     require_free_port(host, port)
     cpus, gpus = connect(num_replicas)
@@ -92,17 +92,25 @@ def run(bundle: Path, host: str, port: int, num_replicas: int, max_batch: int, m
         if gpus and num_replicas > gpus:
             raise UserError(f"{num_replicas} replicas were asked for and there are {gpus} GPUs; choose at most {gpus}")
         args = ServeArgs(
-            bundle=str(bundle), num_replicas=num_replicas, max_batch=max_batch, max_queue=max_queue, max_seconds=max_seconds,
-            num_gpus=1 if gpus else 0, threads=None if gpus else max(1, (cpus - 1) // num_replicas),
-        )  # fmt: skip
+            bundle=str(bundle),
+            num_replicas=num_replicas,
+            max_batch=max_batch,
+            max_queue=max_queue,
+            max_seconds=max_seconds,
+            num_gpus=1 if gpus else 0,
+            threads=None if gpus else max(1, (cpus - 1) // num_replicas),
+        )
         quiet = {"log_level": "ERROR", "enable_access_log": False}
         serve.start(http_options={"host": host, "port": port, "request_timeout_s": ANSWER_WITHIN}, logging_config=quiet)
         click.echo(f"Loading {info.variant} from {os.path.relpath(bundle)} …")
         serve.run(build(args), name="loa", route_prefix="/")
         shown = "localhost" if is_loopback(host) else host
-        click.echo(f"Ready at http://{shown}:{port} - a page to try it; POST /v1/audio/generations to use it. Ctrl-C stops.")
+        click.echo(f"Ready at http://{shown}:{port} - a page to try it; the API is POST /v1/audio/generations. Press Ctrl-C to stop.")
         if not is_loopback(host):
-            click.echo("Everyone who can reach this address can use it: there is no password. Put a proxy with one in front.", err=True)
+            click.echo(
+                "Anyone who can reach this address can use it: there is no authentication. Put a proxy with authentication in front.",
+                err=True,
+            )
         _wait_for_end()
         click.echo("Stopping …")
     finally:
@@ -125,27 +133,34 @@ def _wait_for_end() -> None:
 
 @click.command()
 @click.option(
-    "--bundle", type=click.Path(path_type=Path), metavar="DIR", help="What to serve.  [default: $LOA_BUNDLE, or the newest under ./outputs]"
+    "--bundle",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Bundle to serve.  [default: $LOA_BUNDLE, or the newest under ./outputs]",
 )
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 lets other machines in.")
-@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 accepts requests from other machines.")
+@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="Port to listen on.")
 @click.option(
     "--num-replicas",
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Generators side by side, each with a GPU if there are any.",
+    help="Number of generators, each on its own GPU if there are any.",
 )
-@click.option("--max-batch", type=click.IntRange(1), default=4, show_default=True, help="Requests that one replica generates together.")
+@click.option("--max-batch", type=click.IntRange(1), default=4, show_default=True, help="Maximum batch size of one replica.")
 @click.option(
-    "--max-queue", type=click.IntRange(0), default=32, show_default=True, help="Requests that may wait; further ones are turned away (503)."
+    "--max-queue",
+    type=click.IntRange(0),
+    default=32,
+    show_default=True,
+    help="Maximum number of waiting requests; further ones are refused (503).",
 )
-@click.option(
-    "--max-seconds", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True, help="The longest sound of a request."
-)
+@click.option("--max-seconds", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True, help="Maximum length of a sound.")
 @friendly
 def main(bundle: Path | None, host: str, port: int, num_replicas: int, max_batch: int, max_queue: int, max_seconds: float) -> None:
-    """Answer prompts over HTTP, with a page to try it."""
+    """Serve a bundle over HTTP, with a page to try it."""
+    from stages.bundle import find_bundle
+
     run(find_bundle(bundle), host, port, num_replicas, max_batch, max_queue, max_seconds)
 
 

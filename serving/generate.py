@@ -11,7 +11,7 @@ import click
 import numpy as np
 from tqdm import tqdm
 
-from options import friendly, sampling_options
+from options import friendly, next_step, sampling_options
 from stages.errors import UserError
 from stages.files import replacing
 from stages.sampling import resolve
@@ -28,9 +28,11 @@ def output_files(out: Path | None, prompt: str, count: int, force: bool) -> list
         words = re.findall(r"\w+", prompt.lower())
         out = Path(f"{'-'.join(words)[:60].rstrip('-') or 'sound'}.wav")
     if out.suffix.lower() not in FORMATS:
-        raise UserError(f"{out} would be a {out.suffix or 'nameless'} file; choose a name that ends in {' or '.join(FORMATS)}")
+        raise UserError(
+            f"{out} has the unsupported extension {out.suffix or '(none)'!r}; choose a name that ends in {' or '.join(FORMATS)}"
+        )
     if not out.parent.is_dir():
-        raise UserError(f"the folder {out.parent} does not exist; make it or choose another with -o")
+        raise UserError(f"the folder {out.parent} does not exist; create it or choose another with -o")
     files = [out] if count == 1 else [out.with_stem(f"{out.stem}-{i + 1}") for i in range(count)]
     taken = [str(file) for file in files if file.exists()]
     if taken and not force:
@@ -53,27 +55,38 @@ def write_sound(path: Path, waveform: np.ndarray, sample_rate: int) -> None:
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="WAV or FLAC file to write.  [default: the prompt's words]",
+    help="WAV or FLAC file to write.  [default: a name made of the prompt's words]",
 )
 @click.option(
-    "--bundle", type=click.Path(path_type=Path), metavar="DIR", help="The model.  [default: $LOA_BUNDLE, or the newest under ./outputs]"
+    "--bundle", type=click.Path(path_type=Path), metavar="DIR", help="Bundle to use.  [default: $LOA_BUNDLE, or the newest under ./outputs]"
 )
-@click.option("--seconds", type=float, help="Length.  [default: the model's clips]")
-@click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same sound.")
-@click.option("--negative-prompt", metavar="TEXT", help="What to steer away from.")
-@click.option("--transcription", metavar="TEXT", help="Words to say, with a speech model; the prompt then describes the voice.")
-@click.option("--num", type=click.IntRange(1), default=1, show_default=True, help="How many sounds to write.")
+@click.option("--seconds", type=float, help="Length in seconds.  [default: the clip length of the bundle]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed; the same seed gives the same sound.")
+@click.option("--negative-prompt", metavar="TEXT", help="What the sound should not contain.  [default: none]")
+@click.option(
+    "--transcription", metavar="TEXT", help="Text to speak, with a speech model; the prompt then describes the voice.  [default: none]"
+)
+@click.option("--num", type=click.IntRange(1), default=1, show_default=True, help="Number of sounds to write.")
 @sampling_options()
-@click.option("--peak", type=click.FloatRange(0, 1, min_open=True), help="Scale every sound to this peak.  [default: as loud as generated]")
-@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, …  [default: a GPU if there is one]")
-@click.option("--force", is_flag=True, help="Overwrite files.")
+@click.option("--peak", type=click.FloatRange(0, 1, min_open=True), help="Normalise every sound to this peak.  [default: not normalised]")
+@click.option("--device", metavar="NAME", help="Device, such as cpu, cuda or cuda:1.  [default: a GPU if there is one]")
+@click.option("--force", is_flag=True, help="Overwrite existing files.")
 @friendly
 def main(
-    prompt: str, out: Path | None, bundle: Path | None, seconds: float | None, seed: int, negative_prompt: str | None,
-    transcription: str | None, num: int, sampling: dict[str, Any], peak: float | None,
-    device: str | None, force: bool,
-) -> None:  # fmt: skip
-    """Write the sound of PROMPT to a file.
+    prompt: str,
+    out: Path | None,
+    bundle: Path | None,
+    seconds: float | None,
+    seed: int,
+    negative_prompt: str | None,
+    transcription: str | None,
+    num: int,
+    sampling: dict[str, Any],
+    peak: float | None,
+    device: str | None,
+    force: bool,
+) -> None:
+    """Generate the sound of PROMPT and write it to a file.
 
     \b
       loa generate "a dog barks in the rain" -o dog.wav
@@ -100,9 +113,15 @@ def main(
 
         began = time.monotonic()
         waveforms = generator.generate(
-            prompt, negative_prompts=negative_prompt, transcriptions=transcription, seconds=seconds, seed=seed,
-            num_waveforms_per_prompt=num, progress=progress, **sampling,
-        )  # fmt: skip
+            prompt,
+            negative_prompts=negative_prompt,
+            transcriptions=transcription,
+            seconds=seconds,
+            seed=seed,
+            num_waveforms_per_prompt=num,
+            progress=progress,
+            **sampling,
+        )
     took = time.monotonic() - began
     for file, waveform in zip(files, waveforms, strict=True):
         if peak is not None:
@@ -110,6 +129,7 @@ def main(
         write_sound(file, waveform, generator.sample_rate)
         click.echo(f"{file}: {len(waveform) / generator.sample_rate:.2f} s at {generator.sample_rate} Hz, seed {seed}")
     click.echo(f"{max(num, chosen.candidates)} generated in {took:.1f} s")
+    click.echo(next_step("generate"))
 
 
 if __name__ == "__main__":

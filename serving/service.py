@@ -57,16 +57,16 @@ class GenerationRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: str = Field(min_length=1, description="What to hear; for a speech model, the voice.")
-    negative_prompt: str | None = Field(None, description="What to steer away from.")
-    transcription: str | None = Field(None, description="Words to say; speech models only.")
+    prompt: str = Field(min_length=1, description="The sound to generate; for a speech model, the voice.")
+    negative_prompt: str | None = Field(None, description="What the sound should not contain.")
+    transcription: str | None = Field(None, description="Text to speak; speech models only.")
     seconds: float | None = Field(None, gt=0, description="Length; the model's clip length by default.")
-    profile: str = Field("loa", description=f"Whose way of sampling: {', '.join(PROFILES)}. What is given beside it takes precedence.")
-    guidance_scale: float | None = Field(None, ge=1, description="How closely to follow the prompt; 1 means freely.")
-    num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps: more take longer and sound better.")
+    profile: str = Field("loa", description=f"Sampling settings: {', '.join(PROFILES)}. Fields of the request override single settings.")
+    guidance_scale: float | None = Field(None, ge=1, description="Classifier-free guidance scale; 1 means no guidance.")
+    num_inference_steps: int | None = Field(None, ge=1, description="Number of denoising steps; more are slower and sound better.")
     scheduler: str | None = Field(None, description=f"One of {', '.join(SCHEDULERS)}.")
-    eta: float | None = Field(None, ge=0, le=1, description="Fresh noise per step; ddim only.")
-    seed: int | None = Field(None, ge=0, lt=2**63, description="Repeats a result; drawn if absent and told in X-Loa-Seed.")
+    eta: float | None = Field(None, ge=0, le=1, description="Noise added per step; ddim only.")
+    seed: int | None = Field(None, ge=0, lt=2**63, description="Seed; random if absent, and returned in the header X-Loa-Seed.")
     format: str = Field("wav", description="wav or flac, 16 bits.")
 
 
@@ -125,23 +125,23 @@ def check(request: GenerationRequest, limits: Limits, speech: bool) -> Job:
     """The job a request asks for. Raises UserError, with the allowed values, for what is out of bounds."""
     seconds = limits.default_seconds if request.seconds is None else request.seconds
     if seconds > limits.max_seconds:
-        raise UserError(f"seconds is {seconds:g}; this server makes at most {limits.max_seconds:g}")
+        raise UserError(f"seconds is {seconds:g}; the maximum of this server is {limits.max_seconds:g}")
     # A server gives the seconds asked for, once, and nobody's sound depends on who else asks at that moment.
     fixed = {"length": "loa", "candidates": 1, "padding": "prompt"}
     chosen = {name: getattr(request, name) for name in ("guidance_scale", "num_inference_steps", "scheduler", "eta")}
     sampling = resolve(request.profile, **chosen, **fixed)
     if sampling.num_inference_steps > limits.max_steps:
-        raise UserError(f"num_inference_steps is {sampling.num_inference_steps}; this server takes at most {limits.max_steps}")
+        raise UserError(f"num_inference_steps is {sampling.num_inference_steps}; the maximum of this server is {limits.max_steps}")
     if sampling.guidance_scale > limits.max_guidance_scale:
-        raise UserError(f"guidance_scale is {sampling.guidance_scale:g}; this server takes at most {limits.max_guidance_scale:g}")
+        raise UserError(f"guidance_scale is {sampling.guidance_scale:g}; the maximum of this server is {limits.max_guidance_scale:g}")
     for name in ("prompt", "negative_prompt", "transcription"):
         text = getattr(request, name) or ""
         if len(text) > limits.max_characters:
-            raise UserError(f"{name} has {len(text)} characters; this server reads at most {limits.max_characters}")
+            raise UserError(f"{name} has {len(text)} characters; the maximum of this server is {limits.max_characters}")
     if not request.prompt.strip():
-        raise UserError("prompt is empty; describe what to hear")
+        raise UserError("prompt is empty; describe a sound")
     if speech and not (request.transcription or "").strip():
-        raise UserError("this is a speech model: give the words to say as transcription")
+        raise UserError("this is a speech model: give the text to speak as transcription")
     if not speech and request.transcription:
         raise UserError("this model makes sounds, not speech: leave transcription out")
     if sampling.guidance_scale == 1 and request.negative_prompt:
@@ -352,7 +352,7 @@ class SoundModel:
         while (said := await news.get()) is not None:
             yield [StopAsyncIteration if i in ended else said.get(i) for i in range(len(jobs))]
             ended |= {i for i, event in said.items() if "step" not in event}
-        failure = {"error": "the server failed at this request; its log says why", "status": 500}
+        failure = {"error": "the request failed on the server; see its log", "status": 500}
         yield [StopAsyncIteration if i in ended else failure for i in range(len(jobs))]
 
 

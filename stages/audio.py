@@ -31,7 +31,7 @@ Source = str | PathLike[str] | bytes | BinaryIO
 PEAK = 0.5  # level of every training waveform
 LOG_FLOOR = 1e-5  # the log-mel spectrogram bottoms out at ln 1e-5 = -11.5129
 
-FBANK_RATE = 16_000  # Hz; the published AudioMAE hears 16 kHz, other rates are resampled first
+FBANK_RATE = 16_000  # Hz; the published AudioMAE reads 16 kHz, other rates are resampled first
 FBANK_SHIFT_SECONDS = 0.010
 FBANK_MEAN, FBANK_STD = -4.2677393, 4.5689974  # over AudioSet; the features are divided by twice the deviation
 
@@ -77,7 +77,7 @@ class AudioConfig:
         return cls(**values)
 
 
-# The front end of the authors' 48 kHz model (facts 1.2): 1024 frames in 10.24 s as at 16 kHz, 256 bins.
+# The front end of the authors' 48 kHz model (references.md#log-mel): 1024 frames in 10.24 s as at 16 kHz, 256 bins.
 AUDIO_48K = AudioConfig(sample_rate=48_000, n_fft=2048, hop_length=480, mel_bins=256, fmin=20.0, fmax=24_000.0)
 
 
@@ -132,7 +132,7 @@ def load_audio(source: Source, sample_rate: int, start: float = 0.0, seconds: fl
         raise AudioError(f"{name} has no samples from {start:g} s on although its header promises some; it may be truncated")
     waveform = np.ascontiguousarray(samples.mean(1) if channel is None else samples[:, channel])
     if not np.isfinite(waveform).all():
-        raise AudioError(f"{name} holds samples that are not finite numbers")
+        raise AudioError(f"{name} contains samples that are not finite numbers")
     if rate != sample_rate:
         waveform = soxr.resample(waveform, rate, sample_rate, quality="HQ")
     return waveform if seconds is None else waveform[: round(seconds * sample_rate)]
@@ -174,10 +174,10 @@ def _open(source: Source) -> soundfile.SoundFile:
                     pass
             except OSError as reason:
                 raise AudioError(f"{name} cannot be opened: {reason.strerror}") from error
-        raise AudioError(f"{name} is no recording that can be decoded (WAV, FLAC, OGG, MP3 and AIFF can): {_reason(error)}") from error
+        raise AudioError(f"{name} cannot be decoded as a recording (supported: WAV, FLAC, OGG, MP3, AIFF): {_reason(error)}") from error
     if file.frames == 0:
         file.close()
-        raise AudioError(f"{name} is empty: it holds no samples")
+        raise AudioError(f"{name} is empty: it has no samples")
     return file
 
 
@@ -285,6 +285,12 @@ def slaney_filterbank(sample_rate: int, n_fft: int, mel_bins: int, fmin: float, 
     triangles = np.maximum(0.0, np.minimum((bins - low) / (centre - low), (high - bins) / (high - centre)))
     filters: NDArray[np.float64] = triangles * 2.0 / (high - low)
     return filters
+
+
+def mel_centres(audio: AudioConfig) -> NDArray[np.float64]:
+    """The frequency in Hz of each mel bin, `[M]`: the mean of its filter."""
+    filters = slaney_filterbank(audio.sample_rate, audio.n_fft, audio.mel_bins, audio.fmin, audio.fmax)
+    return np.asarray(filters @ np.linspace(0.0, audio.sample_rate / 2, filters.shape[1]) / filters.sum(1))
 
 
 def htk_filterbank(sample_rate: int, n_fft: int, mel_bins: int, fmin: float, fmax: float) -> NDArray[np.float64]:

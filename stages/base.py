@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from torch import Tensor, nn
 
-from stages import STAGES
+from stages import STAGES, require_stage
 from stages.errors import UserError
 from stages.files import whole_folder, write_json
 from stages.variants import Variant
@@ -44,6 +43,7 @@ class Stage(nn.Module):
     name: ClassVar[str]
     any_corpus: ClassVar[bool] = True  # learns from whatever the store holds, not from the variant's corpora alone
     series: ClassVar[tuple[str, ...]] = ()  # feature-store series it reads
+    otherwise: ClassVar[str] = ""  # what to do where a store has nothing to train it on
     blocks: tuple[type[nn.Module], ...] = ()  # repeated blocks, sharded one by one before their part
     entries: tuple[type[nn.Module], ...] = ()  # modules inside a part that are also called alone: sharded on their own
 
@@ -51,6 +51,11 @@ class Stage(nn.Module):
     def reads(cls, variant: Variant) -> tuple[str, ...]:
         """The feature-store series it reads for this variant."""
         return cls.series
+
+    @classmethod
+    def builds_on(cls, variant: Variant) -> tuple[str, ...]:
+        """The earlier stages whose released weights `prepare` and `build` read for this variant."""
+        return ()
 
     @classmethod
     def prepare(cls, variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path) -> None:
@@ -72,6 +77,16 @@ class Stage(nn.Module):
     def wants(cls, row: Mapping[str, Any]) -> bool:
         """Whether a clip of the table (a row without arrays) is of use to this stage."""
         return True
+
+    @classmethod
+    def asks(cls, variant: Variant) -> str:
+        """What it needs of a store, in words: "clips with captions or labels"."""
+        return "clips"
+
+    @classmethod
+    def learns_from(cls, rows: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether these training clips are enough for it."""
+        return any(cls.wants(row) for row in rows)
 
     def example(self, clip: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Tensor]:
         """One training example from a clip's row and arrays; every random choice is drawn from `rng`."""
@@ -96,10 +111,6 @@ class Stage(nn.Module):
         """Write the weights that later stages and the bundle use, as safetensors and JSON."""
         raise TypeError(f"{type(self).__name__} does not say how it is released")
 
-    def num_parameters(self) -> dict[str, int]:
-        """Trained parameters by part."""
-        return {name: sum(p.numel() for p in part.parameters()) for name, part in self.parts().items()}
-
 
 # ---------------------------------------------------------------------------------------------- released folders
 
@@ -118,7 +129,7 @@ def read_card(folder: Path, stage: str) -> dict[str, Any]:
     """
     path = Path(folder) / "stage.json"
     if not path.is_file():
-        raise UserError(f"{folder} holds no released stage (no stage.json); run `loa train {stage}` or name another folder")
+        raise UserError(f"{folder} contains no released stage (no stage.json); run `loa train {stage}` or name another folder")
     card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if card.get("format") != STAGE_FORMAT:
         raise UserError(f"{path} has format {card.get('format')}, this version of loa reads {STAGE_FORMAT}")
@@ -127,14 +138,8 @@ def read_card(folder: Path, stage: str) -> dict[str, Any]:
     return card
 
 
-# ------------------------------------------------------------------------------------------------ configurations
-
-
 def stage_class(name: str) -> type[Stage]:
     """The Stage called `name`. Raises UserError with the nearest name for one that does not exist."""
-    if name not in STAGES:
-        near = difflib.get_close_matches(name, STAGES, 1, 0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"unknown stage {name!r}{hint} Stages: {', '.join(STAGES)}")
+    require_stage(name)
     stage: type[Stage] = getattr(importlib.import_module(f"stages.{name}.training"), STAGES[name])
     return stage

@@ -32,6 +32,8 @@ from transformers import (
 )
 
 from stages.audio import AudioConfig
+from stages.config import tiny_name
+from stages.diffusion.model import latent_scale
 from stages.errors import UserError
 from stages.files import weights_hash, whole_folder, write_json
 from stages.tokenizers import read_tokenizer
@@ -131,7 +133,7 @@ def assemble(stages: Mapping[str, Path], out: Path, meta: Mapping[str, Any], for
         where["text_encoder_2"] = where["tokenizer_2"] = where["language_model"]
     _require_files(where)
     if out.exists() and not (out / "model_index.json").is_file():
-        raise UserError(f"{out} exists and is no bundle; choose another place with --out")
+        raise UserError(f"{out} exists and is not a bundle; choose another folder with --out")
 
     with whole_folder(out) as draft:
         for name, folder in where.items():
@@ -143,15 +145,13 @@ def assemble(stages: Mapping[str, Path], out: Path, meta: Mapping[str, Any], for
             _copy(Path(stages[stage]) / CRITIC, draft / "discriminators" / f"{stage}.safetensors")
         tokens = _loa_tokens(draft, speech)
         _set_config(draft / "language_model" / "config.json", max_new_tokens=tokens, architectures=["GPT2LMHeadModel"])
-        scale = where["unet"] / "scale.json"
-        if scale.is_file():
-            _set_config(draft / "vae" / "config.json", scaling_factor=json.loads(scale.read_text())["scale_factor"])
+        _set_config(draft / "vae" / "config.json", scaling_factor=latent_scale(where["unet"]))
         _require_fit(draft)
         write_json(draft / "model_index.json", _model_index(draft))
         audio = meta["audio"]
         card = {
             "format": BUNDLE_FORMAT,
-            "variant": meta["variant"],
+            "variant": _variant({"tiny": False} | dict(meta)),
             "tiny": bool(meta.get("tiny", False)),
             "audio": audio.to_dict() if isinstance(audio, AudioConfig) else dict(audio),
             "loa_tokens": tokens,
@@ -161,7 +161,7 @@ def assemble(stages: Mapping[str, Path], out: Path, meta: Mapping[str, Any], for
         }
         write_json(draft / "loa.json", card)
         if out.exists() and not force and not _same_content(draft, out):
-            raise UserError(f"{out} holds another bundle ({_title(out)}); replace it with --force or choose another place with --out")
+            raise UserError(f"{out} holds another bundle ({_title(out)}); replace it with --force or choose another folder with --out")
     return out
 
 
@@ -175,7 +175,7 @@ def _require_stages(folders: Mapping[str, Path | None]) -> None:
 def _require_files(where: Mapping[str, Path]) -> None:
     missing = [str(folder / name / file) for name, folder in where.items() for file in _missing(folder / name, FILES[name])]
     if missing:
-        raise UserError(f"the stages are not whole; missing: {', '.join(missing)}")
+        raise UserError(f"the stages are incomplete; missing: {', '.join(missing)}")
 
 
 def _require_fit(bundle: Path) -> None:
@@ -238,7 +238,7 @@ def _loa_tokens(bundle: Path, speech: bool) -> int:
     for file in ("config.json", "generation_config.json"):
         path = bundle / "language_model" / file
         said = json.loads(path.read_text(encoding="utf-8")).get("max_new_tokens") if path.is_file() else None
-        if said and not (speech and said == 8):  # the public speech folders carry the sound models' 8 (facts 11.3)
+        if said and not (speech and said == 8):  # the public speech folders carry the sound models' 8 (references.md#public-folders)
             return int(said)
     return 512 if speech else 8
 
@@ -252,7 +252,7 @@ def _model_index(bundle: Path) -> dict[str, Any]:
     index: dict[str, Any] = {"_class_name": PIPELINE, "_diffusers_version": diffusers.__version__}
     return index | {
         "feature_extractor": ["transformers", "ClapFeatureExtractor"],
-        "language_model": ["transformers", "GPT2LMHeadModel"],  # GPT2Model can no longer generate (facts 11.6)
+        "language_model": ["transformers", "GPT2LMHeadModel"],  # GPT2Model can no longer generate (references.md#diffusers-pipeline)
         "projection_model": ["audioldm2", "AudioLDM2ProjectionModel"],
         "scheduler": ["diffusers", said("scheduler", "scheduler_config.json", "_class_name")],
         "text_encoder": ["transformers", "ClapModel"],
@@ -272,7 +272,8 @@ def _same_content(a: Path, b: Path) -> bool:
         if path.suffix == ".safetensors":
             return None
         if path.name == "loa.json":
-            return {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if k != "provenance"}
+            card = json.loads(path.read_text(encoding="utf-8"))
+            return {k: v for k, v in card.items() if k != "provenance"} | {"variant": _variant(card)}
         return path.read_bytes()
 
     files = [{p.relative_to(root).as_posix(): content(p) for p in root.rglob("*") if p.is_file()} for root in (a, b)]
@@ -296,7 +297,7 @@ def read_info(bundle: Path) -> BundleInfo:
     if not bundle.is_dir():
         raise UserError(f"there is no bundle at {bundle}; make one with `loa export` or name another folder with --bundle")
     if not (bundle / "model_index.json").is_file():
-        raise UserError(f"{bundle} is no bundle: it has no model_index.json; `loa export` makes one")
+        raise UserError(f"{bundle} is not a bundle: it has no model_index.json; `loa export` makes one")
     index = read_json(bundle / "model_index.json")
     if index.get("_class_name") != PIPELINE:
         raise UserError(f"{bundle} holds a {index.get('_class_name')}, expected an {PIPELINE}")
@@ -305,12 +306,12 @@ def read_info(bundle: Path) -> BundleInfo:
         raise UserError(f"{bundle} has bundle format {card.get('format')}, this version of loa reads {BUNDLE_FORMAT}; export it again")
     missing = [f"{name}/{file}" for name, files in FILES.items() for file in _missing(bundle / name, files)]
     if missing:
-        raise UserError(f"{bundle} is not a whole bundle: it lacks {', '.join(missing)}; export it again with `loa export`")
+        raise UserError(f"{bundle} is an incomplete bundle: it lacks {', '.join(missing)}; export it again with `loa export`")
     speech = model_type(bundle / "text_encoder_2") == "vits"
     if card is None:
         return BundleInfo(bundle.resolve().name, audio_of(bundle), _loa_tokens(bundle, speech), "diffusers", speech)
     return BundleInfo(
-        variant=card["variant"],
+        variant=_variant(card),
         audio=AudioConfig.from_dict(card["audio"]),
         loa_tokens=card["loa_tokens"],
         unconditional=card["unconditional"],
@@ -318,6 +319,11 @@ def read_info(bundle: Path) -> BundleInfo:
         tiny=card["tiny"],
         provenance=card["provenance"],
     )
+
+
+def _variant(card: Mapping[str, Any]) -> str:
+    """The variant a bundle's card names; cards of earlier versions left "-tiny" to a field of its own."""
+    return tiny_name(card["variant"]) if card["tiny"] else str(card["variant"])
 
 
 def audio_of(bundle: Path) -> AudioConfig:
@@ -357,7 +363,7 @@ def load(bundle: Path, device: str | torch.device = "cpu", dtype: torch.dtype = 
             raise UserError(f"the weights of {bundle / name} are damaged or cannot be read; export the bundle again") from error
         if told["missing_keys"]:
             some = ", ".join(sorted(told["missing_keys"])[:3])
-            raise UserError(f"the weights of {bundle / name} are not whole: {len(told['missing_keys'])} are missing ({some}, …)")
+            raise UserError(f"the weights of {bundle / name} are incomplete: {len(told['missing_keys'])} are missing ({some}, …)")
         return model.to(device).eval().requires_grad_(False)
 
     with quiet():

@@ -33,8 +33,8 @@ class LeftOut:
         pass
 
 
-# What public checkpoints hold beside tensors and plain Python values (facts 11.4; PyTorch's own list has the rest). Nothing here runs
-# code of the file's choosing: NumPy's scalars and arrays are numbers, and Lightning's objects become empty `LeftOut`s.
+# What public checkpoints hold beside tensors and plain Python values (references.md#checkpoint-layout; PyTorch's own list has the rest).
+# Nothing here runs code of the file's choosing: NumPy's scalars and arrays are numbers, and Lightning's objects become empty `LeftOut`s.
 _LIGHTNING = ("pytorch_lightning", "lightning.pytorch", "lightning_fabric", "lightning.fabric")
 _FRAMEWORK = (
     "callbacks.model_checkpoint.ModelCheckpoint",
@@ -66,7 +66,7 @@ def read_checkpoint(path: Path) -> Any:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint at {path}")
-    refused = f"{path} is no file of plain weights, so it was not loaded"
+    refused = f"{path} is not a file of plain weights, so it was not loaded"
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -76,11 +76,11 @@ def read_checkpoint(path: Path) -> Any:
         asked = re.search(r"(?:GLOBAL|[Uu]nsupported class|unrecognized function) (\S+)", str(error))
         if asked:
             raise UserError(
-                f"{refused}: it asks for {asked[1]}, which could run code. Get the file from its first source, or save its weights alone, "
-                "as safetensors, on a machine that may run it"
+                f"{refused}: it refers to {asked[1]}, which could run code; get the file from its original source, or save its weights "
+                "as safetensors, on a machine that is allowed to run it"
             ) from error
         reason = str(error).partition("WeightsUnpickler error: ")[2] or str(error)  # without PyTorch's advice to drop the guard
-        raise UserError(f"{refused}: {(reason.strip() or 'it ends too early').splitlines()[0][:120]}") from error
+        raise UserError(f"{refused}: {(reason.strip() or 'the file is truncated').splitlines()[0][:120]}") from error
 
 
 def weights_of(checkpoint: Any, path: Path) -> dict[str, Tensor]:

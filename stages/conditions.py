@@ -34,7 +34,7 @@ def condition_example(clip: Mapping[str, Any], caption: int, text_length: int) -
 
 
 class ClapDropout:
-    """Puts CLAP's embedding of the empty text in place of a clip's own, with a probability and per clip (facts 5.1)."""
+    """Puts CLAP's embedding of the empty text in place of a clip's own, with a probability and per clip (references.md#clap-dropout)."""
 
     def __init__(self, probability: float, null_clap: Tensor | None) -> None:
         self.probability, self.null_clap = probability, null_clap
@@ -63,7 +63,7 @@ class ClapDropout:
 def cut_padding(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """text and text_mask of a batch without the columns that are padding for everyone.
 
-    Phonemes stay whole: their position table is added at all places (facts 5.3).
+    Phonemes stay whole: their position table is added at all places (references.md#phonemes).
     """
     if batch["text"].dtype == torch.int64:
         return batch["text"], batch["text_mask"]

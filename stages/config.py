@@ -12,6 +12,13 @@ from typing import Any
 
 from stages.errors import UserError
 
+TINY = "-tiny"
+
+
+def tiny_name(variant: str) -> str:
+    """What the tiny form of a variant is called everywhere it is shown: its scores are never mistaken for the full system's."""
+    return variant.removesuffix(TINY) + TINY
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -69,6 +76,25 @@ def from_dict(like: Any, values: Mapping[str, Any]) -> Any:
     return dataclasses.replace(like, **changes)
 
 
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted names."""
+    if isinstance(values, Mapping):
+        return {k: v for key, inner in values.items() for k, v in flat(inner, f"{prefix}{key}.").items()}
+    return {prefix.removesuffix("."): values}
+
+
+def differences(was: Any, now: Any, most: int = 5) -> str:
+    """What differs between two configurations (dataclasses or `to_dict` results): "name: was A, now B; …"; "" if nothing."""
+    old, new = (flat(json.loads(json.dumps(to_dict(config)))) for config in (was, now))
+    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    told = [f"{name}: was {_said(old.get(name))}, now {_said(new.get(name))}" for name in changed[:most]]
+    return "; ".join(told + ([f"and {len(changed) - most} more"] if len(changed) > most else []))
+
+
+def _said(value: Any) -> str:
+    return "none" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def override(config: Any, settings: Mapping[str, str]) -> Any:
     """Apply dotted settings such as {"diffusion.recipe.learning_rate": "5e-5"} to a nested dataclass value.
 
@@ -118,5 +144,5 @@ def _retype(old: Any, value: Any, path: str) -> Any:
     else:
         fits = isinstance(value, type(old))
     if not fits:
-        raise UserError(f"setting {path!r} takes a value like {old!r} ({type(old).__name__}), got {value!r}")
+        raise UserError(f"setting {path!r} expects a value like {old!r} ({type(old).__name__}), got {value!r}")
     return value

@@ -1,6 +1,10 @@
-"""Errors that a user can mend. Imports nothing: everything may raise them."""
+"""Errors that a user can mend. Imports nothing heavy: everything may raise them."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+
+NAMED = 3  # how many names a message lists
 
 
 class UserError(ValueError):
@@ -9,3 +13,9 @@ class UserError(ValueError):
 
 class AudioError(ValueError):
     """A recording that cannot be used; the message names it and says what is wrong with it."""
+
+
+def some(names: Iterable[str]) -> str:
+    """The first of many names, in one line of a message."""
+    unique = list(dict.fromkeys(names))
+    return ", ".join(unique[:NAMED]) + (f" and {len(unique) - NAMED} more" if len(unique) > NAMED else "")

@@ -55,7 +55,7 @@ class _Engine:
         data = espeakng_loader.get_data_path().encode()
         self.sample_rate = self._library.espeak_Initialize(_AUDIO_OUTPUT_SYNCHRONOUS, 0, data, _INITIALIZE_DONT_EXIT)
         if self.sample_rate <= 0:
-            raise UserError(f"espeak-ng does not start with its data at {data.decode()}; reinstall espeakng-loader")
+            raise UserError(f"espeak-ng cannot load its data from {data.decode()}; reinstall espeakng-loader")
         self._pieces: list[np.ndarray] = []
         self._callback = _SynthCallback(self._collect)  # kept: espeak holds only the bare pointer
         self._library.espeak_SetSynthCallback(self._callback)
@@ -70,7 +70,7 @@ class _Engine:
         if voice == self._voice:
             return
         if self._library.espeak_SetVoiceByName(voice.encode()) != 0:
-            raise UserError(f"espeak-ng knows no voice {voice!r}; try {LANGUAGE!r} or a variant such as 'en-us+f3'")
+            raise UserError(f"espeak-ng has no voice {voice!r}; try {LANGUAGE!r} or a variant such as 'en-us+f3'")
         self._voice = voice
 
     def phonemes(self, text: str) -> str:

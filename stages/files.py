@@ -62,6 +62,11 @@ def write_json(path: Path | str, value: Any) -> None:
         draft.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def digest(value: Any, length: int = 64) -> str:
+    """The first `length` hex digits of the sha256 of a JSON value; keys of dicts are sorted."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:length]
+
+
 def weights_hash(folder: Path) -> str:
     """sha256 over the names and contents of all safetensors files below `folder`."""
     digest = hashlib.sha256()

@@ -46,7 +46,7 @@ class AudioGenerator:
     """Generates sound with the networks of a bundle.
 
     A prompt's result depends on its own seed and settings alone, not on the prompts it shares a batch with: prompts of
-    different length never pad each other on the way to the LOA (GPT-2 counts padded places, facts 5.5), and every
+    different length never pad each other on the way to the LOA (GPT-2 counts padded places, references.md#condition-sequence), and every
     waveform has a random generator of its own. What remains is rounding. Only `padding="batch"` gives that up.
     """
 
@@ -71,7 +71,7 @@ class AudioGenerator:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise UserError(
-                f"the device {str(device)!r} cannot be used here ({str(error).splitlines()[0]}); leave it out to take what there is"
+                f"the device {str(device)!r} cannot be used here ({str(error).splitlines()[0]}); leave it out to use the default device"
             ) from error
         if dtype is None:
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -101,7 +101,7 @@ class AudioGenerator:
         """Generate waveforms for prompts.
 
         Args:
-            prompts: what to hear; for speech, the voice to hear it in.
+            prompts: descriptions of sounds; for speech, of the voice.
             profile: whose way of sampling to take, a name of `stages.sampling.PROFILES`.
             negative_prompts: what to steer away from, one for all or one per prompt; needs guidance.
             seconds: length; the bundle's clip length by default.
@@ -242,9 +242,9 @@ class AudioGenerator:
     ) -> Conditioning:
         """The condition that guidance steers away from, one row per prompt.
 
-        "zeros": what condition dropout showed the T-UNet, no LOA and an empty text (facts 7.4); a negative prompt that
-        says something is translated like a prompt. "diffusers": GPT-2 run on the negative or empty prompt, which is cut
-        or padded to the prompt's length (facts 7.5).
+        "zeros": what condition dropout showed the T-UNet, no LOA and an empty text (references.md#condition-dropout); a negative
+        prompt that says something is translated like a prompt. "diffusers": GPT-2 run on the negative or empty prompt, which is cut
+        or padded to the prompt's length (references.md#guidance).
         """
         texts = [negative or "" for negative in negatives]
         zeros = unconditional == "zeros"
@@ -327,7 +327,7 @@ class AudioGenerator:
         return result
 
     def reconstruct(self, mel: Tensor | NDArray[np.float32]) -> Waveforms:
-        """Waveforms `[B, F · hop]` of log-mel spectrograms `[B, F, M]` after VAE and vocoder: the ceiling of any generation."""
+        """Waveforms `[B, F · hop]` of log-mel spectrograms `[B, F, M]` after VAE and vocoder: reconstructions, blurred clip by clip."""
         restored = self.reconstruct_mel(mel)
         return self.vocode(restored)[:, : restored.shape[1] * self.hop_length]
 
@@ -344,7 +344,7 @@ class AudioGenerator:
     def best(self, prompts: Sequence[str], waveforms: Waveforms, keep: int) -> Waveforms:
         """The `keep` waveforms of each prompt that CLAP finds most fitting, best first: `[P · K, T]` → `[P · keep, T]`.
 
-        Candidates compete within their prompt; diffusers sorts over all prompts at once and mixes them (facts 11.6).
+        Candidates compete within their prompt; diffusers sorts over all prompts at once and mixes them (references.md#diffusers-pipeline).
         """
         count = len(waveforms) // len(prompts)
         scores = self.similarity([prompt for prompt in prompts for _ in range(count)], waveforms).reshape(len(prompts), count)
@@ -363,7 +363,7 @@ class AudioGenerator:
         self, prompts: list[str], spoken: list[Any], seconds: float | None, sampling: Sampling, seeds: list[Any], waveforms: int
     ) -> None:
         if not prompts:
-            raise UserError("there is no prompt; give at least one")
+            raise UserError("no prompt was given; give at least one")
         for prompt in prompts:
             if not isinstance(prompt, str):
                 raise UserError(f"a prompt is text, got {prompt!r}")
@@ -375,10 +375,10 @@ class AudioGenerator:
         if seconds is not None and not (math.isfinite(seconds) and seconds >= shortest):
             raise UserError(f"seconds is {seconds}; expected at least {shortest:g}")
         if sampling.num_inference_steps > self.max_steps:
-            raise UserError(f"num_inference_steps is {sampling.num_inference_steps}; expected a whole number from 1 to {self.max_steps}")
+            raise UserError(f"num_inference_steps is {sampling.num_inference_steps}; expected an integer from 1 to {self.max_steps}")
         for seed in seeds:
             if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
-                raise UserError(f"seed is {seed!r}; expected a whole number from 0 to 2^63 - 1")
+                raise UserError(f"seed is {seed!r}; expected an integer from 0 to 2^63 - 1")
         if waveforms < 1:
             raise UserError(f"num_waveforms_per_prompt is {waveforms}; expected at least 1")
 

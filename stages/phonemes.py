@@ -1,4 +1,4 @@
-"""Transcripts as the phoneme ids of AudioLDM 2's speech models (audioldm2-facts, section 5.3)."""
+"""Transcripts as the phoneme ids of AudioLDM 2's speech models (references.md#phonemes)."""
 
 from __future__ import annotations
 

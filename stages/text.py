@@ -8,7 +8,7 @@ from typing import Any
 
 
 def clip_texts(row: Mapping[str, Any]) -> list[str]:
-    """Captions of a clip; without any, its labels as one sentence; without those, the empty text (facts 1.5)."""
+    """Captions of a clip; without any, its labels as one sentence; without those, the empty text (references.md#captions)."""
     captions = [str(c) for c in _listed(row, "captions") if str(c).strip()]
     if captions:
         return captions

@@ -1,6 +1,6 @@
 """Every system by name. A variant is a value, built by a function, derived from its nearest relative.
 
-Table I of the paper (facts 9.3) has seven; `tiny` shrinks any of them for laptops and tests.
+Table I of the paper (AudioLDM 2, arXiv 2308.05734) has seven; `tiny` shrinks any of them for laptops and tests.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from stages.audio import AudioConfig
 from stages.audiomae.model import AudioMAEConfig
 from stages.clap.model import ClapConfig, T5Config
 from stages.classifier.model import ClassifierConfig
-from stages.config import Recipe, override
+from stages.config import TINY, Recipe, override, tiny_name
 from stages.diffusion.model import DiffusionConfig
 from stages.errors import UserError
 from stages.joint.model import JointConfig
@@ -27,7 +27,7 @@ PATCH = 16  # AudioMAE's patches are 16 frames by 16 bins
 
 @dataclass(frozen=True)
 class Recipes:
-    """How each stage is optimised. Where paper and code differ the code's value stands (facts 2.3, 3, 4.4, 6, 7.4)."""
+    """How each stage is optimised. Where paper and code differ the code's value stands (references.md#optimisers)."""
 
     clap: Recipe = Recipe(100_000, 2048, 1e-4, betas=(0.9, 0.99), weight_decay=0.0, warmup_steps=3200, decay="cosine")
     audiomae: Recipe = Recipe(130_000, 512, 4e-4, betas=(0.9, 0.95), weight_decay=1e-4, warmup_steps=12_000, decay="cosine", clip_norm=None)
@@ -41,7 +41,7 @@ class Recipes:
 
 @dataclass(frozen=True)
 class Variant:
-    """A whole system: what it hears, its networks, how they are trained, and on which corpora."""
+    """A whole system: its audio settings, its networks, how they are trained, and on which corpora."""
 
     name: str
     summary: str
@@ -67,7 +67,7 @@ class Variant:
         return self.audio.mel_frames // PATCH, self.audio.fbank_bins // PATCH
 
     def loa_tokens(self, pooling: int) -> int:
-        """Vectors of the LOA at pooling λ: at most all frequencies are merged (facts 4.3)."""
+        """Vectors of the LOA at pooling λ: at most all frequencies are merged (references.md#loa-pooling)."""
         frames, bins = self.loa_grid
         return (frames // pooling) * (bins // min(pooling, bins))
 
@@ -157,23 +157,51 @@ def tiny(variant: Variant) -> Variant:
     seconds = 5.12 if speech else 2.56  # an utterance must fit in a clip whole
     return replace(
         variant,
+        name=tiny_name(variant.name),
         audio=replace(variant.audio, clip_seconds=seconds),
         clap=ClapConfig(
-            projection_dim=128, text_vocab=1000, text_width=128, text_layers=2, text_heads=4, audio_width=24, audio_depths=(1, 1, 2),
-            audio_heads=(2, 4, 8), window_size=4, spec_size=64, sample_rate=16_000, max_seconds=math.ceil(seconds),
-            hop_length=800 if speech else 400, mel_bins=32, fmax=8000.0, text_length=40,
+            projection_dim=128,
+            text_vocab=1000,
+            text_width=128,
+            text_layers=2,
+            text_heads=4,
+            audio_width=24,
+            audio_depths=(1, 1, 2),
+            audio_heads=(2, 4, 8),
+            window_size=4,
+            spec_size=64,
+            sample_rate=16_000,
+            max_seconds=math.ceil(seconds),
+            hop_length=800 if speech else 400,
+            mel_bins=32,
+            fmax=8000.0,
+            text_length=40,
         ),
         t5=T5Config(vocab=1000, width=128, head_width=32, heads=4, layers=2, feed_forward=256, max_length=40),
         phonemes=PhonemeEncoderConfig(width=96, layers=3, feed_forward=192, max_length=96) if speech else None,
         audiomae=AudioMAEConfig(
-            width=128, depth=6, heads=4, frames=round(100 * seconds), decoder="global", decoder_width=96, decoder_depth=2, decoder_heads=4,
+            width=128,
+            depth=6,
+            heads=4,
+            frames=round(100 * seconds),
+            decoder="global",
+            decoder_width=96,
+            decoder_depth=2,
+            decoder_heads=4,
         ),
         vae=VAEConfig.tiny(),
         vae_loss=VAELossConfig.tiny(),
         vocoder=VocoderConfig.tiny(),
         vocoder_loss=VocoderLossConfig.tiny(),
         translator=replace(
-            variant.translator, width=128, layers=4, heads=4, positions=512, vocab=8, dropout=0.0, clap_dropout=0.0,
+            variant.translator,
+            width=128,
+            layers=4,
+            heads=4,
+            positions=512,
+            vocab=8,
+            dropout=0.0,
+            clap_dropout=0.0,
             pooling=1 if speech else 4,
         ),
         # v-prediction: ε at the noisiest steps says almost nothing about z, which a short training does not forgive.
@@ -181,7 +209,7 @@ def tiny(variant: Variant) -> Variant:
             variant.diffusion, channels=(96, 128), layers_per_block=1, heads=(3, 4), norm_groups=16, prediction="v_prediction"
         ),
         recipes=tiny_recipes(speech),
-    )  # fmt: skip
+    )
 
 
 def tiny_recipes(speech: bool = False) -> Recipes:
@@ -205,15 +233,16 @@ def tiny_recipes(speech: bool = False) -> Recipes:
 
 
 def resolve(name: str, tiny: bool = False, settings: Mapping[str, str] | None = None) -> Variant:
-    """The variant called `name`, shrunk if `tiny`, with dotted `settings` put in (strict).
+    """The variant called `name`, shrunk if `tiny` or if the name ends in "-tiny", with dotted `settings` put in (strict).
 
     Raises UserError for an unknown name or setting, with the nearest real ones.
     """
-    if name not in VARIANTS:
-        near = difflib.get_close_matches(name, VARIANTS, 3, 0.4) or list(VARIANTS)
+    full = name.removesuffix(TINY)
+    if full not in VARIANTS:
+        near = difflib.get_close_matches(full, VARIANTS, 3, 0.4) or list(VARIANTS)
         raise UserError(f"unknown variant {name!r}; nearest: {', '.join(near)} (`loa variants` lists all)")
-    variant = VARIANTS[name]()
-    if tiny:
+    variant = VARIANTS[full]()
+    if tiny or name != full:
         variant = _shrink(variant)
     resolved: Variant = override(variant, settings or {})
     return resolved

@@ -7,16 +7,16 @@ from typing import TypeVar
 
 import pytest
 
+import local_ray
+
 T = TypeVar("T")
 
-# Before ray is imported anywhere: no tokens, no telemetry, short polls (ray-stack notes, section 8).
+# Before ray is imported anywhere: a closed cluster, no telemetry, short polls.
+local_ray.prepare()
 for key, value in {
-    "RAY_AUTH_MODE": "disabled",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "60",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",

@@ -68,7 +68,7 @@ def authors_file(variant: Variant, seed: int = 0) -> tuple[dict[str, Any], list[
     return {"epoch": 3, "global_step": 665_000, "state_dict": state | copies | strays}, made
 
 
-# ------------------------------------------------------------------ the authors' networks, run as their names nest (facts 2.1, 7.1)
+# --------------------------------- the authors' networks, run as their names nest (references.md#vae, references.md#t-unet)
 
 
 class Weights:

@@ -166,10 +166,24 @@ def test_the_published_decoder_has_the_published_names():
         keys = set(AudioMAE(PUBLISHED).state_dict())
     prefix = "decoder_blocks.15."
     assert {key.removeprefix(prefix) for key in keys if key.startswith(prefix)} == {
-        "attn.tau", "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "attn.proj.bias",
-        "attn.meta_mlp.fc1.weight", "attn.meta_mlp.fc1.bias", "attn.meta_mlp.fc2.weight", "attn.meta_mlp.fc2.bias",
-        "norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias",
-    }  # fmt: skip
+        "attn.tau",
+        "attn.qkv.weight",
+        "attn.qkv.bias",
+        "attn.proj.weight",
+        "attn.proj.bias",
+        "attn.meta_mlp.fc1.weight",
+        "attn.meta_mlp.fc1.bias",
+        "attn.meta_mlp.fc2.weight",
+        "attn.meta_mlp.fc2.bias",
+        "norm1.weight",
+        "norm1.bias",
+        "norm2.weight",
+        "norm2.bias",
+        "mlp.fc1.weight",
+        "mlp.fc1.bias",
+        "mlp.fc2.weight",
+        "mlp.fc2.bias",
+    }
 
 
 def test_misfits_are_named(tmp_path):

@@ -25,7 +25,7 @@ def stages_of(bundle):
 
 def test_the_card_says_what_the_bundle_is(bundle):
     info = read_info(bundle)
-    assert (info.variant, info.tiny, info.speech, info.audio) == ("audioldm2-full", True, False, AUDIO)
+    assert (info.variant, info.tiny, info.speech, info.audio) == ("audioldm2-full-tiny", True, False, AUDIO)
     assert (info.loa_tokens, info.unconditional) == (LOA_TOKENS, "zeros")
     assert info.provenance == {"made_by": "tests"}
 
@@ -147,7 +147,7 @@ def test_damaged_and_incomplete_weights_are_noticed(tmp_path):
 
 
 def test_public_folders_are_bundles(tmp_path):
-    """No loa.json, language model named GPT2Model: what is found on the hub (facts 11.2, 11.6)."""
+    """No loa.json, language model named GPT2Model: what is found on the hub (references.md#public-folders)."""
     out = make_bundle(tmp_path / "somebody-audioldm2")
     (out / "loa.json").unlink()
     index = json.loads((out / "model_index.json").read_text())
@@ -209,7 +209,7 @@ def test_export_refuses_stages_of_other_sound(tmp_path):
     card = json.loads((tmp_path / "stages" / "vae" / "stage.json").read_text())
     card["config"]["audio"]["sample_rate"] = 48_000
     write_json(tmp_path / "stages" / "vae" / "stage.json", card)
-    with pytest.raises(UserError, match="vae was trained for other sound.*sample_rate 48000 instead of 16000"):
+    with pytest.raises(UserError, match="vae was trained for other sound.*sample_rate: was 48000, now 16000"):
         export(tmp_path)
 
 
@@ -225,3 +225,14 @@ def test_export_takes_given_folders(tmp_path):
 def test_export_without_stages_says_what_to_train(tmp_path):
     with pytest.raises(UserError, match="loa train|which variant"):
         export(tmp_path)
+
+
+def test_a_tiny_system_is_never_shown_as_the_full_one(bundle, tmp_path):
+    """Cards of earlier versions say "audioldm2-full" and "tiny" apart; both are read, and are the same bundle."""
+    assert json.loads((bundle / "loa.json").read_text())["variant"] == "audioldm2-full-tiny"
+    old = tmp_path / "bundle"
+    shutil.copytree(bundle, old)
+    card = json.loads((old / "loa.json").read_text())
+    (old / "loa.json").write_text(json.dumps(card | {"variant": "audioldm2-full"}))
+    assert read_info(old) == read_info(bundle)
+    assert resolve(read_info(old).variant) == resolve("audioldm2-full", tiny=True)

@@ -2,8 +2,13 @@
 
 import errno
 import importlib
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +19,8 @@ from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 import loa
-from stages import cli
+import options as cli
+from stages import STAGES
 from stages.errors import AudioError, UserError
 
 REPO = Path(__file__).resolve().parent.parent
@@ -47,6 +53,21 @@ def test_help_imports_no_job() -> None:
     assert heavy.strip() == "[]"
 
 
+HEAVY = {"torch", "transformers", "diffusers", "ray", "mlflow", "pandas", "pyarrow", "soundfile", "matplotlib", "scipy", "fastapi"}
+
+
+def test_help_of_a_command_imports_nothing_that_does_the_work() -> None:
+    code = (
+        "import sys, click.testing, loa\n"
+        "for name in sys.argv[1:]:\n"
+        "    result = click.testing.CliRunner().invoke(loa.main, [name, '--help'])\n"
+        "    assert result.exit_code == 0, result.output\n"
+        f"    print(name, sorted({HEAVY!r} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *loa.JOBS], cwd=REPO, check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [f"{name} []" for name in loa.JOBS]
+
+
 def test_help_names_every_job_in_the_order_of_a_first_visit() -> None:
     text = run("--help").output
     places = [text.index(f"\n  {name} ") for name in loa.JOBS]
@@ -60,6 +81,23 @@ def test_every_job_is_a_command_that_explains_itself(name: str) -> None:
     assert result.exit_code == 0, result.output
     assert "Usage: loa" in result.output and "--help" in result.output
     assert len(result.output.splitlines()) > 4
+
+
+NOT_YET = {"score", "compare"}  # some of their options say nothing of their default
+
+
+@pytest.mark.parametrize("name", [name for name in loa.JOBS if name not in NOT_YET])
+def test_every_option_says_its_default(name: str) -> None:
+    command = loa.main.get_command(click.Context(loa.main), name)
+    assert command is not None
+    silent = [
+        option.opts[0]
+        for each in (command.commands.values() if isinstance(command, click.Group) else [command])
+        for option in each.params
+        if isinstance(option, click.Option) and not option.is_flag and not option.required
+        if not (option.show_default or "[default: " in (option.help or ""))
+    ]
+    assert silent == []
 
 
 @pytest.mark.parametrize("name", [name for name, job in loa.JOBS.items() if job.target.startswith("pipelines.")])
@@ -96,7 +134,7 @@ def test_completion_script(shell: str) -> None:
 
 @pytest.mark.parametrize(
     ("words", "incomplete", "expected"),
-    [([], "ex", ["export"]), ([], "c", ["completion"]), (["variants"], "--ti", ["--tiny"]), (["train"], "vo", ["vocoder"])],
+    [([], "ex", ["export"]), ([], "compl", ["completion"]), (["variants"], "--ti", ["--tiny"]), (["train"], "vo", ["vocoder"])],
 )
 def test_completion(words: list[str], incomplete: str, expected: list[str]) -> None:
     completer = ShellComplete(loa.main, {}, "loa", "_LOA_COMPLETE")
@@ -149,6 +187,123 @@ def test_interrupting_says_that_nothing_is_lost() -> None:
     result = CliRunner().invoke(failing(KeyboardInterrupt()))
     assert result.exit_code == 130
     assert "the same command continues" in result.output
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """The handlers that an interactive command starts with, and afterwards those of the tests again."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_a_command_with_a_sentence(handlers: None, number: int, status: int) -> None:
+    """A wrapper may send the same wish twice; cleaning up is not broken off by that."""
+    cleaned = []
+
+    @click.command()
+    @cli.friendly
+    def command() -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        finally:
+            os.kill(os.getpid(), number)
+            cleaned.append(True)
+
+    result = CliRunner().invoke(command)
+    assert (result.exit_code, result.output.strip(), cleaned) == (status, cli.STOPPED, [True])
+    assert signal.getsignal(number) == signal.SIG_DFL  # from here on another one ends the process at once
+
+
+def test_signals_that_the_parent_ignores_stay_ignored(handlers: None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    @click.command()
+    @cli.friendly
+    def command() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        click.echo("went on")
+
+    assert CliRunner().invoke(command).output == "went on\n"
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+# ---------------------------------------------------------------------------------- commands that messages name
+
+
+def answer(arguments: list[str], say: Callable[[], str]) -> str:
+    """What a command with loa's shared options prints."""
+
+    @click.command()
+    @cli.work_option
+    @cli.variant_option
+    @cli.tiny_option
+    @cli.set_option
+    @click.option("--store")
+    @cli.friendly
+    def command(**values: Any) -> None:
+        click.echo(say())
+
+    return CliRunner().invoke(command, arguments).output.strip()
+
+
+GIVEN = ["--tiny", "--work", "my work", "--variant", "audioldm2-ljs", "--set", "recipes.vae.steps=5", "--set", "vae.channels=8"]
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("loa preprocess loa --pooling 4", " --work 'my work' --variant audioldm2-ljs --tiny --set vae.channels=8 --store s3://b/s"),
+        ("loa evaluate", " --work 'my work' --store s3://b/s"),
+        ("loa export --work there", " --variant audioldm2-ljs --tiny"),
+        ("loa variants NAME", " --tiny --set vae.channels=8"),
+        ("loa evaluate --name", ""),
+        ("loa preprocess", ""),
+        ("loa sing", ""),
+    ],
+)
+def test_commands_in_messages_repeat_the_options_of_their_call(command: str, expected: str) -> None:
+    assert cli.again(command) == command  # outside a call
+    assert answer([*GIVEN, "--store", "s3://b/s"], lambda: cli.again(command)) == command + expected
+    assert answer([], lambda: cli.again(command)) == command
+
+    def fail() -> str:
+        raise UserError(f"not here; run `{command}` first")
+
+    text = answer([*GIVEN, "--store", "s3://b/s"], fail)
+    assert text == f"Error: not here; run `{command}{expected}` first"
+
+
+def test_commands_repeat_the_system_that_a_call_found_by_itself() -> None:
+    def say() -> str:
+        cli.works_on("audioldm2-ac-tiny", "elsewhere")
+        cli.works_on("audioldm2-ac-tiny")
+        return cli.again("loa train vae")
+
+    assert answer([], say) == "loa train vae --work elsewhere --variant audioldm2-ac --tiny"
+
+
+def test_each_step_ends_with_the_next() -> None:
+    def walk(speech: bool, *arguments: str) -> list[str]:
+        done = ["ingest"]
+        while done[-1] != "serve":
+            line = answer(list(arguments), lambda: cli.next_step(done[-1], speech))
+            found = re.fullmatch(r"next: loa ((?:preprocess |train )?\w+)(.*)", line)
+            assert found, line
+            done.append(found[1])
+        return done
+
+    stages = [step.removeprefix("train ") for step in walk(False, "--tiny") if step.startswith("train ")]
+    assert sorted(stages) == sorted(STAGES)
+    assert walk(False)[-5:] == ["export", "evaluate", "compare", "generate", "serve"]
+    assert "preprocess speech" in walk(True) and "preprocess text" not in walk(True)
+    assert answer(["--work", "w", "--tiny"], lambda: cli.next_step("preprocess mel")) == "next: loa train clap --work w --tiny"
+    assert answer(["--work", "my w"], lambda: cli.next_step("evaluate")) == "next: loa compare 'my w'"
 
 
 # --------------------------------------------------------------------------------------------------------- options

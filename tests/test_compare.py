@@ -1,4 +1,4 @@
-"""`loa report`: systems side by side, and the published numbers apart from them."""
+"""`loa compare`: systems side by side, and the published numbers apart from them."""
 
 import csv
 import dataclasses
@@ -6,9 +6,9 @@ import io
 
 import pytest
 from click.testing import CliRunner
-from test_protocol import record
+from test_records import record
 
-from pipelines.compare import FORMATS, main, report
+from pipelines.compare import FORMATS, compare, main
 from pipelines.evaluation.published import TABLES
 from pipelines.evaluation.records import write_records
 from stages.errors import UserError
@@ -19,13 +19,19 @@ CLAP = {"metric": "clap_score", "judge": "clap", "num_reference": None}
 
 def systems():
     return [
-        record("A", 2.0), record("A", 1.5, **KL), record("A", 0.25, **CLAP), record("A", 3.3, metric="fad_infinity"),
-        record("B <b>", 1.5), record("B <b>", 1.75, **KL), record("silent", 0.5, silent=500), record("A: VAE", 1.0, metric="fad_infinity"),
-    ]  # fmt: skip
+        record("A", 2.0),
+        record("A", 1.5, **KL),
+        record("A", 0.25, **CLAP),
+        record("A", 3.3, metric="fad_infinity"),
+        record("B <b>", 1.5),
+        record("B <b>", 1.75, **KL),
+        record("silent", 0.5, silent=500),
+        record("A: VAE", 1.0, metric="fad_infinity"),
+    ]
 
 
 def test_measures_of_the_papers_table_come_first_and_the_best_is_marked():
-    measured, published = report(systems(), "II")
+    measured, published = compare(systems(), "II")
     assert measured.columns == ("FAD ↓", "KL, PaSST ↓", "CLAP score ↑", "FAD∞ ↓")
     rows = dict(measured.rows)
     assert list(rows) == ["A", "B <b>", "silent", "A: VAE"]
@@ -39,29 +45,29 @@ def test_measures_of_the_papers_table_come_first_and_the_best_is_marked():
 
 def test_mixed_protocols_are_refused():
     with pytest.raises(UserError, match="fad of A and of C were not measured alike: they differ in judge_sha256"):
-        report([*systems(), record("C", 1.0, judge_sha256="f" * 64)])
+        compare([*systems(), record("C", 1.0, judge_sha256="f" * 64)])
 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_published_numbers_stand_in_a_block_of_their_own(form):
-    page = FORMATS[form](report(systems(), "II"))
+    page = FORMATS[form](compare(systems(), "II"))
     title = "Published, not measured here"
     assert page.index("Measured") < page.index(title) < page.index("AudioLDM 2-AC-Large")
     assert page.index("silent") < page.index(title) and "B &lt;b&gt;" in page if form == "html" else "B <b>" in page
-    alone = FORMATS[form](report(systems(), None))
+    alone = FORMATS[form](compare(systems(), None))
     assert title not in alone and "AudioLDM 2-AC" not in alone
 
 
 def test_text_is_aligned_and_markdown_is_a_table():
-    text = FORMATS["text"](report(systems(), None)).splitlines()
+    text = FORMATS["text"](compare(systems(), None)).splitlines()
     header, first, second = text[2:5]
     assert header.index("FAD ↓") + len("FAD ↓") == first.index("2.00") + 4 == second.index("1.50*") + 4
-    markdown = FORMATS["markdown"](report([record("a|b"), record("B", 1.0)], None))
+    markdown = FORMATS["markdown"](compare([record("a|b"), record("B", 1.0)], None))
     assert "| a\\|b | 2.00 |" in markdown and "| B | **1.00** |" in markdown
 
 
 def test_csv_keeps_whole_numbers():
-    rows = list(csv.DictReader(io.StringIO(FORMATS["csv"](report([record("A", 1.23456789)], "IV")))))
+    rows = list(csv.DictReader(io.StringIO(FORMATS["csv"](compare([record("A", 1.23456789)], "IV")))))
     assert rows[0] == {"block": "Measured", "system": "A", "measure": "FAD ↓", "value": "1.23456789"}
     assert {row["block"] for row in rows[1:]} == {f"Published, not measured here. {TABLES['IV'].title}"}
 

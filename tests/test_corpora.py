@@ -81,8 +81,9 @@ def test_audioset_lines_and_names(tmp_path):
     sound(tmp_path / "audio" / "nobody.wav")
     good, bad = split(audioset.read(tmp_path))
     assert [(r.recording_id, r.labels, r.split, r.origin) for r in good] == [
-        ("cccc", ("Bark, loud",), "test", "youtube:cccc"), ("aaaa", ("Dog", "Bark, loud"), "train", "youtube:aaaa"),
-    ]  # fmt: skip
+        ("cccc", ("Bark, loud",), "test", "youtube:cccc"),
+        ("aaaa", ("Dog", "Bark, loud"), "train", "youtube:aaaa"),
+    ]
     assert kinds(bad) == {"malformed line": 4, "missing file": 1, "not listed": 1}
     assert [r.reason.split(":")[1].strip() for r in bad if r.kind == "malformed line"] == ["line 4", "line 5", "line 6", "line 7"]
 
@@ -102,9 +103,14 @@ def test_audiocaps_groups_captions(tmp_path):
 
 def test_wavcaps_blacklists_splits_and_sources(tmp_path):
     entries = [
-        {"id": "1", "caption": "One.", "tags": ["a", "b", "a"]}, {"id": "2", "caption": "Two.", "split": "val", "licence": "CC0"},
-        {"id": "3", "caption": "Three."}, {"caption": "none"}, {"id": "5", "split": "sometimes"}, "text", {"id": 6, "caption": None},
-    ]  # fmt: skip
+        {"id": "1", "caption": "One.", "tags": ["a", "b", "a"]},
+        {"id": "2", "caption": "Two.", "split": "val", "licence": "CC0"},
+        {"id": "3", "caption": "Three."},
+        {"caption": "none"},
+        {"id": "5", "split": "sometimes"},
+        "text",
+        {"id": 6, "caption": None},
+    ]
     meta = tmp_path / "json_files"
     for source, data in (("FreeSound", entries), ("AudioSet_SL", [{"id": "Yab.wav", "caption": "A."}, {"id": "Ycd.wav", "caption": "C."}])):
         (meta / source).mkdir(parents=True)
@@ -168,13 +174,15 @@ def test_gigaspeech_segments(tmp_path):
     sound(tmp_path / "audio" / "P1.wav")
     audios = [
         {"aid": "P1", "path": "audio/P1.wav", "subsets": ["{XL}"], "segments": segments},
-        {"aid": "P2", "path": "audio/gone.wav", "segments": segments[:1]}, {"aid": "P3"},
-    ]  # fmt: skip
+        {"aid": "P2", "path": "audio/gone.wav", "segments": segments[:1]},
+        {"aid": "P3"},
+    ]
     (tmp_path / "GigaSpeech.json").write_text(json.dumps({"audios": audios}, indent=1))
     good, bad = split(gigaspeech.read(tmp_path))
     assert [(r.recording_id, r.transcript, r.split, r.start, r.seconds) for r in good] == [
-        ("P1_S0", "Hello, it's I. Yes?", "train", 0.0, 1.0), ("P1_S3", "Well!", "test", 3.0, 1.0),
-    ]  # fmt: skip
+        ("P1_S0", "Hello, it's I. Yes?", "train", 0.0, 1.0),
+        ("P1_S3", "Well!", "test", 3.0, 1.0),
+    ]
     assert kinds(bad) == {"no speech": 2, "malformed line": 2, "missing file": 1}
 
 

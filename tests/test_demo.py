@@ -21,6 +21,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from pipelines.demo import PRESETS, Demo, main
+from pipelines.evaluation.results import Evaluation
 from pipelines.features.store import FeatureStore
 from pipelines.ingest import ingest
 from stages import STAGES
@@ -90,11 +91,29 @@ def test_second_call_does_nothing_again(finished: Path) -> None:
 
 @pytest.mark.slow
 def test_mlflow_holds_every_job_under_the_demo(finished: Path) -> None:
-    from pipelines.tracking import read_runs
+    from pipelines.page.runs import read_runs
 
     runs = {run.job: run for run in read_runs(finished)}
     assert {"demo", "mel", "train-vae", "train-joint", "evaluate"} <= runs.keys()
     assert {"train/mel_l1", "val/mel_l1", "speed/clips_per_second"} <= runs["train-vae"].metrics.keys()
+
+
+@pytest.mark.slow
+def test_recordings_without_labels_reach_the_report(ray_cluster: object, tmp_path: Path) -> None:
+    """A folder of sounds and captions, as README offers it: no classifier, everything else."""
+    data, work, rng = tmp_path / "sounds", tmp_path / "work", np.random.default_rng(0)
+    data.mkdir()
+    rows = ["file,caption"]
+    for i in range(36):
+        soundfile.write(data / f"{i}.wav", 0.1 * rng.standard_normal(40_960), 16_000)
+        rows.append(f"{i}.wav,a hiss of kind {i}")
+    (data / "captions.csv").write_text("\n".join(rows))
+    Demo(work, data, hurried(), SMALL, workers=0, tracking_uri=None, seed=0).run()
+    notes = {step["step"]: step["note"] for step in json.loads((work / "steps.json").read_text())}
+    assert len(notes) == 16 and "left out: the recordings have no labels" in notes["train-classifier"]
+    assert not (work / "stages" / "classifier").exists() and "<audio" in (work / "report.html").read_text()
+    found = Evaluation.read(work)
+    assert found is not None and "clap_score" in found.scores and "accuracy" in found.missing
 
 
 def test_other_settings_do_not_mix_into_a_demo(tmp_path: Path) -> None:
@@ -182,10 +201,12 @@ def free_port() -> int:
 
 @pytest.fixture
 def head() -> Iterator[str]:
-    """The dashboard's address of a cluster of its own, as `ray start --head` begins it; `ray` is on the PATH of its jobs."""
+    """The dashboard's address of a cluster of its own, as `ray start --head` begins it; `ray` is on the PATH of its jobs.
+
+    It listens on 127.0.0.1 alone and wants the token of these tests: both are in the environment (conftest.py).
+    """
     ports = [free_port() for _ in range(3)]
     env = os.environ | {
-        "RAY_AUTH_MODE": "disabled",
         "RAY_worker_niceness": "0",  # workers run at 15 otherwise: beside other tests they would hardly run at all
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
@@ -195,10 +216,18 @@ def head() -> Iterator[str]:
             patch.setenv(name, value)
         patch.delenv("RAY_ADDRESS", raising=False)
         command = [
-            *RAY, "start", "--head", "--block", "--num-cpus=4", "--object-store-memory=200000000", "--disable-usage-stats",
-            f"--port={ports[0]}", "--dashboard-host=127.0.0.1", f"--dashboard-port={ports[1]}",
+            *RAY,
+            "start",
+            "--head",
+            "--block",
+            "--num-cpus=4",
+            "--object-store-memory=200000000",
+            "--disable-usage-stats",
+            f"--port={ports[0]}",
+            "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={ports[1]}",
             f"--dashboard-agent-listen-port={ports[2]}",  # the default one belongs to the cluster that other tests share
-        ]  # fmt: skip
+        ]
         process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             yield f"http://127.0.0.1:{ports[1]}"

@@ -10,7 +10,9 @@ import soundfile
 import torch
 
 from pipelines import corpora
-from pipelines.demo_corpus import KINDS, TEMPLATES, TEST_TEMPLATES, Traits, caption, make_clip, make_demo_corpus
+from pipelines.demo_corpus.make import make_demo_corpus
+from pipelines.demo_corpus.sounds import KINDS, Traits, make_clip
+from pipelines.demo_corpus.words import MUSIC, TEMPLATES, TEST_TEMPLATES, WORDS, caption
 from stages.audio import AudioConfig, log_mel, normalise
 from stages.errors import UserError
 
@@ -52,6 +54,10 @@ def test_sounds_in_the_published_layouts(tmp_path):
         make_demo_corpus(tmp_path / "a", seed=1, clips_per_kind=30, seconds=0.6, kinds=labels, speech=0)
     with pytest.raises(UserError, match="unknown kinds of sound: Unicorn"):
         make_demo_corpus(tmp_path / "c", kinds=["Unicorn"])
+
+
+def test_every_kind_has_a_sound_and_words():
+    assert list(KINDS) == list(WORDS) and set(MUSIC) < set(KINDS)
 
 
 def test_speech_in_the_published_layouts(tmp_path):

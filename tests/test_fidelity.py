@@ -137,9 +137,12 @@ def test_recipes_are_the_stated_ones():
 def clip(rng, channels=4):
     """What a store gives of a clip, with an embedding that is not CLAP("")'s."""
     return {
-        "t5": np.zeros((1, 3, 8), np.float16), "t5_length": np.array([3]), "clap_text": np.full((1, 6), 2.0, np.float16),
-        "loa": np.zeros((2, 5), np.float16), "latent": np.concatenate([rng.normal(size=(channels, 4, 4)), np.full((channels, 4, 4), 0.5)]),
-    }  # fmt: skip
+        "t5": np.zeros((1, 3, 8), np.float16),
+        "t5_length": np.array([3]),
+        "clap_text": np.full((1, 6), 2.0, np.float16),
+        "loa": np.zeros((2, 5), np.float16),
+        "latent": np.concatenate([rng.normal(size=(channels, 4, 4)), np.full((channels, 4, 4), 0.5)]),
+    }
 
 
 @pytest.mark.parametrize(("probability", "low", "high"), [(0.1, 0.06, 0.14), (0.0, 0.0, 0.0)])
@@ -175,10 +178,14 @@ def test_joint_weighs_translation_twice_and_hears_the_truth_by_p_gt():
     off = ClapDropout(0.0, None)
     stage = JointStage(FakeSystem(), process, None, FULL.joint, "l1", 4, None, off)  # type: ignore[arg-type]
     batch = {
-        "clap": torch.zeros(2, 6), "text": torch.zeros(2, 4, 8), "text_mask": torch.ones(2, 4, dtype=torch.long),
-        "loa": torch.ones(2, 2, 5), "latent": torch.zeros(2, 4, 4, 4), "noise": torch.full((2, 4, 4, 4), 2.0),
+        "clap": torch.zeros(2, 6),
+        "text": torch.zeros(2, 4, 8),
+        "text_mask": torch.ones(2, 4, dtype=torch.long),
+        "loa": torch.ones(2, 2, 5),
+        "latent": torch.zeros(2, 4, 4, 4),
+        "noise": torch.full((2, 4, 4, 4), 2.0),
         "timestep": torch.tensor([1, 2]),
-    }  # fmt: skip
+    }
     FakeSystem.truths.clear()
     for step in range(1000):
         ((part, loss, logs),) = stage.losses(batch | {"step_rng": np.random.default_rng(step)})
@@ -276,8 +283,16 @@ def test_the_phoneme_encoder_is_vits():
 
 def test_short_clips_are_repeated_for_clap():
     """As `ClapFeatureExtractor` does with "repeatpad"; the authors' code stretches them in time."""
-    extractor = ClapFeatureExtractor(feature_size=16, sampling_rate=16_000, hop_length=160, max_length_s=1, fft_window_size=512,
-                                     frequency_max=8000, truncation="rand_trunc", padding="repeatpad")  # fmt: skip
+    extractor = ClapFeatureExtractor(
+        feature_size=16,
+        sampling_rate=16_000,
+        hop_length=160,
+        max_length_s=1,
+        fft_window_size=512,
+        frequency_max=8000,
+        truncation="rand_trunc",
+        padding="repeatpad",
+    )
     waveform = np.random.default_rng(0).normal(size=(1, 6000)).astype(np.float32)
     theirs = extractor(list(waveform), sampling_rate=16_000, return_tensors="pt").input_features
     torch.testing.assert_close(clap_mel(torch.from_numpy(waveform), extractor), theirs, atol=1e-3, rtol=1e-4)
@@ -295,7 +310,7 @@ def test_clap_has_robertas_epsilon_and_frozen_encoders_rest(tmp_path):
 
 
 def test_public_speech_folders_speak_512_vectors(tmp_path):
-    """They carry the sound models' 8 (facts 11.3)."""
+    """They carry the sound models' 8 (references.md#public-folders)."""
     folder = make_bundle(tmp_path / "public-speech", speech=True)
     (folder / "loa.json").unlink()
     config = folder / "language_model" / "config.json"
@@ -307,8 +322,17 @@ def test_public_speech_folders_speak_512_vectors(tmp_path):
 
 def test_the_core_needs_neither_torchaudio_nor_librosa():
     files = [path for package in ("stages", "pipelines", "serving") for path in (REPO / package).rglob("*.py")]
-    named = {alias.name.split(".")[0] for path in files for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import)
-             for alias in node.names}  # fmt: skip
-    named |= {node.module.split(".")[0] for path in files for node in ast.walk(ast.parse(path.read_text()))
-              if isinstance(node, ast.ImportFrom) and node.module}  # fmt: skip
+    named = {
+        alias.name.split(".")[0]
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
+    named |= {
+        node.module.split(".")[0]
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module
+    }
     assert "torch" in named and not named & {"torchaudio", "librosa"}

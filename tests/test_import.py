@@ -72,9 +72,13 @@ def changed(path, target, change):
 
 # ------------------------------------------------------------------------------------ the authors' layout, full size
 
-COUNTS = {  # facts 5.2, 5.3, 5.5, 6, 7.1, 14; the two tables of 32 rows hold 30 that nobody uses; CLAP and vocoder with buffers
-    "text_encoder": 193_913_882, "language_model": 124_439_808, "vae": 55_376_873, "vocoder": 55_264_897, "audiomae": 111_656_448,
-}  # fmt: skip
+COUNTS = {  # references.md#parameter-counts; the two tables of 32 rows hold 30 that nobody uses; CLAP and vocoder with buffers
+    "text_encoder": 193_913_882,
+    "language_model": 124_439_808,
+    "vae": 55_376_873,
+    "vocoder": 55_264_897,
+    "audiomae": 111_656_448,
+}
 SOUND = {"projection_model": 1_184_256 + 2 * 30 * 768, "text_encoder_2": 341_231_104}
 SPEECH = {"projection_model": 604_800 + 2 * 30 * 768, "text_encoder_2": 6_327_744}
 
@@ -104,7 +108,7 @@ def test_full_size_files_have_the_published_counts(name, counts, tensors):
 
 
 def test_names_are_those_of_the_published_map():
-    """Rows of facts 11.5, one of each kind; `audioldm2-full` has three transformers per place, the decoder four levels."""
+    """references.md#checkpoint-layout, one of each kind; `audioldm2-full` has three transformers per place, the decoder four levels."""
     found = {part.folder or part.stage: part for part in parts(resolve("audioldm2-full"))}
     pairs = {
         ("unet", "time_embedding.linear_2.bias"): "model.diffusion_model.time_embed.2.bias",
@@ -140,7 +144,7 @@ def test_names_are_those_of_the_published_map():
         ("text_encoder_2", "encoder.final_layer_norm.weight"): (
             "cond_stage_models.0.cond_stage_models.1.model.encoder.final_layer_norm.weight"
         ),
-    }  # fmt: skip
+    }
     assert {pair: found[pair[0]].places[pair[1]].key for pair in pairs} == pairs
     key = found["text_encoder"].places["audio_model.audio_encoder.layers.2.blocks.9.attention.self.key.bias"]
     assert (key.shape, key.part, key.parts) == ((3 * 512,), 1, 3)
@@ -443,7 +447,7 @@ def test_public_folders_keep_their_sound(tmp_path, speech):
     assert json.loads((public / "language_model" / "config.json").read_text())["architectures"] == ["GPT2Model"]
     bundle = import_weights(str(public), tmp_path / "work")
     info = read_info(bundle)
-    assert (info.variant, info.tiny, info.unconditional) == ("audioldm2-ljs" if speech else "audioldm2-full", True, "diffusers")
+    assert (info.variant, info.tiny, info.unconditional) == ("audioldm2-ljs-tiny" if speech else "audioldm2-full-tiny", True, "diffusers")
     if speech:
         pytest.importorskip("espeakng_loader")
     said = {"transcriptions": "Hello there."} if speech else {"negative_prompts": "noise"}
@@ -479,7 +483,7 @@ def test_what_a_folder_says_of_itself_stands(tmp_path):
 
 
 def test_public_speech_folders_speak_at_full_length(tmp_path):
-    """They carry the sound models' max_new_tokens of 8; speech has 512 (facts 11.3)."""
+    """They carry the sound models' max_new_tokens of 8; speech has 512 (references.md#public-folders)."""
     public = make_public(make_bundle(tmp_path / "mine", speech=True), tmp_path / "public")
     configure(public / "language_model", max_new_tokens=8)
     bundle = import_weights(str(public), tmp_path / "work")

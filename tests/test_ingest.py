@@ -65,9 +65,12 @@ def test_speech_is_never_cut():
 
 def test_held_out_sounds_leave_the_training_of_other_corpora():
     records = [
-        recording(corpus="a", split="test", origin="youtube:1"), recording(corpus="b", origin="youtube:1"),
-        recording(corpus="b", split="test", origin="youtube:1"), recording(corpus="a", origin="youtube:2"), recording(corpus="a"),
-    ]  # fmt: skip
+        recording(corpus="a", split="test", origin="youtube:1"),
+        recording(corpus="b", origin="youtube:1"),
+        recording(corpus="b", split="test", origin="youtube:1"),
+        recording(corpus="a", origin="youtube:2"),
+        recording(corpus="a"),
+    ]
     result = without_leaks(records[:2] + records[3:])
     assert [isinstance(r, Rejected) for r in result] == [False, True, False, False]
     assert result[1].reason == "held out: in the test split of a"
@@ -86,9 +89,14 @@ def test_headers_of_anything(tmp_path):
     assert found["good.wav"] == (pytest.approx(1.5), "")
     reasons = {name: problem.partition(":")[0] for name, (_, problem) in found.items()}
     assert reasons == {
-        "good.wav": "", "text.wav": "unreadable", "zero.wav": "empty", "pipe.wav": "unreadable", "half.flac": "unreadable",
-        "none.wav": "empty", "gone.wav": "missing file",
-    }  # fmt: skip
+        "good.wav": "",
+        "text.wav": "unreadable",
+        "zero.wav": "empty",
+        "pipe.wav": "unreadable",
+        "half.flac": "unreadable",
+        "none.wav": "empty",
+        "gone.wav": "missing file",
+    }
     assert str(tmp_path) not in found["text.wav"][1]
     assert probe_headers([str(good)]) == {str(good): found["good.wav"]}
 
@@ -126,10 +134,10 @@ def test_ingest_makes_a_store_once(data, tmp_path):
     assert not ingest([data], tmp_path / "store", AUDIO).already
     assert (tmp_path / "store" / "clips.parquet").read_bytes() == before
 
-    with pytest.raises(UserError, match="clip_seconds: 2.0 there, 4.0 now.*--work"):
+    with pytest.raises(UserError, match="clip_seconds: was 2.0, now 4.0.*--work"):
         ingest([data], tmp_path / "store", AudioConfig(clip_seconds=4.0))
     sound(data / "new.wav", 1.0)
-    with pytest.raises(UserError, match="recordings: folder in .*: 3 recordings, .* there, 4 recordings"):
+    with pytest.raises(UserError, match="recordings.folder in .*: was 3 recordings, .*, now 4 recordings"):
         ingest([data], tmp_path / "store", AUDIO)
 
 
@@ -160,9 +168,13 @@ def test_real_recordings(shared, tmp_path):
     report = ingest([shared / "data"], tmp_path / "store", AudioConfig())
     found = {c.corpus: (c.recordings, c.clips, c.rejected) for c in report.corpora}
     assert found == {
-        "audiocaps": (0, 0, {"missing file": 51308}), "audioset": (240, 240, {}), "ljspeech": (60, 60, {}), "msd": (18, 49, {}),
-        "gigaspeech": (96, 96, {"no speech": 4, "speech longer than a clip": 1}), "wavcaps": (80, 80, {"missing file": 1232}),
-    }  # fmt: skip
+        "audiocaps": (0, 0, {"missing file": 51308}),
+        "audioset": (240, 240, {}),
+        "ljspeech": (60, 60, {}),
+        "msd": (18, 49, {}),
+        "gigaspeech": (96, 96, {"no speech": 4, "speech longer than a clip": 1}),
+        "wavcaps": (80, 80, {"missing file": 1232}),
+    }
     clips = FeatureStore.open(tmp_path / "store").clips()
     assert len(clips) == 525 and (clips["seconds"] <= 10.24).all() and (clips["seconds"] > 0).all()
     assert Counter(clips["split"]) == report.splits
@@ -172,9 +184,12 @@ def test_command(data, tmp_path):
     run = CliRunner().invoke(main, [str(data), "--work", str(tmp_path / "w"), "--tiny", "--max-windows", "2", "--clip-seconds", "2"])
     assert run.exit_code == 0 and "already" not in run.output, run.output
     assert "1 unreadable" in run.output and str(tmp_path / "w" / "store") in run.output
-    assert "already ingested: 3 clips" in CliRunner().invoke(
-        main, ["--data", str(data), "--work", str(tmp_path / "w"), "--tiny", "--max-windows", "2", "--clip-seconds", "2"]
-    ).output  # fmt: skip
+    assert (
+        "already ingested: 3 clips"
+        in CliRunner()
+        .invoke(main, ["--data", str(data), "--work", str(tmp_path / "w"), "--tiny", "--max-windows", "2", "--clip-seconds", "2"])
+        .output
+    )
     assert json.loads((tmp_path / "w" / "store" / "store.json").read_text())["audio"]["clip_seconds"] == 2.0
     for arguments, said in (([], "name the folder"), ([str(tmp_path / "gone")], "does not exist")):
         run = CliRunner().invoke(main, [*arguments, "--work", str(tmp_path / "w2")])

@@ -15,7 +15,7 @@ from stages.audio import slaney_filterbank
 from stages.checkpoints import read_checkpoint
 from stages.errors import UserError
 from stages.judges import panns, passt, vggish
-from stages.judges.judge import AUDIOLDM_EVAL, JUDGES, Judgement, Listening, load_judge, random_judge
+from stages.judges.catalogue import AUDIOLDM_EVAL, JUDGES, JudgeOutput, Listening, load_judge, random_judge
 from stages.judges.network import Network
 from stages.judges.panns import CNN14_16K, CNN14_32K, Cnn14, fourier_kernels
 from stages.judges.passt import PaSST, PaSSTConfig
@@ -149,7 +149,7 @@ def test_passt_hears_what_its_reference_hears() -> None:
     np.testing.assert_allclose(passt.log_mel(torch.from_numpy(wave).float()[None])[0].numpy(), expected, atol=1e-4)
 
 
-def test_ten_seconds_have_the_frames_of_the_facts() -> None:
+def test_ten_seconds_have_the_stated_frames() -> None:
     at_16k, at_32k = noise(160_000), noise(320_000)
     assert vggish.log_mel(at_16k).shape == (1, 998, 64)
     assert panns.log_mel(at_16k, CNN14_16K).shape == panns.log_mel(at_32k, CNN14_32K).shape == (1, 1001, 64)
@@ -298,7 +298,7 @@ def test_published_sizes(name, parameters, million) -> None:
     with torch.device("meta"):
         network = JUDGES[name].published()
     count = sum(value.numel() for value in network.parameters())
-    assert count == parameters and round(count / 1e6, 2) == million  # facts 13
+    assert count == parameters and round(count / 1e6, 2) == million  # references.md#judges
     widths = {"vggish": 128, "passt-s": 768}
     assert network.embedding_width == widths.get(name, 2048)
 
@@ -307,7 +307,7 @@ def test_published_sizes(name, parameters, million) -> None:
 
 
 def published_shapes(name: str, network: Network) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the published files, as the facts page lists them (13.1 to 13.3), sized like `network`."""
+    """Names and shapes of the published files, as VGGish, CNN14 and PaSST name them, sized like `network`."""
     layer: dict[str, tuple[int, ...]] = {}  # layers with a weight and a bias
     shapes: dict[str, tuple[int, ...]] = {}
     config = network.config
@@ -366,7 +366,7 @@ def test_published_names_and_shapes_at_full_size(name) -> None:
     front_end = {key: np.prod(shapes.pop(key)) for key in panns.FRONT_END if key in shapes}
     assert {key: tuple(value.shape) for key, value in network.state_dict().items()} == shapes
     if front_end:
-        assert round(sum(front_end.values()) / 1e6, 2) == {"cnn14-16k": 0.28, "cnn14-32k": 1.08}[name]  # facts 13.2
+        assert round(sum(front_end.values()) / 1e6, 2) == {"cnn14-16k": 0.28, "cnn14-32k": 1.08}[name]  # references.md#cnn14
 
 
 @pytest.fixture
@@ -567,7 +567,7 @@ def test_a_clip_does_not_depend_on_its_neighbours(name) -> None:
 
 def test_rows_leave_the_padding_out() -> None:
     embedding = torch.arange(12.0).view(2, 3, 2)
-    assert Judgement(embedding, None, torch.tensor([1, 3])).rows().tolist() == [[0, 1], [6, 7], [8, 9], [10, 11]]
+    assert JudgeOutput(embedding, None, torch.tensor([1, 3])).rows().tolist() == [[0, 1], [6, 7], [8, 9], [10, 11]]
 
 
 @pytest.mark.parametrize("name", list(JUDGES))

@@ -29,9 +29,13 @@ def test_phoneme_encoder_matches_the_reference(shared):
     theirs = {key.removeprefix("weights/"): torch.from_numpy(values[key]) for key in values.files if key.startswith("weights/")}
     sizes = json.loads(str(values["config"]))
     config = PhonemeEncoderConfig(
-        width=sizes["hidden"], layers=sizes["layers"], heads=sizes["heads"], feed_forward=sizes["filter"], kernel=sizes["kernel"],
+        width=sizes["hidden"],
+        layers=sizes["layers"],
+        heads=sizes["heads"],
+        feed_forward=sizes["filter"],
+        kernel=sizes["kernel"],
         window=sizes["window"],
-    )  # fmt: skip
+    )
     encoder = config.build().text_encoder.eval()
     ours = encoder.state_dict()
     places = layout.origins(ours, layout.phoneme_encoder)

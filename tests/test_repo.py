@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,6 +74,88 @@ def test_stages_import_without_ray() -> None:
     code = "import sys; sys.modules['ray'] = sys.modules['mlflow'] = None; import stages.variants; print('fastapi' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == "False", done.stderr
+
+
+COMMON = {
+    "cluster",
+    "plots",
+    "tables",
+    "tracking",
+    "weights",
+}  # files of pipelines/ that every room may import; the other files are commands
+ROOMS = {
+    "corpora": set[str](),
+    "demo_corpus": set[str](),
+    "features": set[str](),
+    "evaluation": {"corpora", "features"},
+    "training": {"features", "evaluation"},
+    "page": {"features", "evaluation"},
+}
+BORROWED = {
+    ("train", "plan"),  # `--dry-run` prints the plan
+}
+
+
+def neighbours(path: Path) -> set[str]:
+    """Files and folders of pipelines/ that a file imports, by name."""
+    found = {name.split(".")[1] for name in imports(path) if name.startswith("pipelines.")}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "pipelines":
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def test_rooms_of_pipelines_import_downwards() -> None:
+    """A room imports common ground and the rooms it is allowed, common ground only itself, and nobody but the demo a command."""
+    wrong = set()
+    for path in (REPO / "pipelines").rglob("*.py"):
+        room = path.relative_to(REPO / "pipelines").parts[0].removesuffix(".py")
+        if room in ROOMS:
+            allowed = COMMON | ROOMS[room] | {room}
+        else:
+            allowed = COMMON if room in COMMON else COMMON | set(ROOMS)
+        if room != "demo":
+            wrong |= {(room, name) for name in neighbours(path) - allowed}
+    assert wrong - BORROWED == set()
+
+
+def test_ray_workers_start_light() -> None:
+    """Ray's controller imports this module before every stage, and needs none of what takes seconds to import."""
+    assert list(imports(REPO / "pipelines" / "training" / "__init__.py")) == []
+    code = "import sys, pipelines.training.ray_worker; print({'torch', 'transformers', 'diffusers', 'ray'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "set()", done.stdout + done.stderr
+
+
+# -------------------------------------------------------------------------------------------------------------- sizes
+
+LONGEST_FILE, LONGEST_FUNCTION = 450, 70  # lines
+LONGER: dict[str, str] = {}  # path, or path::function → why it may be longer
+
+
+def too_long() -> Iterator[str]:
+    for package in ("pipelines", "stages"):
+        for path in sorted((REPO / package).rglob("*.py")):
+            name, text = path.relative_to(REPO).as_posix(), path.read_text(encoding="utf-8")
+            if len(text.splitlines()) > LONGEST_FILE:
+                yield name
+            for node in ast.walk(ast.parse(text)):
+                long = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (node.end_lineno or 0) - node.lineno >= LONGEST_FUNCTION
+                if long:
+                    yield f"{name}::{node.name}"
+
+
+def test_files_and_functions_stay_short() -> None:
+    assert sorted(too_long()) == sorted(LONGER)
+
+
+SKIP = "fmt: " + "skip"
+
+
+def test_the_formatter_decides() -> None:
+    """Where its form is ugly, the signature is too long."""
+    skipped = [path.relative_to(REPO).as_posix() for path in tracked() for _ in range(text_of(path).count(SKIP))]
+    assert len(skipped) < 10, skipped
 
 
 # --------------------------------------------------------------------------------------------------------- the README
@@ -152,6 +235,16 @@ def test_no_registry_host_and_no_path_of_one_machine() -> None:
     pattern = re.compile("|".join(re.escape(word) + r"(?![\w-])" for word in [*hosts, *(p for p in places if len(p) > 2)]))
     found = [f"{path.relative_to(REPO)}: {match.group()}" for path in tracked() if (match := pattern.search(text_of(path)))]
     assert found == []
+
+
+def test_a_wheel_takes_every_file_along() -> None:
+    """What is no module travels as package data: the report's frame, style and script, the service's page."""
+    data = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
+    packed = {
+        path for package, patterns in data.items() for pattern in patterns for path in (REPO / package.replace(".", "/")).glob(pattern)
+    }
+    others = {path for path in tracked() if path.suffix != ".py" and path.relative_to(REPO).parts[0] in PACKAGES}
+    assert sorted(others - packed) == []
 
 
 def test_gitignore_is_anchored() -> None:

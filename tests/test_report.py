@@ -3,18 +3,30 @@
 import json
 import re
 import struct
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
+from PIL import Image
 
-from pipelines import plots, report
+from pipelines import plots
 from pipelines.evaluation.results import Evaluation
-from pipelines.report import Project, render, write_report
-from pipelines.tracking import Run
+from pipelines.page import render as page_module
+from pipelines.page.markup import duration
+from pipelines.page.picture import write_picture
+from pipelines.page.project import Project
+from pipelines.page.render import render
+from pipelines.page.runs import Run
+from pipelines.report import main, write_report
 from stages.audio import write_wav
 from stages.errors import UserError
 from stages.files import write_json
 
+REPO = Path(__file__).resolve().parent.parent
 NASTY = 'a "dog" <script>alert(1)</script> & barks'
 
 
@@ -78,7 +90,7 @@ def test_sounds_stop_at_the_size_that_mails_and_browsers_take(tmp_path, evaluati
     whole = render(project(tmp_path, evaluation=evaluation))
     assert whole.count("<article") == 3 and "all 3 evaluated captions" in whole
     assert render(project(tmp_path, evaluation=evaluation), num_clips=2).count("<article") == 2
-    monkeypatch.setattr(report, "MOST_BYTES", 1000)
+    monkeypatch.setattr(page_module, "MOST_BYTES", 1000)
     assert render(project(tmp_path, evaluation=evaluation)).count("<article") == 1
 
 
@@ -101,9 +113,58 @@ def test_steps_and_cards_are_read_from_the_folder(tmp_path, monkeypatch):
     assert "<h1>audioldm2-ac</h1>" in page and "7 steps" in page and "100 MB" in page
 
 
+def test_the_command_writes_page_and_picture(tmp_path, monkeypatch, evaluation):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    write_json(tmp_path / "evaluation" / "evaluation.json", asdict(evaluation))
+    files = {"page": tmp_path / "pages" / "page.html", "picture": tmp_path / "pages" / "picture.png"}
+    wanted = ["-o", str(files["page"]), "--picture", str(files["picture"]), "--num-clips", "2"]
+    done = CliRunner().invoke(main, ["--work", str(tmp_path), *wanted])
+    assert done.exit_code == 0, done.output
+    assert "page.html; open it in a browser" in done.output and "picture.png" in done.output
+    assert files["page"].read_text().count("<article") == 2
+    assert sorted(path.name for path in files["page"].parent.iterdir()) == ["page.html", "picture.png"]
+
+
+def test_the_picture_takes_the_first_clip_of_each_kind_and_stays_small(tmp_path, evaluation):
+    """Sounds are white noise here: spectrograms that compress as badly as any."""
+    kinds = ["Dog", "Dog", "Rain", "Bell", "Wind"]
+    clips = [evaluation.clips[i % 3] | {"label": kind, "text": f"{kind} {i}"} for i, kind in enumerate(kinds)]
+    drawn = {}
+    grid = plots.spectrogram_grid
+
+    def keep(rows, columns):
+        drawn.update(rows=rows, columns=columns)
+        return grid(rows, columns)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "spectrogram_grid", keep)
+        path = write_picture(project(tmp_path, evaluation=replace(evaluation, clips=clips)), tmp_path / "picture.png")
+    assert drawn["columns"] == ["Dog 0", "Rain 2", "Bell 3"]
+    assert {name: len(mels) for name, mels in drawn["rows"].items()} == {"real": 3, "VAE + vocoder": 3, "generated": 3}
+    width, height = Image.open(path).size
+    assert path.stat().st_size < 150_000 and 600 < width < 1200 and 200 < height < 600
+
+
+def test_a_picture_needs_an_evaluation_with_its_sounds(tmp_path, evaluation):
+    with pytest.raises(UserError, match=r"has no evaluation to draw; run `loa evaluate"):
+        write_picture(project(tmp_path), tmp_path / "picture.png")
+    (tmp_path / "evaluation" / "vae" / "clip-0.wav").unlink()
+    with pytest.raises(UserError, match="sounds of the evaluation .* are gone"):
+        write_picture(project(tmp_path, evaluation=evaluation), tmp_path / "picture.png")
+
+
+def test_the_command_explains_itself_without_heavy_imports():
+    code = (
+        "import sys, pipelines.report\n"
+        "print(sorted({'torch', 'pandas', 'matplotlib', 'PIL', 'mlflow', 'ray', 'numpy'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_durations_read_naturally():
-    told = [report._duration(s) for s in (0.25, 42.4, 59.7, 61, 1361, 3599, 7384)]
-    assert told == ["0.2 s", "42 s", "1 min 00 s", "1 min 01 s", "23 min", "1 h 00 min", "2 h 03 min"]
+    texts = [duration(s) for s in (0.25, 42.4, 59.7, 61, 1361, 3599, 7384)]
+    assert texts == ["0.2 s", "42 s", "1 min 00 s", "1 min 01 s", "23 min", "1 h 00 min", "2 h 03 min"]
 
 
 def test_mel_images_put_low_pitch_at_the_bottom_and_share_a_scale():
@@ -129,6 +190,7 @@ def test_mel_images_put_low_pitch_at_the_bottom_and_share_a_scale():
         plots.curves({"empty": [plots.Curve("training", np.zeros(0, int), np.zeros(0))]}),
         plots.confusion(["a", "b"], np.array([[2, 0], [1, 3]]), "title"),
         plots.class_bars(["a", "b"], {"generated": [0.5, 0.1], "real": [1.0, 0.9]}, 0.5, "title"),
+        plots.spectrogram_grid({"real": [np.zeros((20, 8))] * 2, "generated": [np.zeros((20, 8))] * 2}, ["a dog", "rain"]),
         plots.spectrograms({"real": np.zeros((20, 8)), "generated": np.zeros((20, 8))}, 0.2, list(np.linspace(50, 8000, 8))),
     ],
 )

@@ -178,7 +178,7 @@ def test_ranking_agrees_with_diffusers(generator):
 
 
 def authors_reference(parts, prompts, noises, steps, guidance, spoken=None):
-    """Latents as the authors' inference makes them (facts 5.3 to 7.6), from the networks and nothing else of loa.
+    """Latents as the authors' inference makes them (references.md#sampling), from the networks and nothing else of loa.
 
     With `spoken`, rows of phoneme ids, of a speech system: phonemes instead of T5 before GPT-2, LOA alone in the T-UNet.
     """
@@ -198,11 +198,15 @@ def authors_reference(parts, prompts, noises, steps, guidance, spoken=None):
         joint, rows = parts.projection_model, len(texts)
         sequence = torch.cat(
             [
-                joint.sos_embed.expand(rows, 1, -1), joint.projection(clap), joint.eos_embed.expand(rows, 1, -1),
-                joint.sos_embed_1.expand(rows, 1, -1), joint.projection_1(states), joint.eos_embed_1.expand(rows, 1, -1),
+                joint.sos_embed.expand(rows, 1, -1),
+                joint.projection(clap),
+                joint.eos_embed.expand(rows, 1, -1),
+                joint.sos_embed_1.expand(rows, 1, -1),
+                joint.projection_1(states),
+                joint.eos_embed_1.expand(rows, 1, -1),
             ],
             dim=1,
-        )  # fmt: skip
+        )
         one = torch.ones(rows, 1, dtype=torch.long)
         mask = torch.cat([one, one, one, one, text_mask, one], dim=1)
         for _ in range(LOA_TOKENS):
@@ -268,7 +272,7 @@ def test_authors_profile_speaks_by_their_formulas(speech):
 
 
 def test_authors_length_is_uncut(generator):
-    """10 s asked for are 256 latent frames, 10.24 s, and all that the vocoder makes of them (facts 3, 7.6)."""
+    """10 s asked for are 256 latent frames, 10.24 s, and all that the vocoder makes of them (references.md#vocoder)."""
     assert generator.length(10.0, "authors") == (256, None)
     assert generator.length(5.0, "authors") == (128, None)
     assert generator.length(None, "authors") == (16, None)  # one clip of this bundle
@@ -283,7 +287,7 @@ def test_authors_keep_the_best_of_three(generator):
 
 
 def test_eta_one_has_the_stated_deviations():
-    """σ of 200 steps (facts 7.6): first, 100th and last timestep."""
+    """σ of 200 steps (references.md#sampling): first, 100th and last timestep."""
     walk = strides(200, "authors")
     solver = DDIM(noise_schedule(), walk, CPU, 1.0, seeded(0))
     drawn, zero = torch.Generator().manual_seed(0), torch.zeros(1, 4)

@@ -3,17 +3,11 @@
 import base64
 import io
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -148,7 +142,7 @@ def test_page_model_and_health(client):
     assert "https://" not in page.text and 'src="http' not in page.text  # nothing comes from elsewhere
     assert "default-src 'none'" in page.headers["content-security-policy"]
     model = client.get("/v1/model").json()
-    assert (model["variant"], model["sample_rate"], model["speech"]) == ("audioldm2-full", 16_000, False)
+    assert (model["variant"], model["sample_rate"], model["speech"]) == ("audioldm2-full-tiny", 16_000, False)
     assert model["limits"]["max_seconds"] == 30 and model["limits"]["default_seconds"] == AUDIO.clip_seconds
     assert model["provenance"] == {"made_by": "tests"}
     assert client.get("/healthz").json() == {"status": "ok"}
@@ -164,8 +158,15 @@ def test_speech_models_want_words(tmp_path, generator):
 
 
 def job(**changes):
-    values = {"negative_prompt": None, "transcription": None, "seconds": 0.64, "sampling": Sampling(num_inference_steps=2),
-              "seed": 0, "format": "wav", "prompt": "rain"}  # fmt: skip
+    values = {
+        "negative_prompt": None,
+        "transcription": None,
+        "seconds": 0.64,
+        "sampling": Sampling(num_inference_steps=2),
+        "seed": 0,
+        "format": "wav",
+        "prompt": "rain",
+    }
     return Job(**(values | changes))
 
 
@@ -225,7 +226,7 @@ def test_real_serve(ray_cluster, bundle, generator):
         status, data = post(url + ROUTE, {"prompt": "a dog", "seconds": 99})
         assert status == 422 and b"at most 30" in data
         with urllib.request.urlopen(url + "/v1/model", timeout=400) as answer:
-            assert json.load(answer)["variant"] == "audioldm2-full"
+            assert json.load(answer)["variant"] == "audioldm2-full-tiny"
 
         slow = {"prompt": "a dog", "num_inference_steps": 25}
         with ThreadPoolExecutor(10) as pool:
@@ -287,7 +288,7 @@ def test_generate_keeps_the_most_fitting(tmp_path, bundle, generator):
 
 
 def test_generate_takes_profiles_and_peaks(tmp_path, bundle, generator):
-    """Raw by default; the authors' training code saves its samples at a peak of 0.8 (register 23)."""
+    """Raw by default; the authors' training code saves its samples at a peak of 0.8 (fidelity.md, row 23)."""
     options = ["--profile", "authors", "--candidates", "1", "--steps", "2", "--eta", "0.5", "--device", "cpu", "--bundle", str(bundle)]
     expected = generator.generate("rain", profile="authors", candidates=1, num_inference_steps=2, eta=0.5)[0]
     for name, more, scale in (("raw", [], 1.0), ("loud", ["--peak", "0.8"], 0.8 / np.abs(expected).max())):
@@ -313,27 +314,3 @@ def test_output_names(tmp_path, monkeypatch):
         output_files(tmp_path / "x.mp3", "", 1, False)
     with pytest.raises(UserError, match="does not exist"):
         output_files(tmp_path / "no" / "x.wav", "", 1, False)
-
-
-@pytest.mark.slow
-def test_loa_serve_starts_and_ends(bundle, tmp_path):
-    """The command as a user runs it: ready, answers, ends at SIGTERM with nothing left."""
-    port = free_port()
-    root = str(Path(app.__file__).resolve().parent.parent)
-    server = subprocess.Popen(
-        [sys.executable, "-m", "serving.app", "--bundle", str(bundle), "--port", str(port)],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    watchdog = threading.Timer(240, server.kill)
-    watchdog.start()
-    try:
-        assert any("Ready at" in line for line in server.stdout)
-        assert post(f"http://127.0.0.1:{port}{ROUTE}", {"prompt": "a dog", "num_inference_steps": 1})[0] == 200
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(60) == 0
-    finally:
-        watchdog.cancel()
-        server.kill()
-        server.wait()
-        server.stdout.close()
-    app.require_free_port("127.0.0.1", port)

@@ -2,6 +2,9 @@
 
 import json
 import pickle
+import re
+import subprocess
+import sys
 import tarfile
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +14,7 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
+import tiny_store
 import webdataset
 
 from pipelines.features.shards import LedgerRow, Rejection, completing_command
@@ -18,6 +22,7 @@ from pipelines.features.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore,
 from stages.audio import AudioConfig, encode_flac
 from stages.errors import UserError
 
+REPO = Path(__file__).resolve().parent.parent
 AUDIO = AudioConfig(clip_seconds=0.5)
 RECIPE = {"format": 1, "weights": {"vae": "abc"}, "pooling": 8, "provenance": {"code": "one"}}
 
@@ -25,11 +30,19 @@ RECIPE = {"format": 1, "weights": {"vae": "abc"}, "pooling": 8, "provenance": {"
 def clip_table(count: int) -> pa.Table:
     rows = [
         {
-            "clip_id": f"corpus-{i:03d}", "corpus": "corpus", "path": f"/sounds/{i}.wav", "start": 0.5 * i, "seconds": 0.5,
-            "captions": [f"sound {i}", "noise"], "transcript": "", "labels": [], "split": "train", "licence": "CC0",
+            "clip_id": f"corpus-{i:03d}",
+            "corpus": "corpus",
+            "path": f"/sounds/{i}.wav",
+            "start": 0.5 * i,
+            "seconds": 0.5,
+            "captions": [f"sound {i}", "noise"],
+            "transcript": "",
+            "labels": [],
+            "split": "train",
+            "licence": "CC0",
         }
         for i in range(count)
-    ]  # fmt: skip
+    ]
     return pa.Table.from_pylist(rows, schema=CLIP_SCHEMA)
 
 
@@ -103,9 +116,9 @@ def test_clips_are_dealt_by_the_seed_alone(tmp_path):
 def test_creating_again_keeps_the_series_and_refuses_other_clips(tmp_path):
     fill(make_store(tmp_path), "text")
     assert make_store(tmp_path).missing_shards("text") == []
-    with pytest.raises(UserError, match="num_clips: 10 there, 11 now"):
+    with pytest.raises(UserError, match="num_clips: was 10, now 11"):
         make_store(tmp_path, 11)
-    with pytest.raises(UserError, match="seed: 0 there, 1 now"):
+    with pytest.raises(UserError, match="seed: was 0, now 1"):
         make_store(tmp_path, seed=1)
 
 
@@ -130,6 +143,16 @@ def test_shards_are_reproducible_and_plain_webdataset(tmp_path):
     for sample in samples:
         for name, array in features(sample["__key__"]).items():
             assert np.array_equal(sample[name], array)
+
+
+def test_snippet_of_the_page_reads_a_series_without_loa(tmp_path):
+    """As printed in docs/store.md, on a store of a single shard."""
+    tiny_store.make_store(tmp_path / "outputs", tiny_store.small(), clips=3, shard_size=8)
+    snippets = re.findall(r"```python\n(.*?)```", (REPO / "docs" / "store.md").read_text(encoding="utf-8"), re.DOTALL)
+    (snippet,) = [text for text in snippets if "webdataset" in text]
+    done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(line.split(" ", 1)[0] for line in done.stdout.splitlines()) == ["made-000", "made-001", "made-002"]
 
 
 def test_long_ids_keep_their_place(tmp_path):
@@ -176,7 +199,7 @@ def test_a_recipe_is_compared_except_for_its_provenance(tmp_path):
     fill(store, "loa-8")
     store.begin_series("loa-8", RECIPE | {"provenance": {"code": "two"}})
     assert store.recipes()["loa-8"] == RECIPE
-    with pytest.raises(UserError, match=r"weights\.vae: 'abc' there, 'def' now"):
+    with pytest.raises(UserError, match=r"weights\.vae: was abc, now def"):
         store.begin_series("loa-8", RECIPE | {"weights": {"vae": "def"}})
     fsspec.filesystem("file").rm(str(tmp_path / "loa-8"), recursive=True)
     store.begin_series("loa-8", RECIPE | {"pooling": 4})
@@ -263,5 +286,10 @@ def test_opening_what_is_no_store(tmp_path):
 def test_every_series_knows_its_command():
     series = ("mel", "waveform", "loa-1", "latent", "text", "speech")
     assert [completing_command(name).removeprefix("loa preprocess ") for name in series] == [
-        "mel", "mel", "loa --pooling 1", "latent", "text", "speech",
-    ]  # fmt: skip
+        "mel",
+        "mel",
+        "loa --pooling 1",
+        "latent",
+        "text",
+        "speech",
+    ]

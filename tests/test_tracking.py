@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.tracking import RunHandle, Tracker, _Waiting, read_runs, run_key, tracking_uri
+from pipelines.page.runs import read_runs
+from pipelines.tracking import RunHandle, Tracker, _Waiting, run_key, tracking_uri
 from stages.audio import load_audio
 from stages.errors import UserError
 

@@ -25,19 +25,35 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     model = WhisperForConditionalGeneration(
         WhisperConfig(
-            vocab_size=len(letters) + len(SPECIAL), num_mel_bins=80, d_model=16, encoder_layers=1, decoder_layers=1,
-            encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
-            max_source_positions=100, max_target_positions=16,
-            decoder_start_token_id=number["<|startoftranscript|>"], bos_token_id=number["<|endoftext|>"],
-            eos_token_id=number["<|endoftext|>"], pad_token_id=number["<|endoftext|>"], suppress_tokens=None, begin_suppress_tokens=None,
+            vocab_size=len(letters) + len(SPECIAL),
+            num_mel_bins=80,
+            d_model=16,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=16,
+            decoder_ffn_dim=16,
+            max_source_positions=100,
+            max_target_positions=16,
+            decoder_start_token_id=number["<|startoftranscript|>"],
+            bos_token_id=number["<|endoftext|>"],
+            eos_token_id=number["<|endoftext|>"],
+            pad_token_id=number["<|endoftext|>"],
+            suppress_tokens=None,
+            begin_suppress_tokens=None,
         )
-    )  # fmt: skip
+    )
     told = model.generation_config
     told.update(
-        is_multilingual=True, lang_to_id={"<|en|>": number["<|en|>"]}, no_timestamps_token_id=number["<|notimestamps|>"],
-        task_to_id={"transcribe": number["<|transcribe|>"], "translate": number["<|translate|>"]}, max_length=12,
-        suppress_tokens=None, begin_suppress_tokens=None,
-    )  # fmt: skip
+        is_multilingual=True,
+        lang_to_id={"<|en|>": number["<|en|>"]},
+        no_timestamps_token_id=number["<|notimestamps|>"],
+        task_to_id={"transcribe": number["<|transcribe|>"], "translate": number["<|translate|>"]},
+        max_length=12,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
     model.save_pretrained(place)
     WhisperProcessor(WhisperFeatureExtractor(chunk_length=2), tokenizer).save_pretrained(place)
     return place

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file
 
 from stages.adversarial import balance, hinge_adversarial_loss, hinge_discriminator_loss
 from stages.audio import AudioConfig
@@ -180,10 +181,8 @@ def test_a_release_gives_the_same_weights(stage: VAEStage, tmp_path) -> None:
     batch = make_batch(stage)
     train(stage, batch, 1)
     stage.save(tmp_path)
-    other = VAEStage(CONFIG, LOSS, AUDIO)
-    other.load(tmp_path)
-    for name, tensor in stage.state_dict().items():
-        assert torch.equal(tensor, other.state_dict()[name]), name
+    critic = load_file(tmp_path / "discriminator.safetensors")
+    assert all(torch.equal(tensor, critic[name]) for name, tensor in stage.discriminator.state_dict().items())
     public = AutoencoderKL.from_pretrained(tmp_path / "vae").eval()
     decoded = public.decode(public.encode(batch["mel"][:, None]).latent_dist.mode()).sample[:, 0]
     # the centring of mel is folded into the public weights: other float32 sums, 7e-6 apart on one processor
@@ -193,4 +192,4 @@ def test_a_release_gives_the_same_weights(stage: VAEStage, tmp_path) -> None:
 def test_a_stage_is_built_from_its_variant() -> None:
     variant = SimpleNamespace(vae=CONFIG, vae_loss=LOSS, audio=AUDIO)
     built = VAEStage.build(variant, lambda name: pytest.fail(f"the VAE needs no earlier stage, asked for {name}"))
-    assert list(built.num_parameters()) == ["discriminator", "autoencoder"]
+    assert list(built.parts()) == ["discriminator", "autoencoder"]

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import SpeechT5HifiGan
 
 from stages.adversarial import feature_matching_loss, least_squares_adversarial_loss, least_squares_discriminator_loss
@@ -18,11 +19,23 @@ from stages.vocoder.training import VocoderStage, magnitude, spectral_loss
 
 AUDIO = AudioConfig(clip_seconds=0.32)  # 5120 samples, 32 frames
 CONFIG = VocoderConfig(
-    upsample_rates=(8, 5, 4), upsample_kernels=(16, 11, 8), initial_channels=32,
-    resblock_kernels=(3,), resblock_dilations=((1, 3),), initializer_range=0.1, mel_mean=-5.0, mel_std=2.0,
-)  # fmt: skip
+    upsample_rates=(8, 5, 4),
+    upsample_kernels=(16, 11, 8),
+    initial_channels=32,
+    resblock_kernels=(3,),
+    resblock_dilations=((1, 3),),
+    initializer_range=0.1,
+    mel_mean=-5.0,
+    mel_std=2.0,
+)
 CRITICS = CriticConfig(periods=(2, 3), period_channels=(4, 8, 8), scales=2, scale_channels=(4, 4, 8, 8, 8, 8, 8))
 LOSS = VocoderLossConfig(segment_samples=3200, critics=CRITICS, spectral_weight=5.0, spectral_windows=(256, 512))
+
+
+def samples(config: VocoderConfig, frames: int, audio: AudioConfig = AUDIO) -> int:
+    """How many samples the network returns for `frames` frames."""
+    with torch.device("meta"):
+        return config.build(audio)(torch.zeros(1, frames, audio.mel_bins)).shape[1]
 
 
 @pytest.fixture
@@ -67,9 +80,9 @@ def test_the_full_size_is_the_references() -> None:
     with torch.device("meta"):
         vocoder = VocoderConfig().build(AudioConfig())
     assert sum(p.numel() for p in vocoder.parameters()) == 55_264_897
-    assert VocoderConfig().output_samples(1024) == 163_872
-    assert VocoderConfig().output_samples(512) == 81_952
-    assert VocoderConfig().output_samples(VocoderLossConfig().segment_samples // 160) == 8192
+    assert samples(VocoderConfig(), 1024) == 163_872
+    assert samples(VocoderConfig(), 512) == 81_952
+    assert samples(VocoderConfig(), VocoderLossConfig().segment_samples // 160) == 8192
 
 
 def test_the_48_khz_size_is_the_references() -> None:
@@ -77,24 +90,19 @@ def test_the_48_khz_size_is_the_references() -> None:
     config = VocoderConfig((6, 5, 4, 2, 2), (12, 10, 8, 4, 4), 1536, (3, 7, 11, 15), dilations)
     with torch.device("meta"):
         assert sum(p.numel() for p in config.build(AUDIO_48K).parameters()) == 190_281_889
-    assert config.output_samples(100) == 480 * 100 + 16
-
-
-@pytest.mark.parametrize("config", [CONFIG, VocoderConfig.tiny(), replace(CONFIG, upsample_kernels=(15, 12, 8))])
-def test_output_samples_says_what_comes_out(config: VocoderConfig) -> None:
-    assert config.build(AUDIO)(torch.zeros(1, 9, 64)).shape == (1, config.output_samples(9))
+    assert samples(config, 100, AUDIO_48K) == 480 * 100 + 16
 
 
 def test_the_tiny_vocoder_needs_no_cropping() -> None:
     config = VocoderConfig.tiny()
-    assert config.output_samples(256) == 40_960
+    assert samples(config, 256) == 40_960
     assert sum(p.numel() for p in config.build(AUDIO).parameters()) < 2e6
 
 
 def test_critics_have_the_references_size() -> None:
     with torch.device("meta"):
         critics = CriticConfig().build()
-    # Weights and biases of HiFi-GAN's convolutions as facts 3 lists them; a weight norm adds one length per channel.
+    # Weights and biases of HiFi-GAN's convolutions as references.md#vocoder-loss lists them; a weight norm adds one length per channel.
     period = sum(5 * a * b + b for a, b in ((1, 32), (32, 128), (128, 512), (512, 1024), (1024, 1024))) + 3 * 1024 + 1
     widths, kernels, groups = (1, 128, 128, 256, 512, 1024, 1024, 1024), (15, 41, 41, 41, 41, 41, 5), (1, 4, 16, 16, 16, 16, 1)
     rows = zip(widths, widths[1:], kernels, groups, strict=False)
@@ -189,10 +197,8 @@ def test_a_longer_output_is_cut_to_the_clip() -> None:
 def test_a_release_gives_the_same_weights(stage: VocoderStage, tmp_path) -> None:
     train(stage, make_batch(stage), 1)
     stage.save(tmp_path)
-    other = VocoderStage(CONFIG, LOSS, AUDIO)
-    other.load(tmp_path)
-    for name, tensor in stage.state_dict().items():
-        assert torch.equal(tensor, other.state_dict()[name]), name
+    critics = load_file(tmp_path / "discriminator.safetensors")
+    assert all(torch.equal(tensor, critics[name]) for name, tensor in stage.discriminator.state_dict().items())
     mel = torch.randn(1, 8, 64)
     torch.testing.assert_close(SpeechT5HifiGan.from_pretrained(tmp_path / "vocoder").eval()(mel), stage.vocoder(mel))
 
@@ -200,4 +206,4 @@ def test_a_release_gives_the_same_weights(stage: VocoderStage, tmp_path) -> None
 def test_a_stage_is_built_from_its_variant() -> None:
     variant = SimpleNamespace(vocoder=CONFIG, vocoder_loss=LOSS, audio=AUDIO)
     built = VocoderStage.build(variant, lambda name: pytest.fail(f"the vocoder needs no earlier stage, asked for {name}"))
-    assert list(built.num_parameters()) == ["discriminator", "vocoder"]
+    assert list(built.parts()) == ["discriminator", "vocoder"]

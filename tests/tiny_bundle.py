@@ -58,23 +58,42 @@ def write_stages(root: Path, speech: bool = False, seed: int = 0) -> dict[str, P
     clap = ClapModel(
         ClapConfig(
             text_config={
-                "vocab_size": 261, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
-                "projection_dim": CLAP_WIDTH, "max_position_embeddings": 64,
+                "vocab_size": 261,
+                "hidden_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "intermediate_size": 32,
+                "projection_dim": CLAP_WIDTH,
+                "max_position_embeddings": 64,
             },
             audio_config={
-                "hidden_size": 32, "patch_embeds_hidden_size": 16, "depths": [1, 1], "num_attention_heads": [2, 2], "num_hidden_layers": 2,
-                "window_size": 2, "spec_size": 32, "num_mel_bins": 8, "patch_size": 4, "patch_stride": [4, 4],
+                "hidden_size": 32,
+                "patch_embeds_hidden_size": 16,
+                "depths": [1, 1],
+                "num_attention_heads": [2, 2],
+                "num_hidden_layers": 2,
+                "window_size": 2,
+                "spec_size": 32,
+                "num_mel_bins": 8,
+                "patch_size": 4,
+                "patch_stride": [4, 4],
                 "projection_dim": CLAP_WIDTH,
             },
             projection_dim=CLAP_WIDTH,
         )
-    )  # fmt: skip
+    )
     clap.eval().save_pretrained(stages["clap"] / "text_encoder")
     roberta_tokenizer().save_pretrained(stages["clap"] / "tokenizer")
     extractor = ClapFeatureExtractor(
-        feature_size=8, sampling_rate=16_000, hop_length=160, max_length_s=1, fft_window_size=512, frequency_max=8000,
-        truncation="rand_trunc", padding="repeatpad",
-    )  # fmt: skip
+        feature_size=8,
+        sampling_rate=16_000,
+        hop_length=160,
+        max_length_s=1,
+        fft_window_size=512,
+        frequency_max=8000,
+        truncation="rand_trunc",
+        padding="repeatpad",
+    )
     extractor.save_pretrained(stages["clap"] / "feature_extractor")
     t5 = T5EncoderModel(
         T5Config(vocab_size=30, d_model=TEXT_WIDTH, d_kv=8, num_heads=2, num_layers=1, d_ff=32, feed_forward_proj="gated-gelu")
@@ -97,10 +116,17 @@ def write_stages(root: Path, speech: bool = False, seed: int = 0) -> dict[str, P
 
     place = (None, LOA_WIDTH) if speech else (None, LOA_WIDTH, TEXT_WIDTH)
     unet = AudioLDM2UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(8, 16), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), layers_per_block=1, norm_num_groups=8, cross_attention_dim=(place, place),
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=(place, place),
         attention_head_dim=(1, 2),
-    )  # fmt: skip
+    )
     for name, parameter in unet.named_parameters():  # fresh cross-attention whispers; tests want to see conditions at work
         if "attn2.to_out.0.weight" in name:
             parameter.data *= 20
@@ -109,17 +135,30 @@ def write_stages(root: Path, speech: bool = False, seed: int = 0) -> dict[str, P
     write_json(stages["diffusion"] / "scale.json", {"scale_factor": SCALE})
 
     vae = AutoencoderKL(
-        in_channels=1, out_channels=1, latent_channels=4, block_out_channels=(8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, norm_num_groups=4, scaling_factor=1.0,
-    )  # fmt: skip
+        in_channels=1,
+        out_channels=1,
+        latent_channels=4,
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        norm_num_groups=4,
+        scaling_factor=1.0,
+    )
     vae.save_pretrained(stages["vae"] / "vae")
     vocoder = SpeechT5HifiGan(
         SpeechT5HifiGanConfig(
-            model_in_dim=AUDIO.mel_bins, sampling_rate=AUDIO.sample_rate, upsample_initial_channel=16, upsample_rates=[8, 5, 4],
-            upsample_kernel_sizes=[16, 11, 8], resblock_kernel_sizes=[3], resblock_dilation_sizes=[[1]], normalize_before=False,
+            model_in_dim=AUDIO.mel_bins,
+            sampling_rate=AUDIO.sample_rate,
+            upsample_initial_channel=16,
+            upsample_rates=[8, 5, 4],
+            upsample_kernel_sizes=[16, 11, 8],
+            resblock_kernel_sizes=[3],
+            resblock_dilation_sizes=[[1]],
+            normalize_before=False,
             initializer_range=0.2,
         )
-    )  # fmt: skip
+    )
     vocoder.save_pretrained(stages["vocoder"] / "vocoder")
     return stages
 

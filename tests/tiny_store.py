@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from pipelines.features.passes import Unit, make_shard
+from pipelines.features.run import Unit, make_shard
 from pipelines.features.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore
 from pipelines.preprocess import build_pass
 from stages.audio import AudioConfig, write_wav
@@ -30,8 +31,8 @@ def sound(kind: str, rng: np.random.Generator, audio: AudioConfig) -> np.ndarray
     return clicks
 
 
-def make_store(root: Path, variant: Variant, clips: int = 24, shard_size: int = 8) -> FeatureStore:
-    """A store with `clips` clips whose mel pass is done."""
+def make_store(root: Path, variant: Variant, clips: int = 24, shard_size: int = 8, **columns: Any) -> FeatureStore:
+    """A store with `clips` clips whose mel pass is done; `columns` stand in place of what the clip table says of each."""
     rng = np.random.default_rng(0)
     rows = []
     for i in range(clips):
@@ -41,15 +42,27 @@ def make_store(root: Path, variant: Variant, clips: int = 24, shard_size: int = 
         write_wav(path, sound(kind, rng, variant.audio), variant.audio.sample_rate)
         rows.append(
             {
-                "clip_id": f"made-{i:03d}", "corpus": "made", "path": str(path), "start": 0.0, "seconds": variant.audio.clip_seconds,
-                "captions": [f"a {kind}", f"the sound of a {kind}"], "transcript": "one two", "labels": [kind],
-                "split": "validation" if i >= clips - 6 else "train", "licence": "CC0",
+                "clip_id": f"made-{i:03d}",
+                "corpus": "made",
+                "path": str(path),
+                "start": 0.0,
+                "seconds": variant.audio.clip_seconds,
+                "captions": [f"a {kind}", f"the sound of a {kind}"],
+                "transcript": "one two",
+                "labels": [kind],
+                "split": "validation" if i >= clips - 6 else "train",
+                "licence": "CC0",
+                **columns,
             }
-        )  # fmt: skip
+        )
     store = FeatureStore.create(
-        str(root / "store"), variant.audio, pa.Table.from_pylist(rows, CLIP_SCHEMA), pa.Table.from_pylist([], REJECTED_SCHEMA),
-        seed=0, shard_size=shard_size,
-    )  # fmt: skip
+        str(root / "store"),
+        variant.audio,
+        pa.Table.from_pylist(rows, CLIP_SCHEMA),
+        pa.Table.from_pylist([], REJECTED_SCHEMA),
+        seed=0,
+        shard_size=shard_size,
+    )
     run_here("mel", store, variant)
     return store
 

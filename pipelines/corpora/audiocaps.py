@@ -68,9 +68,17 @@ def read(root: Path) -> Iterator[Record]:
                 yield Rejected(CORPUS, str(root / "audio" / video), f"{CORPUS}-{recording_id}", MISSING)
                 continue
             yield Recording(
-                CORPUS, recording_id, path, start, CLIP_SECONDS, captions=tuple(dict.fromkeys(clip.captions)),
-                split=split, licence=LICENCE, precut=True, origin=f"youtube:{video}",
-            )  # fmt: skip
+                CORPUS,
+                recording_id,
+                path,
+                start,
+                CLIP_SECONDS,
+                captions=tuple(dict.fromkeys(clip.captions)),
+                split=split,
+                licence=LICENCE,
+                precut=True,
+                origin=f"youtube:{video}",
+            )
     yield from files.unlisted(CORPUS)
 
 

@@ -58,9 +58,17 @@ def read(root: Path) -> Iterator[Record]:
                 continue
             labels = tuple(dict.fromkeys(names[mid.strip()] for mid in mids if mid.strip() in names))
             yield Recording(
-                CORPUS, safe_id(video), path, start, end - start, labels=labels, split=split, licence=LICENCE,
-                precut=True, origin=f"youtube:{video}",
-            )  # fmt: skip
+                CORPUS,
+                safe_id(video),
+                path,
+                start,
+                end - start,
+                labels=labels,
+                split=split,
+                licence=LICENCE,
+                precut=True,
+                origin=f"youtube:{video}",
+            )
     yield from files.unlisted(CORPUS)
 
 

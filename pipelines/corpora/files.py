@@ -15,19 +15,45 @@ from typing import Any, Literal
 from pipelines.corpora.records import Rejected
 
 # Everything that is evidently sound, also what cannot be decoded: that is rejected later with a reason, not overlooked.
-AUDIO_SUFFIXES = frozenset({
-    ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc", ".au", ".caf", ".w64", ".rf64",
-    ".m4a", ".aac", ".mp4", ".webm", ".wma",
-})  # fmt: skip
+AUDIO_SUFFIXES = frozenset(
+    {
+        ".wav",
+        ".flac",
+        ".ogg",
+        ".oga",
+        ".opus",
+        ".mp3",
+        ".aiff",
+        ".aif",
+        ".aifc",
+        ".au",
+        ".caf",
+        ".w64",
+        ".rf64",
+        ".m4a",
+        ".aac",
+        ".mp4",
+        ".webm",
+        ".wma",
+    }
+)
 MISSING = "missing file"
 UNLISTED = "not listed"
 MALFORMED = "malformed line"
 
 _CHUNK = 1 << 20  # characters
 _SPLIT_NAMES = {
-    "train": "train", "training": "train", "dev": "validation", "val": "validation", "valid": "validation",
-    "validation": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
-}  # fmt: skip
+    "train": "train",
+    "training": "train",
+    "dev": "validation",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
+}
 
 
 # ---------------------------------------------------------------------------------------------------- sound files

@@ -83,9 +83,15 @@ def read(root: Path, skip: Iterable[Path] = ()) -> Iterator[Record]:
         note = notes.get(path, _Notes())
         captions = note.captions or _sidecar(Path(path))
         yield Recording(
-            CORPUS, recording_id, path, captions=tuple(dict.fromkeys(captions)), transcript=note.transcript,
-            labels=tuple(dict.fromkeys(note.labels)), split=note.split or hash_split(recording_id), licence=note.licence,
-        )  # fmt: skip
+            CORPUS,
+            recording_id,
+            path,
+            captions=tuple(dict.fromkeys(captions)),
+            transcript=note.transcript,
+            labels=tuple(dict.fromkeys(note.labels)),
+            split=note.split or hash_split(recording_id),
+            licence=note.licence,
+        )
 
 
 def _read_table(table: Path, notes: dict[str, _Notes]) -> Iterator[Rejected]:

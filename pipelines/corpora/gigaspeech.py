@@ -74,9 +74,16 @@ def _segment(
     else:
         split = hash_split(recording_id)
     return Recording(
-        CORPUS, recording_id, path, start, end - start, transcript=transcript, split=split, licence=LICENCE,
+        CORPUS,
+        recording_id,
+        path,
+        start,
+        end - start,
+        transcript=transcript,
+        split=split,
+        licence=LICENCE,
         origin=f"{CORPUS}:{name}",
-    )  # fmt: skip
+    )
 
 
 def sentence(text: str) -> str:

@@ -40,7 +40,12 @@ def read(root: Path) -> Iterator[Record]:
             yield Rejected(CORPUS, str(root / "wavs" / f"{name}.wav"), f"{CORPUS}-{recording_id}", MISSING)
             continue
         yield Recording(
-            CORPUS, recording_id, path, transcript=transcript, split=hash_split(recording_id), licence=LICENCE,
+            CORPUS,
+            recording_id,
+            path,
+            transcript=transcript,
+            split=hash_split(recording_id),
+            licence=LICENCE,
             origin=f"{CORPUS}:{name}",
-        )  # fmt: skip
+        )
     yield from files.unlisted(CORPUS)

@@ -58,9 +58,15 @@ def read(root: Path) -> Iterator[Record]:
             continue
         tags = texts(entry.get("tag", [])) if isinstance(entry, dict) else ()
         yield Recording(
-            CORPUS, recording_id, path, captions=(", ".join(tags),) if tags else (), labels=tags,
-            split=splits.get(track, "train") if splits else hash_split(recording_id), licence=LICENCE, origin=f"msd:{track}",
-        )  # fmt: skip
+            CORPUS,
+            recording_id,
+            path,
+            captions=(", ".join(tags),) if tags else (),
+            labels=tags,
+            split=splits.get(track, "train") if splits else hash_split(recording_id),
+            licence=LICENCE,
+            origin=f"msd:{track}",
+        )
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -71,10 +71,15 @@ def read(root: Path, keep_blacklisted: bool = False) -> Iterator[Record]:
                     yield Rejected(CORPUS, path_text, f"{CORPUS}-{recording_id}", why)
                     continue
                 yield Recording(
-                    CORPUS, recording_id, path_or_none, captions=texts(item.get("caption")), labels=texts(item.get("tags")),
-                    split=split_named(str(split)) or hash_split(recording_id), licence=tidy(item.get("licence")) or LICENCE,
+                    CORPUS,
+                    recording_id,
+                    path_or_none,
+                    captions=texts(item.get("caption")),
+                    labels=texts(item.get("tags")),
+                    split=split_named(str(split)) or hash_split(recording_id),
+                    licence=tidy(item.get("licence")) or LICENCE,
                     origin=f"youtube:{name[1:]}" if folder == "AudioSet_SL" else f"{folder.lower()}:{name}",
-                )  # fmt: skip
+                )
         yield from files.unlisted(CORPUS)
 
 

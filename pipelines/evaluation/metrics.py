@@ -34,7 +34,7 @@ def frechet_distance(reference: ArrayLike, generated: ArrayLike) -> float:
     the centred sets, over √((N-1)(K-1)). That is exact and real for any N, also below D, and needs no matrix root.
     The estimate is biased upwards by about C/N: compare systems at equal N and K only.
 
-    This is FAD for VGGish embeddings, FD for CNN14's, FAD-CLAP for CLAP's (evaluation facts, sections 2 to 5).
+    This is FAD for VGGish embeddings, FD for CNN14's, FAD-CLAP for CLAP's (references.md#fad-and-fd).
 
     Raises:
         ValueError: fewer than two rows, other widths, or values that are not finite.
@@ -90,7 +90,7 @@ def frechet_infinity(
     """FAD∞: the Fréchet distance that infinitely many generated clips would have; 0 is best, and it may fall below.
 
     At `points` sizes from `smallest` rows to all, rows are drawn with replacement from the generated set alone; a line
-    is fitted to the distances over 1/N and read at 1/N = 0 (facts 2.5; arXiv 2311.01616).
+    is fitted to the distances over 1/N and read at 1/N = 0 (references.md#fad-at-infinite-size).
 
     Args:
         clip_of: the clip `[K]` that each generated row belongs to: whole clips are drawn then, because rows of one
@@ -129,7 +129,7 @@ def kl_divergence(
     """KL of class probabilities, from logits `[N, C]` of paired clips; lower is better.
 
     Mean over clips of Σ_c p (ln p - ln(q + floor)), p the probabilities of the set named first in `direction`. Both
-    common toolboxes take p from the real clip, another one the other way round (facts, section 7). "sigmoid" is
+    common toolboxes take p from the real clip, another one the other way round (references.md#kl). "sigmoid" is
     KL_sigmoid: the same sum without the Bernoulli complements, so it is no divergence and may be negative. Because of
     `floor` a set against itself gives about -C·floor, not 0.
 
@@ -240,7 +240,7 @@ def mel_l1(reference: ArrayLike, estimate: ArrayLike) -> float:
 
 
 def mel_image(log_mel: ArrayLike) -> Array:
-    """A log-mel spectrogram (nepers) as the picture in [0, 1] on which PSNR and SSIM are taken: -80 dB to 20 dB (facts 9.1)."""
+    """A log-mel spectrogram (nepers) as a picture in [0, 1] on which PSNR and SSIM are taken: -80 to 20 dB (references.md#mel-pictures)."""
     image: Array = np.clip((20.0 / math.log(10.0) * np.asarray(log_mel, dtype=np.float64) + 80.0) / 100.0, 0.0, 1.0)
     return image
 
@@ -255,7 +255,7 @@ def ssim(reference: ArrayLike, estimate: ArrayLike, window: int = 7) -> float:
     """Structural similarity of two pictures `[H, W]`; higher is better, 1 for equal ones.
 
     Uniform windows of 7 x 7 with sample covariance, K₁ 0.01, K₂ 0.03, mean over whole windows; the data range is that
-    of the two together (facts 9.1).
+    of the two together (references.md#mel-pictures).
 
     Raises:
         ValueError: the shapes differ, or a side is shorter than the window.
@@ -322,7 +322,7 @@ def error_rate(references: Sequence[Sequence[str]], hypotheses: Sequence[Sequenc
     """(substitutions + deletions + insertions) / tokens of the references, over the whole set; 0 is best, above 1 is possible.
 
     Lists of words give WER, strings (sequences of characters, blanks included) CER. The average is over tokens, not
-    over utterances (facts, section 10). What counts as a word is decided before: `stages.text.normalise_transcript`.
+    over utterances (references.md#word-errors). What counts as a word is decided before: `stages.text.normalise_transcript`.
 
     Raises:
         ValueError: the numbers of utterances differ, or the references hold no token.

@@ -1,14 +1,13 @@
 """What a score is worth: the record of how it came about, and the rule that only equal protocols stand side by side.
 
 The same public system has been published with a FAD of 1.78, 2.18 and 3.39: a number without its protocol says nothing.
-So every score is written with everything that changes it besides the system (evaluation facts, section 0), and scores
+So every score is written with everything that changes it besides the system (references.md#comparability), and scores
 that differ in any of it are not compared.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,16 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pipelines.evaluation import metrics
-from stages.audio import Waveform
 from stages.errors import UserError
-from stages.files import write_json
+from stages.files import digest, write_json
 
 RECORD_FORMAT = 1
 SILENT_LIMIT = 0.01  # above this share of silent clips a system is not ranked: distances can look good for silence
-NAMED = 3  # how many clips a message lists
 
 
 # ------------------------------------------------------------------------------------------------------ measures
@@ -66,7 +60,7 @@ MEASURES = {
     "accuracy": Measure(
         "Recognised by the classifier", "higher", "{:.1%}", "share of clips whose class a classifier trained on real clips names"
     ),
-    "kl": Measure("KL to the real clip", "lower", "{:.2f}", "KL(real ‖ heard) of the classifier's probabilities, clip by clip"),
+    "kl": Measure("KL to the real clip", "lower", "{:.2f}", "KL(real ‖ generated) of the classifier's probabilities, clip by clip"),
     "frechet_classifier": Measure(
         "Fréchet distance, classifier", "lower", "{:.2f}", "between sets of classifier embeddings, to the real clips"
     ),
@@ -90,12 +84,22 @@ MEASURES = {
 
 
 @dataclass(frozen=True)
+class Score:
+    """A value of a measure, and what of its protocol the formula decides: implementation, rows, pairing, direction, …"""
+
+    metric: str  # a name of MEASURES
+    value: float
+    fields: Mapping[str, Any]
+    extra: Mapping[str, float] = dataclasses.field(default_factory=dict)  # what comes with the value, such as a deviation
+
+
+@dataclass(frozen=True)
 class Protocol:
     """Everything that changes a score besides the system. None: it does not apply, or nobody said."""
 
     metric: str  # a name of MEASURES
     implementation: str  # which formula, in words
-    judge: str | None  # the network that heard the clips
+    judge: str | None  # the network that embedded the clips
     judge_sha256: str | None
     sample_rate: int | None  # Hz, as judged
     resampler: str
@@ -239,14 +243,14 @@ def side_by_side(records: Sequence[Record]) -> Comparison:
         if not alike:
             raise UserError(
                 f"{record.system} has two scores of {record.protocol.metric}, {known.value:.6g} and {record.value:.6g}"
-                f"{_told(known.protocol.differences(record.protocol))}; give the systems different names with `loa evaluate --name`"
+                f"{_in_words(known.protocol.differences(record.protocol))}; give the systems different names with `loa evaluate --name`"
             )
     for metric in MEASURES:
         column = [record for (_, name), record in table.items() if name == metric]
         for record in column[1:]:
             if differing := column[0].protocol.differences(record.protocol):
                 raise UserError(
-                    f"{metric} of {column[0].system} and of {record.system} were not measured alike{_told(differing)}; "
+                    f"{metric} of {column[0].system} and of {record.system} were not measured alike{_in_words(differing)}; "
                     "evaluate both by one protocol, or compare them with their own kind only"
                 )
     systems = tuple(dict.fromkeys(system for system, _ in table))
@@ -255,85 +259,10 @@ def side_by_side(records: Sequence[Record]) -> Comparison:
     return Comparison(there, systems, table, tuple(s for s in systems if s in silent))
 
 
-def _told(differences: Mapping[str, tuple[Any, Any]]) -> str:
+def _in_words(differences: Mapping[str, tuple[Any, Any]]) -> str:
     def short(value: Any) -> str:
         text = "not stated" if value is None else str(value)
         return text if len(text) < 64 else text[:12] + "…"
 
-    told = ", ".join(f"{name} ({short(mine)} against {short(theirs)})" for name, (mine, theirs) in differences.items())
-    return f": they differ in {told}" if told else ""
-
-
-# --------------------------------------------------------------------------------------------------- sound checks
-
-
-@dataclass(frozen=True)
-class SoundCheck:
-    """What is wrong with the clips of a set, by name. Clips that hold no numbers are refused before."""
-
-    clips: int
-    silent: tuple[str, ...] = ()  # RMS below -60 dBFS
-    clipped: tuple[str, ...] = ()  # three neighbouring samples at full scale
-    short: tuple[str, ...] = ()  # shorter than asked by more than 50 ms
-
-    def counts(self) -> dict[str, int]:
-        """As records hold it."""
-        return {"clips": self.clips, **{name: len(getattr(self, name)) for name in ("silent", "clipped", "short")}}
-
-    def notes(self, what: str) -> list[str]:
-        """One sentence per kind of finding; silence first."""
-        found = []
-        if len(self.silent) > SILENT_LIMIT * self.clips:
-            share = len(self.silent) / self.clips
-            found.append(f"{share:.0%} of the {what} clips are silent: do not rank this system by its distances")
-        for kind in ("silent", "clipped", "short"):
-            if names := getattr(self, kind):
-                found.append(f"{len(names)} of {self.clips} {what} clips are {kind}: {some(names)}")
-        return found
-
-
-def check_sounds(clips: Iterable[tuple[str, Waveform, int]], seconds: float | None = None) -> SoundCheck:
-    """Look at every clip of a set: name, waveform `[T]`, sample rate in Hz.
-
-    Args:
-        seconds: how long each should be; None asks for nothing.
-
-    Raises:
-        UserError: clips hold samples that are not finite, or none at all; no number taken from such a set means anything.
-    """
-    count = 0
-    broken: list[str] = []
-    found: dict[str, list[str]] = {"silent": [], "clipped": [], "short": []}
-    for name, waveform, rate in clips:
-        count += 1
-        if not len(waveform) or not np.isfinite(waveform).all():
-            broken.append(name)
-            continue
-        full = np.abs(waveform) >= 0.999
-        findings = {
-            "silent": metrics.level_dbfs(waveform) < metrics.SILENCE_DBFS,
-            "clipped": bool((full[:-2] & full[1:-1] & full[2:]).any()),
-            "short": seconds is not None and len(waveform) / rate < seconds - 0.05,
-        }
-        for kind, is_so in findings.items():
-            if is_so:
-                found[kind].append(name)
-    if broken:
-        raise UserError(
-            f"{len(broken)} of {count} clips cannot be read, are empty or hold samples that are not finite: {some(broken)}; make them again"
-        )
-    return SoundCheck(count, **{kind: tuple(names) for kind, names in found.items()})
-
-
-# ------------------------------------------------------------------------------------------------------- helpers
-
-
-def some(names: Iterable[str]) -> str:
-    """The first of many names, in one line."""
-    listed = list(dict.fromkeys(names))
-    return ", ".join(listed[:NAMED]) + (f" and {len(listed) - NAMED} more" if len(listed) > NAMED else "")
-
-
-def digest(value: Any, length: int) -> str:
-    """The first characters of the sha256 of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:length]
+    listed = ", ".join(f"{name} ({short(mine)} against {short(theirs)})" for name, (mine, theirs) in differences.items())
+    return f": they differ in {listed}" if listed else ""

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipelines import plots
-from pipelines.evaluation.records import MEASURES
+from pipelines.evaluation import metrics
+from pipelines.evaluation.clips import Clip, write_captions
+from pipelines.evaluation.records import MEASURES, write_records
+from pipelines.evaluation.scores import Scores
+from pipelines.tables import aligned
 from stages.errors import UserError
+from stages.files import write_json
 
 EVALUATION_FORMAT = 1
 
 
-# The columns of every table: without any skill, the system itself, its two ceilings, the real clips, and other real clips.
+# The columns of every table: without any skill, the system itself, real clips through its last parts, the real clips, and others.
 SYSTEMS = {
     "chance": "chance",
     "generated": "generated",
@@ -25,12 +31,12 @@ SYSTEMS = {
     "real": "real",
     "other_real": "other real clips",
 }
-HEARD = ("generated", "vae", "vocoder", "real")
+WITH_SOUND = ("generated", "vae", "vocoder", "real")  # those that people can listen to
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores with the record of how they came about; `<work>/evaluation/evaluation.json`."""
+    """Scores of a system beside those of restored and real clips; `<work>/evaluation/evaluation.json`."""
 
     protocol: dict[str, Any]
     scores: dict[str, dict[str, float]]  # measure -> system -> value
@@ -55,6 +61,36 @@ class Evaluation:
             )
         return cls(**values)
 
+    @classmethod
+    def of(cls, scores: Scores, clips: Sequence[Clip], protocol: Mapping[str, Any], folder: Path) -> Evaluation:
+        """What the scores say, as tables; `clips` in the order in which they are shown, files relative to `folder`."""
+        values = {name: scores.values[name] | _chance(scores, name) for name in MEASURES if scores.values[name]}
+        hits = _hits(scores, clips)
+        return cls(
+            protocol=dict(protocol),
+            scores={name: {column: by[column] for column in SYSTEMS if column in by} for name, by in values.items()},
+            intervals={"accuracy": {c: list(metrics.interval(sum(hit.values()), len(hit))) for c, hit in hits.items()}} if hits else {},
+            missing=scores.missing,
+            notes=list(dict.fromkeys(scores.notes)),
+            classes=_classes(hits, clips),
+            confusion=_confusion(scores, clips) if hits else {},
+            clips=[_row(scores, clip, folder) for clip in clips],
+        )
+
+    def save(self, scores: Scores, clips: Sequence[Clip], folder: Path) -> None:
+        """Write records, the caption list, pictures and the table; evaluation.json last: when it is there, so is everything it names."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if scores.system.captions_sha256 is not None:
+            write_captions(folder / "captions.json", clips)
+        write_records(folder / "records", scores.records)
+        for name, picture in (("confusion", confusion_picture(self)), ("classes", classes_picture(self))):
+            if picture is not None:
+                (folder / f"{name}.png").write_bytes(picture.png())
+            else:
+                (folder / f"{name}.png").unlink(missing_ok=True)
+        (folder / "table.txt").write_text(self.table(), encoding="utf-8")
+        write_json(folder / "evaluation.json", asdict(self))
+
     def summary(self) -> str:
         """The headline in one line."""
         parts = []
@@ -72,11 +108,7 @@ class Evaluation:
         for name, values in self.scores.items():
             cells = [MEASURES[name].form.format(values[s]) if s in values else "–" for s in columns]
             rows.append([MEASURES[name].heading, *cells])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        padded = [
-            [f"{cell:{'<' if i == 0 else '>'}{width}}" for i, (cell, width) in enumerate(zip(row, widths, strict=True))] for row in rows
-        ]
-        lines = ["  ".join(row).rstrip() for row in padded]
+        lines = [aligned(rows)]
         lines += [f"{MEASURES[name].title}: not measured, {reason}" for name, reason in self.missing.items()]
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)]) + "\n"
 
@@ -99,3 +131,50 @@ def classes_picture(found: Evaluation, most: int = 24) -> plots.Picture | None:
     rows.sort(key=lambda row: str(row["name"]))
     shares = {SYSTEMS[s]: [row[s] for row in rows] for s in ("generated", "vae", "real")}
     return plots.class_bars([row["name"] for row in rows], shares, found.scores["accuracy"]["chance"])
+
+
+def _chance(scores: Scores, measure: str) -> dict[str, float]:
+    return {"chance": scores.chance[measure]} if measure in scores.chance else {}
+
+
+def _hits(scores: Scores, clips: Sequence[Clip]) -> dict[str, dict[str, bool]]:
+    """Column → clip id → whether its class was recognised, of the clips whose class the classifier knows."""
+    labelled = [clip for clip in clips if clip.label in scores.classes]
+    columns = [column for column in WITH_SOUND if column in scores.values["accuracy"]]
+    return {
+        column: {clip.clip_id: scores.clips[column][clip.clip_id]["recognised"] == clip.label for clip in labelled} for column in columns
+    }
+
+
+def _classes(hits: Mapping[str, Mapping[str, bool]], clips: Sequence[Clip]) -> list[dict[str, Any]]:
+    """Per class: its name, how many clips were asked for, and the accuracy of every column."""
+    rows = []
+    counted = next(iter(hits.values()), {})
+    for name in sorted({str(clip.label) for clip in clips if clip.clip_id in counted}):
+        members = [clip.clip_id for clip in clips if clip.label == name]
+        shares = {column: float(np.mean([hit[clip_id] for clip_id in members])) for column, hit in hits.items()}
+        rows.append({"name": name, "count": len(members), **shares})
+    return rows
+
+
+def _confusion(scores: Scores, clips: Sequence[Clip]) -> dict[str, Any]:
+    """How often a class (row) was asked for and a class (column) recognised in the generated clips."""
+    number = {name: i for i, name in enumerate(scores.classes)}
+    labelled = [clip for clip in clips if clip.label in number]
+    recognised = [number[scores.clips["generated"][clip.clip_id]["recognised"]] for clip in labelled]
+    counts = metrics.confusion([number[str(clip.label)] for clip in labelled], recognised, len(number))
+    return {"names": list(scores.classes), "counts": counts.tolist()}
+
+
+def _row(scores: Scores, clip: Clip, folder: Path) -> dict[str, Any]:
+    """What is known of one clip: texts, what the judges say of the generated and of the real sound, files."""
+    details = scores.clips["generated"][clip.clip_id] | {
+        f"{name}_real": value for name, value in scores.clips["real"].get(clip.clip_id, {}).items() if name != "confidence"
+    }
+    files = {}
+    for column in WITH_SOUND:
+        clips = scores.sets.get(column)
+        if clips is not None and clip.clip_id in clips.numbers:
+            path = clips.files[clips.numbers[clip.clip_id]].path
+            files[column] = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
+    return asdict(clip) | details | {"files": files}

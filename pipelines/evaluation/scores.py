@@ -1,201 +1,358 @@
-"""The scores of an evaluation: every measure of every system that was heard for the same clips, and their records."""
+"""Scoring sets of clips: every measure that the judges allow, each with the record of how it came about.
+
+`score_sets` is the one road: sets in, scores with records out. `judge_scores` is its core, on embeddings alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from pipelines.evaluation import listening as judging
 from pipelines.evaluation import metrics
-from pipelines.evaluation.clips import VOICE, HeldOut
-from pipelines.evaluation.listening import ClapJudge, ClassifierJudge, Found, Heard, Judge
-from pipelines.evaluation.records import MEASURES, Record, SoundCheck, check_sounds
-from pipelines.evaluation.results import HEARD, SYSTEMS
-from pipelines.score import read_by, word_errors
-from stages.audio import AudioConfig, Waveform, log_mel
+from pipelines.evaluation.clips import VOICE, Channels, ClipSet, SoundCheck, check_sounds
+from pipelines.evaluation.listening import ClapJudge, ClassifierJudge, Embeddings, Judge, embed_files, judge_fields
+from pipelines.evaluation.records import MEASURES, Protocol, Record, Score
+from pipelines.evaluation.words import Reader, word_errors
+from stages.audio import AudioConfig, log_mel
 from stages.files import code_version
-from stages.judges.whisper import Transcriber
+
+FRECHET = "Fréchet distance by singular values"
+
+# Which metrics follow from a judge's output. Names that differ only in the judge are different metrics.
+FRECHET_OF = {
+    "vggish": "fad",
+    "vggish-google": "fad_google",
+    "cnn14-16k": "fd",
+    "cnn14-32k": "fd_32k",
+    "clap": "frechet_clap",
+    "classifier": "frechet_classifier",
+}
+KL_OF = {"cnn14-16k": "kl_panns", "cnn14-32k": "kl_panns_32k", "passt-s": "kl_passt", "classifier": "kl"}
+KL_SIGMOID_OF = {"cnn14-16k": "kl_sigmoid_panns", "cnn14-32k": "kl_sigmoid_panns_32k"}
+INCEPTION_OF = {"cnn14-16k": "inception_score", "cnn14-32k": "inception_score_32k"}
+INFINITY_OF = {"vggish": "fad_infinity"}
+
+
+# --------------------------------------------------------------------------------------------------------- all scores
 
 
 @dataclass
-class Scored:
-    """Scores while they are collected; most fields are those of `Evaluation`."""
+class Scores:
+    """Scores of several sets, while they are collected and afterwards.
 
-    clips: list[dict[str, Any]]
-    scores: dict[str, dict[str, float]] = field(default_factory=lambda: {name: {} for name in MEASURES})
-    found: list[tuple[str, Mapping[str, Any], Found]] = field(default_factory=list)  # (system, who heard it and how, score)
-    intervals: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    Attributes:
+        sets: by name of column: "generated", "vae", "vocoder", "real", "other_real".
+        values: measure → column → value.
+        missing: measure → why the system has no score.
+        notes: what a reader should know before believing a number.
+        chance: what a measure gives without any skill.
+        clips: column → clip id → what is known of the single clip: clap_score, recognised, confidence.
+        classes: those that the classifier knows.
+    """
+
+    sets: Mapping[str, ClipSet]
+    channels: Channels
+    values: dict[str, dict[str, float]] = field(default_factory=lambda: {name: {} for name in MEASURES})
+    records: list[Record] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    classes: list[dict[str, Any]] = field(default_factory=list)
-    confusion: dict[str, Any] = field(default_factory=dict)
-    check: SoundCheck = SoundCheck(0)
+    chance: dict[str, float] = field(default_factory=dict)
+    clips: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
+    checks: dict[str, SoundCheck] = field(default_factory=dict)
 
-    def add(self, system: str, heard_by: Mapping[str, Any], found: Found) -> None:
-        """Take in one score; `heard_by` as `judging.hearing` tells it."""
-        self.scores[found.metric][system] = found.value
-        self.found.append((system, heard_by, found))
+    def __post_init__(self) -> None:
+        self.clips = {column: {clip.clip_id: {} for clip in clips.clips} for column, clips in self.sets.items()}
 
-    def add_judged(self, judge: Judge, heard: Mapping[str, Heard]) -> None:
-        """Take in what a judge's hearing of every system says beside the real clips."""
-        for system, sounds in heard.items():
-            if system == "real":
-                continue
-            pairs = range(sounds.num_clips) if system in HEARD else None
-            scores = judging.scores(judge.name, heard["real"], sounds, pairs)
-            for found in scores.found:
-                self.add(system, judging.hearing(judge), found)
-            if system == "generated":
-                self.missing |= scores.missing
-            self.notes += [note for note in scores.notes if note not in self.notes]
+    def column(self, role: str) -> str:
+        """The first column whose set has this role."""
+        return next(column for column, clips in self.sets.items() if clips.role == role)
+
+    @property
+    def system(self) -> ClipSet:
+        return self.sets[self.column("system")]
+
+    @property
+    def reference(self) -> ClipSet:
+        return self.sets[self.column("reference")]
+
+    @property
+    def with_texts(self) -> dict[str, ClipSet]:
+        """The sets that hold the clips of the system, with its texts."""
+        pairs = self.system.pairs_in(self.reference)
+        usable = {column: clips for column, clips in self.sets.items() if clips.role in ("system", "restored")}
+        return usable | ({self.column("reference"): self.reference.like(self.system)} if pairs is not None else {})
+
+    def add(self, column: str, judged_by: Mapping[str, Any], score: Score) -> None:
+        """Take in one score; `judged_by` are the judge's fields of the protocol."""
+        clips = self.sets[column]
+        self.values[score.metric][column] = score.value
+        protocol = Protocol(**{**_DEFAULTS, **judged_by, **self._set_fields(score), **score.fields, "metric": score.metric})
+        made = {**clips.made, "sounds_sha256": clips.sha256} if clips.made or clips.role == "system" else {}
+        check = self.checks[column].counts() if column in self.checks else {"clips": len(clips.clips)}
+        record = Record(clips.name, score.value, protocol, made, check, code_version(), score.extra, ranked=clips.role == "system")
+        self.records.append(record)
+
+    def _set_fields(self, score: Score) -> dict[str, Any]:
+        """What the sets decide of a protocol. References play no part in scores that are taken from the other clips alone."""
+        return {
+            "num_generated": len(self.system.clips),
+            "channels": self.channels,
+            "candidates": self.system.candidates,
+            "ranker": self.system.ranker,
+            "captions_sha256": self.system.captions_sha256,
+            "references_sha256": None if score.fields.get("num_reference") is None else self.reference.sha256,
+        }
 
 
-def score(
-    clips: Sequence[HeldOut],
-    heard: Mapping[str, Sequence[Waveform]],
-    others: Sequence[Waveform],
-    clap: ClapJudge,
-    classifier: ClassifierJudge | None,
-    audio: AudioConfig,
-    speech: bool,
-) -> Scored:
-    """Every measure of every system. What cannot be measured is missing with its reason; nothing here fails for want of labels.
+# Of a score that is a plain mean over clips.
+_DEFAULTS: dict[str, Any] = {
+    "direction": None,
+    "dtype": "float64",
+    "seed": None,
+    "rows_generated": 0,
+    "num_reference": None,
+    "rows_reference": None,
+    "pairing": "label",
+    "ddof": None,
+}
+
+
+def score_sets(
+    sets: Mapping[str, ClipSet],
+    judges: Sequence[Judge],
+    readers: Sequence[Reader] = (),
+    *,
+    audio: AudioConfig | None = None,
+    channels: Channels = "mean",
+    cache: Path | None = None,
+) -> Scores:
+    """Every measure of every set. What cannot be measured is missing with its reason; nothing here fails for want of labels.
 
     Args:
-        heard: waveforms of each system, in the order of `clips`.
-        others: more real clips; as many as `clips` give the Fréchet distances a floor to be read against.
+        sets: by column, one of them a system and one the reference.
+        readers: speech recognition, for error rates.
+        audio: the front end for measures of restored sets; needed if there are any.
+        cache: folder where embeddings are kept.
+
+    Raises:
+        UserError: a set holds clips that cannot be read or are not finite.
     """
-    out = Scored([asdict(clip) for clip in clips])
-    sounds = dict(heard) | ({"other_real": others} if len(others) == len(clips) else {})
-    if classifier is not None:
-        _recognition(out, clips, {s: judging.hear(classifier, waves, audio.sample_rate) for s, waves in sounds.items()}, classifier)
-    _closeness_to_text(out, clips, {s: judging.hear(clap, waves, audio.sample_rate) for s, waves in sounds.items()}, clap, speech)
-    _reconstruction(out, heard, audio)
-    for system, waves in heard.items():
-        out.add(system, _as_written(audio), _plain("silent", "RMS below -60 dBFS", metrics.silent_share(waves), pairing="none"))
-    named = ((clip.clip_id, wave, audio.sample_rate) for clip, wave in zip(clips, heard["generated"], strict=True))
-    out.check = check_sounds(named, audio.clip_seconds)
-    out.notes[:0] = out.check.notes("generated")
+    out = Scores(sets, channels)
+    for column, clips in sets.items():
+        if clips.role != "floor":
+            out.checks[column] = check_sounds(clips, channels)
+            silent = len(out.checks[column].silent) / len(clips.clips)
+            out.add(column, _as_written(clips), Score("silent", silent, {"implementation": "RMS below -60 dBFS", "pairing": "none"}))
+    for role in ("system", "reference"):
+        out.notes += out.checks[out.column(role)].notes(out.sets[out.column(role)].name)
+    for judge in judges:
+        embeddings = {column: embed_files(judge, clips.files, channels, cache) for column, clips in sets.items()}
+        _distances(out, judge, embeddings)
+        if isinstance(judge, ClapJudge):
+            _captions(out, judge, embeddings)
+        if isinstance(judge, ClassifierJudge):
+            _recognition(out, judge, embeddings)
+    for reader in readers:
+        _words(out, reader)
+    for column, clips in sets.items():
+        if clips.role == "restored":
+            assert audio is not None, "restored clips are compared by the spectrograms of their system"
+            _reconstruction(out, column, audio)
     return out
 
 
-def _recognition(out: Scored, clips: Sequence[HeldOut], heard: Mapping[str, Heard], classifier: ClassifierJudge) -> None:
-    """Classifier: accuracy, confusion, KL and Fréchet distance."""
-    out.add_judged(classifier, heard)
-    names = classifier.classes
-    logits = {system: sounds.logits for system, sounds in heard.items() if sounds.logits is not None and system in HEARD}
-    best = {system: values.argmax(1) for system, values in logits.items()}
-    shifted = np.exp(logits["generated"] - logits["generated"].max(1, keepdims=True))
-    confidence = (shifted / shifted.sum(1, keepdims=True)).max(1)
-    for i, row in enumerate(out.clips):
-        row |= {"recognised": names[best["generated"][i]], "confidence": float(confidence[i]), "recognised_real": names[best["real"][i]]}
-    number = {name: i for i, name in enumerate(names)}
-    known = [i for i, clip in enumerate(clips) if clip.label in number]
-    if not known:
-        labelled = any(clip.label for clip in clips)
-        out.missing["accuracy"] = "the classifier knows none of the clips' labels" if labelled else "the held-out clips have no labels"
+def _distances(out: Scores, judge: Judge, embeddings: Mapping[str, Embeddings]) -> None:
+    """What a judge's embeddings of each set say beside those of the reference."""
+    for column, clips in out.sets.items():
+        if clips.role == "reference":
+            continue
+        result = judge_scores(judge.name, embeddings[out.column("reference")], embeddings[column], clips.pairs_in(out.reference))
+        for score in result.scores:
+            out.add(column, judge_fields(judge), score)
+        if clips.role == "system":
+            out.missing |= result.missing
+            out.notes += result.notes
+
+
+def _captions(out: Scores, judge: ClapJudge, embeddings: Mapping[str, Embeddings]) -> None:
+    """The CLAP score: captions beside clips."""
+    texts = [clip.text for clip in out.system.clips]
+    if not all(texts):
+        out.missing["clap_score"] = "it compares clips with their captions; name a list with --captions"
         return
-    if len(known) < len(clips):
-        out.notes.append(f"accuracy is over {len(known)} of {len(clips)} clips; the classifier does not know the labels of the others")
-    asked = np.array([number[str(clips[i].label)] for i in known])
-    hits = {system: best[system][known] == asked for system in HEARD}
-    out.scores["accuracy"]["chance"] = 1.0 / len(names)
-    for system, hit in hits.items():
-        found = _plain("accuracy", "share of clips whose label is the likeliest class", float(hit.mean()), rows_generated=len(hit))
-        out.add(system, judging.hearing(classifier), found)
-    out.intervals["accuracy"] = {system: list(metrics.interval(int(hit.sum()), len(hit))) for system, hit in hits.items()}
-    for index in np.unique(asked):
-        here = asked == index
-        shares = {system: float(hit[here].mean()) for system, hit in hits.items()}
-        out.classes.append({"name": names[index], "count": int(here.sum()), **shares})
-    out.confusion = {"names": list(names), "counts": metrics.confusion(asked, best["generated"][known], len(names)).tolist()}
-
-
-def _closeness_to_text(out: Scored, clips: Sequence[HeldOut], heard: Mapping[str, Heard], clap: ClapJudge, speech: bool) -> None:
-    """CLAP: score and Fréchet distance."""
-    texts = [clip.text for clip in clips]
-    if speech and set(texts) == {VOICE}:
+    if set(texts) == {VOICE}:
         out.missing["clap_score"] = "the clips have transcripts but no captions"
-    else:
-        words = clap.embed_texts(texts)
-        for system in HEARD:
-            out.add(system, judging.hearing(clap), judging.clap_found(words, heard[system]))
-        chance = metrics.clap_chance(words, heard["generated"].rows, [clip.label or clip.text for clip in clips])
-        if chance is not None:
-            out.scores["clap_score"]["chance"] = chance
-        cosines = {system: metrics.cosines(words, heard[system].rows) for system in ("generated", "real")}
-        for i, row in enumerate(out.clips):
-            row |= {"clap_score": float(cosines["generated"][i]), "clap_score_real": float(cosines["real"][i])}
-    out.add_judged(clap, heard)
-
-
-def words(
-    out: Scored, clips: Sequence[HeldOut], heard: Mapping[str, Sequence[Waveform]], transcriber: Transcriber, audio: AudioConfig
-) -> None:
-    """Error rates of what speech recognition reads, into `out`; those of the real clips are their floor."""
-    said = [clip.transcript for clip in clips]
-    if not all(said):
-        out.missing |= dict.fromkeys(("wer", "cer"), "not every clip has a transcript")
         return
-    for system, waves in heard.items():
-        for found in word_errors(said, transcriber.transcribe(waves, audio.sample_rate)):
-            out.add(system, read_by(transcriber), found)
+    captions = judge.embed_texts(texts)
+    fields = {"implementation": "mean cosine", "rows_generated": len(texts), "pairing": "caption by name"}
+    for column, clips in out.with_texts.items():
+        rows = embeddings[column].rows[[out.sets[column].numbers[clip.clip_id] for clip in clips.clips]]
+        out.add(column, judge_fields(judge), Score("clap_score", metrics.clap_score(captions, rows), fields))
+        for clip, cosine in zip(clips.clips, metrics.cosines(captions, rows), strict=True):
+            out.clips[column][clip.clip_id]["clap_score"] = float(cosine)
+        if clips.role == "system":
+            chance = metrics.clap_chance(captions, rows, [clip.label or clip.text for clip in clips.clips])
+            out.chance |= {} if chance is None else {"clap_score": chance}
 
 
-def _reconstruction(out: Scored, heard: Mapping[str, Sequence[Waveform]], audio: AudioConfig) -> None:
-    """How close VAE and vocoder come to the real waveform."""
+def _recognition(out: Scores, judge: ClassifierJudge, embeddings: Mapping[str, Embeddings]) -> None:
+    """Accuracy of the classifier, and the class of every clip."""
+    out.classes = judge.classes
+    known = set(judge.classes)
+    for column, clips in out.sets.items():
+        logits = embeddings[column].logits
+        assert logits is not None
+        probabilities = np.exp(logits - logits.max(1, keepdims=True))
+        probabilities /= probabilities.sum(1, keepdims=True)
+        for clip, row in zip(clips.clips, probabilities, strict=True):
+            out.clips[column][clip.clip_id] |= {"recognised": judge.classes[int(row.argmax())], "confidence": float(row.max())}
+    labelled = [clip for clip in out.system.clips if clip.label in known]
+    if not labelled:
+        some_label = any(clip.label for clip in out.system.clips)
+        out.missing["accuracy"] = "the classifier knows none of the clips' labels" if some_label else "the clips have no labels"
+        return
+    if len(labelled) < len(out.system.clips):
+        out.notes.append(
+            f"accuracy is over {len(labelled)} of {len(out.system.clips)} clips; the classifier does not know the labels of the others"
+        )
+    out.chance["accuracy"] = 1.0 / len(judge.classes)
+    fields = {"implementation": "share of clips whose label is the likeliest class", "rows_generated": len(labelled)}
+    for column in out.with_texts:
+        hits = [out.clips[column][clip.clip_id]["recognised"] == clip.label for clip in labelled]
+        out.add(column, judge_fields(judge), Score("accuracy", float(np.mean(hits)), fields))
+
+
+def _words(out: Scores, reader: Reader) -> None:
+    """Error rates of what speech recognition reads; those of the real clips are their floor."""
+    transcripts = [clip.transcript for clip in out.system.clips]
+    if not all(transcripts):
+        out.missing |= dict.fromkeys(("wer", "cer"), "not every clip has a transcript; name a caption list that has them with --captions")
+        return
+    for column, clips in out.with_texts.items():
+        texts = reader.read(clips, out.channels)
+        for score in word_errors(transcripts, texts) if texts is not None else []:
+            out.add(column, reader.fields, score)
+
+
+def _reconstruction(out: Scores, column: str, audio: AudioConfig) -> None:
+    """How close restored clips come to the real waveforms."""
+    restored = out.sets[column]
+    pairs = [(real, wave) for (real, _), (wave, _) in zip(out.reference.like(restored).waveforms(), restored.waveforms(), strict=True)]
+    spectral = np.array([metrics.spectral_distance(*pair) for pair in pairs]).mean(0)
+    log_spectral = np.mean([metrics.log_spectral_distance(*pair, audio.sample_rate) for pair in pairs])
+    real, other = (log_mel(torch.from_numpy(np.stack(waves)), audio).numpy() for waves in zip(*pairs, strict=True))
+    pictures = [(metrics.mel_image(one), metrics.mel_image(two)) for one, two in zip(real, other, strict=True)]
+    levels = [level for level in (metrics.psnr(*pair) for pair in pictures) if np.isfinite(level)]
     mel = f"{audio.mel_bins}-bin log-mel, {audio.n_fft}-point transform, {audio.fmin:g} to {audio.fmax:g} Hz"
-    for system in ("vae", "vocoder"):
-        pairs = list(zip(heard["real"], heard[system], strict=True))
-        spectral = np.array([metrics.spectral_distance(real, wave) for real, wave in pairs]).mean(0)
-        log_spectral = np.mean([metrics.log_spectral_distance(*pair, audio.sample_rate) for pair in pairs])
-        real, restored = (log_mel(torch.from_numpy(np.stack(waves)), audio).numpy() for waves in (heard["real"], heard[system]))
-        pictures = [(metrics.mel_image(one), metrics.mel_image(two)) for one, two in zip(real, restored, strict=True)]
-        levels = [level for level in (metrics.psnr(*pair) for pair in pictures) if np.isfinite(level)]
-        found = [
-            ("mel_l1", f"mean absolute difference, {mel}", metrics.mel_l1(real, restored)),
-            ("mel_ssim", f"7 x 7 windows of the picture -80 to 20 dB, {mel}", np.mean([metrics.ssim(*pair) for pair in pictures])),
-            ("log_spectral_distance", "46 ms windows every 10 ms", log_spectral),
-            ("spectral_convergence", "three resolutions", spectral[0]),
-            ("log_magnitude", "three resolutions", spectral[1]),
-        ]
-        if levels:  # an exact copy has no level to speak of
-            found.append(("mel_psnr", f"of the picture -80 to 20 dB, {mel}", np.mean(levels)))
-        for metric, implementation, value in found:
-            out.add(system, _as_written(audio), _plain(metric, implementation, float(value), pairing="same clip", num_reference=len(pairs)))
+    measured = [
+        ("mel_l1", f"mean absolute difference, {mel}", metrics.mel_l1(real, other)),
+        ("mel_ssim", f"7 x 7 windows of the picture -80 to 20 dB, {mel}", np.mean([metrics.ssim(*pair) for pair in pictures])),
+        ("log_spectral_distance", "46 ms windows every 10 ms", log_spectral),
+        ("spectral_convergence", "three resolutions", spectral[0]),
+        ("log_magnitude", "three resolutions", spectral[1]),
+    ]
+    if levels:  # an exact copy has no level to speak of
+        measured.append(("mel_psnr", f"of the picture -80 to 20 dB, {mel}", np.mean(levels)))
+    for metric, implementation, value in measured:
+        fields = {"implementation": implementation, "pairing": "same clip", "num_reference": len(pairs)}
+        out.add(column, _as_written(restored), Score(metric, float(value), fields))
 
 
-def _plain(metric: str, implementation: str, value: float, **fields: Any) -> Found:
-    """A score that is a plain mean over clips."""
-    plain = {"rows_generated": 0, "num_reference": None, "rows_reference": None, "pairing": "label", "ddof": None}
-    return Found(metric, value, {**plain, "implementation": implementation, **fields}, {})
+def _as_written(clips: ClipSet) -> dict[str, Any]:
+    """The judge's fields of scores that no judge takes part in."""
+    rule = "whole clips" if clips.seconds is None else f"{clips.seconds:g} s"
+    alike = {"judge": None, "judge_sha256": None, "resampler": "none", "level": "as written", "clip_rule": rule}
+    return {**alike, "sample_rate": None}
 
 
-def _as_written(audio: AudioConfig) -> dict[str, Any]:
-    """`judging.hearing` of scores that no judge takes part in."""
-    return {
-        "judge": None, "judge_sha256": None, "sample_rate": audio.sample_rate, "resampler": "none", "level": "as written",
-        "clip_rule": f"{audio.clip_seconds:g} s",
-    }  # fmt: skip
+# --------------------------------------------------------------------------------------------- scores from embeddings
 
 
-def records(scored: Scored, name: str, common: Mapping[str, Any], made: Mapping[str, Mapping[str, Any]]) -> list[Record]:
-    """One record per score of every system that makes sound.
+@dataclass
+class JudgeScores:
+    """The scores that one judge gives one set."""
+
+    scores: list[Score] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)  # metric -> why
+    notes: list[str] = field(default_factory=list)
+
+    def attempt(self, metric: str, compute: Callable[[], tuple[float, Mapping[str, float]]], **fields: Any) -> None:
+        """Add a score, or why the metric refuses these clips."""
+        try:
+            value, extra = compute()
+        except ValueError as error:
+            self.missing[metric] = str(error)
+        else:
+            self.scores.append(Score(metric, value, fields, extra))
+
+
+def judge_scores(judge: str, reference: Embeddings, generated: Embeddings, pairs: Sequence[int] | None) -> JudgeScores:
+    """Every metric that a judge's embeddings of two sets allow.
 
     Args:
-        name: what the evaluated system is called.
-        common: the protocol fields that the two sets decide.
-        made: how the sounds of each system came about.
+        judge: its name; it decides what the metrics are called.
+        pairs: for every generated clip the number of the real clip that belongs to it, as KL needs; None if there are none.
     """
-    called = {"generated": name, "vae": f"{name}: VAE + vocoder", "vocoder": f"{name}: vocoder", "real": "real clips"}
-    found, version = [], code_version()
-    for system, heard_by, one in scored.found:
-        protocol = judging.protocol_of(one, heard_by, common)
-        check = scored.check.counts() if system == "generated" else {"clips": len(scored.clips)}
-        shown, ranked = called.get(system, SYSTEMS[system]), system == "generated"
-        found.append(Record(shown, one.value, protocol, made.get(system, {}), check, version, one.extra, ranked))
-    return found
+    out = JudgeScores()
+    counts = {
+        "num_reference": reference.num_clips,
+        "rows_reference": len(reference.rows),
+        "rows_generated": len(generated.rows),
+        "pairing": "none",
+        "ddof": 1,
+    }
+    if metric := FRECHET_OF.get(judge):
+        _frechet(out, metric, reference, generated, windows=judge.startswith("vggish"), counts=counts)
+    if metric := INFINITY_OF.get(judge):
+        implementation = f"{FRECHET}, line over 1/N from 500 rows on, whole clips drawn"
+        out.attempt(metric, partial(_frechet_infinity, reference, generated), implementation=implementation, seed=0, **counts)
+    activations: dict[Literal["softmax", "sigmoid"], dict[str, str]] = {"softmax": KL_OF, "sigmoid": KL_SIGMOID_OF}
+    for activation, names in activations.items():
+        metric = names.get(judge)
+        if metric and pairs is None:
+            out.missing[metric] = "it compares a generated clip with the real clip of the same name, and not every clip has one"
+        elif metric and pairs is not None:
+            fields = counts | {"num_reference": len(pairs), "rows_reference": len(pairs), "pairing": "by name", "ddof": None}
+            fields |= {"direction": "KL(reference || generated)", "implementation": f"KL of {activation}, floor 1e-6"}
+            out.attempt(metric, partial(_kl, reference, generated, pairs, activation), **fields)
+    if metric := INCEPTION_OF.get(judge):
+        fields = counts | {"num_reference": None, "rows_reference": None, "ddof": 0}
+        out.attempt(metric, partial(_inception, generated), implementation="inception score, 10 parts", seed=2020, **fields)
+    return out
+
+
+def _frechet(out: JudgeScores, metric: str, reference: Embeddings, generated: Embeddings, windows: bool, counts: Mapping[str, Any]) -> None:
+    """`windows`: the judge gives a clip several rows, and with too few of them published figures mean nothing."""
+    width, fewest = reference.rows.shape[1], min(len(reference.rows), len(generated.rows))
+    if windows and fewest < 2 * width:
+        out.missing[metric] = f"{fewest} windows are too few for {width} dimensions; it takes {2 * width}, which is 26 clips of 10 s"
+        return
+    out.attempt(metric, lambda: (metrics.frechet_distance(reference.rows, generated.rows), {}), implementation=FRECHET, **counts)
+    if fewest <= width:
+        few = f"{fewest} embeddings for {width} dimensions"
+        out.notes.append(f"{MEASURES[metric].title}: {few}; it depends on that number, compare equal ones only")
+
+
+def _frechet_infinity(reference: Embeddings, generated: Embeddings) -> tuple[float, dict[str, float]]:
+    line = metrics.frechet_infinity(reference.rows, generated.rows, generated.clip_of)
+    return line.value, {"slope": line.slope, "r_squared": line.r_squared}
+
+
+def _kl(
+    reference: Embeddings, generated: Embeddings, pairs: Sequence[int], activation: Literal["softmax", "sigmoid"]
+) -> tuple[float, dict[str, float]]:
+    assert reference.logits is not None and generated.logits is not None
+    return metrics.kl_divergence(reference.logits[list(pairs)], generated.logits, activation), {}
+
+
+def _inception(generated: Embeddings) -> tuple[float, dict[str, float]]:
+    assert generated.logits is not None
+    mean, deviation = metrics.inception_score(generated.logits)
+    return mean, {"deviation": deviation}

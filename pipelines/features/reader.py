@@ -100,7 +100,7 @@ class StoreReader:
             opened, size = path, 0
         expected = self._sizes[series][shard]
         if size != expected:
-            raise UserError(f"{path} has {size} bytes where its ledger says {expected}; make it again with `{completing_command(series)}`")
+            raise UserError(f"{path} has {size} bytes where its ledger says {expected}; recompute it with `{completing_command(series)}`")
         return opened
 
     def _check_names(self) -> None:

@@ -33,13 +33,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from pipelines.features import DEFAULT_SHARD_SIZE
 from pipelines.features.reader import StoreReader
 from pipelines.features.shards import LedgerRow, Member, Rejection, ShardWriter, completing_command
 from stages.audio import AudioConfig
+from stages.config import differences
 from stages.errors import UserError
 
 STORE_FORMAT = 1
-DEFAULT_SHARD_SIZE = 256
 
 CLIP_SCHEMA = pa.schema(
     [
@@ -77,7 +78,7 @@ class FeatureStore:
         try:
             card = json.loads(fs.cat_file(posixpath.join(path, "store.json")))
         except FileNotFoundError:
-            raise UserError(f"{root} holds no feature store (no store.json); make one with `loa ingest`") from None
+            raise UserError(f"{root} contains no feature store (no store.json); make one with `loa ingest`") from None
         except ValueError as error:
             raise UserError(f"{root}/store.json is damaged ({error}); make the store again with `loa ingest`") from None
         if card.get("format") != STORE_FORMAT:
@@ -117,9 +118,11 @@ class FeatureStore:
         store = cls(fs, path, card)
         if fs.exists(store.path("store.json")):
             there = cls.open(root)
-            changes = _differences({**there._card, "series": {}}, card)
+            changes = differences({**there._card, "series": {}}, card)
             if changes:
-                raise UserError(f"{root} is already a feature store of other clips or settings ({changes}); name another or delete it")
+                raise UserError(
+                    f"{root} is already a feature store of other clips or settings ({changes}); choose another folder or delete it"
+                )
             store = there
         fs.makedirs(path, exist_ok=True)
         for name, content in (("rejected.parquet", _conform(rejected, REJECTED_SCHEMA)), ("clips.parquet", table)):
@@ -136,6 +139,17 @@ class FeatureStore:
     def audio(self) -> AudioConfig:
         """The audio settings of every clip."""
         return AudioConfig.from_dict(self._card["audio"])
+
+    def require_audio(self, audio: AudioConfig, who: str) -> None:
+        """Refuse `who`, a variant or a job that has the settings `audio`, when the clips were ingested with others.
+
+        Raises UserError naming the settings that differ, with both values.
+        """
+        if told := differences(self.audio, audio):
+            raise UserError(
+                f"the store {self.root} was ingested with other audio settings than {who} has ({told}); name the variant it was "
+                "ingested for (and --tiny, if it was), or ingest again into another folder"
+            )
 
     @property
     def seed(self) -> int:
@@ -200,11 +214,11 @@ class FeatureStore:
         with self._locked():
             card = self._read_card()
             known = card["series"].get(series)
-            changes = _differences(_identity(known), _identity(recipe)) if known is not None else ""
+            changes = differences(_identity(known), _identity(recipe)) if known is not None else ""
             if changes and any(name.endswith(".json") for name in self._listing(series)):
                 raise UserError(
-                    f"the series {series!r} of {self.root} was made otherwise ({changes}); "
-                    f"use another store, or delete {self.path(series)} to make the series anew"
+                    f"the series {series!r} of {self.root} was made with other settings ({changes}); "
+                    f"use another store, or delete {self.path(series)} to recompute the series"
                 )
             if known is None or changes:
                 card["series"][series] = recipe
@@ -385,21 +399,6 @@ def _identity(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in recipe.items() if key != "provenance"}
 
 
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """The entries in which two nested mappings differ, as text; "" when they agree."""
-    old, new = dict(_flat(there)), dict(_flat(here))
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    return ", ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in names)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
     missing = [name for name in schema.names if name not in table.column_names]
     if missing:
@@ -413,7 +412,7 @@ def _deal(clips: pa.Table, seed: int, shard_size: int) -> pa.Table:
     if not ids:
         raise UserError("there are no clips to store: every recording was rejected, or none was found")
     if shard_size < 1:
-        raise UserError(f"shard_size is {shard_size}; a shard holds at least one clip")
+        raise UserError(f"shard_size is {shard_size}; expected at least 1")
     if len(set(ids)) != len(ids):
         raise ValueError("clip ids are not unique")
     for clip_id in ids:

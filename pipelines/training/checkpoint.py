@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def local(tensor: Tensor) -> Tensor:
 class EMA:
     """Exponential moving average of trained parameters, sharded as they are.
 
-    Decay min(decay, (1 + n) / (10 + n)) after n updates, the reference's warm-up (facts 7.4).
+    Decay min(decay, (1 + n) / (10 + n)) after n updates, the reference's warm-up (references.md#averaged-weights).
     """
 
     def __init__(self, parts: Mapping[str, nn.Module], decay: float) -> None:
@@ -74,38 +74,45 @@ class EMA:
             a.copy_(held)
 
 
-def _state(
-    parts: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer], ema: EMA | None, progress: Progress
-) -> dict[str, Any]:
-    state: dict[str, Any] = {
-        "parts": {name: get_model_state_dict(part) for name, part in parts.items()},
-        "optimizers": {name: get_optimizer_state_dict(parts[name], optimizer) for name, optimizer in optimizers.items()},
-        "progress": {
-            "counts": torch.tensor([progress.step, progress.cursor, progress.skipped]),
-            "seconds": torch.tensor(progress.seconds, dtype=torch.float64),
-        },
-    }
-    if ema is not None:
-        state["ema"] = {"average": ema.average, "updates": ema.updates}
-    return state
+@dataclass
+class TrainingState:
+    """What a checkpoint holds: the sharded parts and their optimisers by name, the averages if any are kept, and the progress."""
+
+    parts: Mapping[str, nn.Module]
+    optimizers: Mapping[str, torch.optim.Optimizer]
+    ema: EMA | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    def tensors(self) -> dict[str, Any]:
+        """All of it as nested dicts of tensors, the weights and averages not copied."""
+        progress = self.progress
+        state: dict[str, Any] = {
+            "parts": {name: get_model_state_dict(part) for name, part in self.parts.items()},
+            "optimizers": {name: get_optimizer_state_dict(self.parts[name], optimizer) for name, optimizer in self.optimizers.items()},
+            "progress": {
+                "counts": torch.tensor([progress.step, progress.cursor, progress.skipped]),
+                "seconds": torch.tensor(progress.seconds, dtype=torch.float64),
+            },
+        }
+        if self.ema is not None:
+            state["ema"] = {"average": self.ema.average, "updates": self.ema.updates}
+        return state
 
 
-def save(
-    folder: Path, parts: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer], ema: EMA | None, progress: Progress
-) -> None:
+def save(folder: Path, state: TrainingState) -> None:
     """Write a sharded checkpoint (every worker calls this with its own or a common folder)."""
-    dcp.save(_state(parts, optimizers, ema, progress), checkpoint_id=folder)
+    dcp.save(state.tensors(), checkpoint_id=folder)
 
 
-def load(folder: Path, parts: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer], ema: EMA | None) -> Progress:
-    """Restore in place, also on another number of workers; returns where the run stood."""
-    state = _state(parts, optimizers, ema, Progress())
-    dcp.load(state, checkpoint_id=folder)
-    for name, part in parts.items():
-        set_model_state_dict(part, state["parts"][name])
-        set_optimizer_state_dict(part, optimizers[name], state["optimizers"][name])
-    step, cursor, skipped = state["progress"]["counts"].tolist()
-    return Progress(step, cursor, float(state["progress"]["seconds"]), skipped)
+def load(folder: Path, state: TrainingState) -> None:
+    """Restore `state` in place, also on another number of workers."""
+    tensors = state.tensors()
+    dcp.load(tensors, checkpoint_id=folder)
+    for name, part in state.parts.items():
+        set_model_state_dict(part, tensors["parts"][name])
+        set_optimizer_state_dict(part, state.optimizers[name], tensors["optimizers"][name])
+    step, cursor, skipped = tensors["progress"]["counts"].tolist()
+    state.progress = Progress(step, cursor, float(tensors["progress"]["seconds"]), skipped)
 
 
 def full_weights(part: nn.Module) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipelines.features.store import FeatureStore
 from stages.base import Stage
+from stages.config import Recipe
 from stages.errors import UserError
 
 VALIDATION_EPOCH = 2**31  # an epoch number no training reaches: validation draws are the same every time
@@ -80,50 +81,40 @@ def collate(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
 
 
-class _Shares:
-    """Batch sampler: this worker's micro-batches, from `cursor` clips onwards."""
+class Share(NamedTuple):
+    """Which of the equal shares of every batch: that of worker `rank` of `world`."""
 
-    def __init__(
-        self, num_clips: int, seed: int, cursor: int, steps: int, global_batch: int, micro_batch: int, rank: int, world: int
-    ) -> None:
-        self.args = (num_clips, seed, cursor, steps, global_batch, micro_batch, rank, world)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        num_clips, seed, cursor, steps, global_batch, micro_batch, rank, world = self.args
-        for step in range(steps):
-            share = places(cursor + step * global_batch, global_batch, num_clips, seed)[rank::world]
-            yield from (share[i : i + micro_batch] for i in range(0, len(share), micro_batch))
+    rank: int
+    world: int
 
 
 def training_batches(
-    clips: ClipDataset,
-    stage: Stage,
-    seed: int,
-    cursor: int,
-    steps: int,
-    global_batch: int,
-    micro_batch: int | None,
-    rank: int,
-    world: int,
-    loader_workers: int = 0,
+    examples: Examples, recipe: Recipe, share: Share, cursor: int, steps: int, loader_workers: int = 0
 ) -> Iterator[list[dict[str, Any]]]:
-    """For each of `steps` optimiser steps the micro-batches of worker `rank` of `world`.
+    """For each of `steps` optimiser steps one worker's micro-batches, from the clip after the first `cursor` onwards.
 
     Raises UserError when the global batch cannot be shared equally.
-    """  # fmt: skip
-    if global_batch % world:
-        raise UserError(f"global_batch {global_batch} cannot be shared by {world} workers; choose a multiple of {world}")
+    """
+    clips, batch = examples.clips, recipe.global_batch
+    if batch % share.world:
+        raise UserError(f"global_batch {batch} cannot be shared by {share.world} workers; choose a multiple of {share.world}")
     if not len(clips):
         raise UserError(
-            f"no clip of the training split suits the stage {stage.name!r}; look at the captions, labels and splits in its clips.parquet"
+            f"no clip of the training split can be used by the stage {examples.stage.name!r}; "
+            "check the captions, labels and splits in its clips.parquet"
         )
-    share = global_batch // world
-    micro = min(micro_batch or share, share)
-    shares = _Shares(len(clips), seed, cursor, steps, global_batch, micro, rank, world)
+    own = batch // share.world
+    micro = min(recipe.micro_batch or own, own)
+
+    def micro_batches() -> Iterator[list[tuple[int, int]]]:
+        for step in range(steps):
+            mine = places(cursor + step * batch, batch, len(clips), examples.seed)[share.rank :: share.world]
+            yield from (mine[i : i + micro] for i in range(0, own, micro))
+
     loader = iter(
         DataLoader(
-            Examples(clips, stage, seed),
-            batch_sampler=shares,
+            examples,
+            batch_sampler=micro_batches(),
             collate_fn=collate,
             num_workers=loader_workers,
             multiprocessing_context="fork" if loader_workers else None,
@@ -131,16 +122,14 @@ def training_batches(
         )
     )
     for _ in range(steps):
-        yield [next(loader) for _ in range(-(-share // micro))]
+        yield [next(loader) for _ in range(-(-own // micro))]
 
 
-def validation_batches(
-    clips: ClipDataset, stage: Stage, seed: int, batch: int, limit: int, rank: int, world: int
-) -> Iterator[dict[str, Any]]:
+def validation_batches(examples: Examples, share: Share, batch: int, limit: int) -> Iterator[dict[str, Any]]:
     """At most `limit` batches per worker with draws that never change; workers get equally many."""
-    examples = Examples(clips, stage, seed)
-    chosen = np.linspace(0, len(clips) - 1, min(len(clips), limit * batch * world)).astype(int)
-    count = len(chosen) // world
-    mine = chosen[rank::world][:count] if count else chosen
+    num_clips, seed = len(examples.clips), examples.seed
+    chosen = np.linspace(0, num_clips - 1, min(num_clips, limit * batch * share.world)).astype(int)
+    count = len(chosen) // share.world
+    mine = chosen[share.rank :: share.world][:count] if count else chosen
     for i in range(0, len(mine), batch):
         yield collate([examples[(VALIDATION_EPOCH, int(j))] for j in mine[i : i + batch]]) | {"step_rng": step_rng(seed, VALIDATION_EPOCH)}

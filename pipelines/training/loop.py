@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +23,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+import local_ray
 from pipelines.features.store import FeatureStore
 from pipelines.tracking import Tracker
 from pipelines.training import checkpoint
-from pipelines.training.checkpoint import EMA, Progress
-from pipelines.training.dataset import ClipDataset, step_rng, training_batches, validation_batches
+from pipelines.training.checkpoint import EMA, TrainingState
+from pipelines.training.dataset import ClipDataset, Examples, Share, step_rng, training_batches, validation_batches
 from stages.base import Stage, release, stage_class
 from stages.config import Recipe, to_dict
 from stages.errors import UserError
@@ -39,6 +40,9 @@ SHARD_FROM = 1_000_000  # parameters; smaller blocks are gathered together with 
 PATIENCE = 20  # steps in a row without finite gradients before the run is given up
 
 
+Losses = Iterator[tuple[str, Tensor, dict[str, Tensor]]]  # what `Stage.losses` returns: part, loss, logs
+
+
 @dataclass(frozen=True)
 class TrainJob:
     """Everything a worker needs to know; travels to it as one value."""
@@ -47,7 +51,7 @@ class TrainJob:
     variant: Variant
     store: str
     run: str  # folder of this run: checkpoints, prepared/, progress.json
-    released: Mapping[str, str]  # folder of every stage whose weights are at hand
+    released: Mapping[str, str]  # folder of every stage whose weights are available
     output: str  # where the released weights go
     tracker: Any = None  # Tracker.handle() of the run this job logs to
     seed: int = 0
@@ -98,6 +102,7 @@ class OneProcess:
         self._store: str | None = None
         self._excepthook = sys.excepthook  # torch.distributed puts one of its own before it
         if not dist.is_initialized():
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", local_ray.LOOPBACK)  # one process has nobody to listen to
             self._store = tempfile.mktemp(prefix="loa-rendezvous-")
             dist.init_process_group("gloo", init_method=f"file://{self._store}", rank=0, world_size=1)
 
@@ -120,6 +125,7 @@ class OneProcess:
         """End the process group this object began."""
         if self._store is not None:
             dist.destroy_process_group()
+            Path(self._store).unlink(missing_ok=True)
             sys.excepthook = self._excepthook
 
 
@@ -172,12 +178,11 @@ def train(job: TrainJob, workers: Workers) -> dict[str, float]:
     stage = cls.build(job.variant, job.folder).to(device)
     parts = shard(stage, init_device_mesh(device.type, (workers.world,)))
     optimizers = {name: _optimizer(part, recipe) for name, part in parts.items()}
-    ema = EMA(parts, recipe.ema_decay) if recipe.ema_decay else None
-    latest = workers.latest()
-    progress = checkpoint.load(latest, parts, optimizers, ema) if latest else Progress()
+    state = TrainingState(parts, optimizers, EMA(parts, recipe.ema_decay) if recipe.ema_decay else None)
+    if latest := workers.latest():
+        checkpoint.load(latest, state)
 
-    dtype = autocast_dtype(device, job.precision)
-    run = _Run(job, workers, stage, parts, optimizers, ema, progress, dtype)
+    run = _Run(job, workers, stage, state)
     with Tracker.resume(job.tracker) if workers.rank == 0 else Tracker.off() as tracker:
         measures = run.fit(clips, held_out, tracker)
         weights = run.gather()
@@ -185,10 +190,17 @@ def train(job: TrainJob, workers: Workers) -> dict[str, float]:
             fresh = cls.build(job.variant, job.folder)
             for name, part in fresh.parts().items():
                 part.load_state_dict(weights[name])
+            progress = state.progress
             card = {
-                "variant": job.variant.name, "config": to_dict(job.variant), "steps": progress.step, "clips": progress.cursor,
-                "seconds": round(progress.seconds, 1), "skipped_steps": progress.skipped, "validation": measures, **job.card,
-            }  # fmt: skip
+                "variant": job.variant.name,
+                "config": to_dict(job.variant),
+                "steps": progress.step,
+                "clips": progress.cursor,
+                "seconds": round(progress.seconds, 1),
+                "skipped_steps": progress.skipped,
+                "validation": measures,
+                **job.card,
+            }
             release(fresh.eval(), Path(job.output), card)
     return measures
 
@@ -200,46 +212,46 @@ def _optimizer(part: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     )
 
 
+def _add(sums: dict[str, Tensor], values: Mapping[str, Tensor], weight: float = 1.0) -> None:
+    """Add `weight` times each value to its sum, in float32 and on the values' device: reading one would make the host wait for it."""
+    for name, value in values.items():
+        term = (weight * value.detach()).float()
+        sums[name] = sums[name] + term if name in sums else term
+
+
 class _Run:
     """One worker's run: the state of the loop and its few steps."""
 
-    def __init__(
-        self, job: TrainJob, workers: Workers, stage: Stage, parts: dict[str, nn.Module],
-        optimizers: dict[str, torch.optim.Optimizer], ema: EMA | None, progress: Progress, dtype: torch.dtype | None,
-    ) -> None:  # fmt: skip
-        self.job, self.recipe, self.workers, self.stage = job, job.recipe, workers, stage
-        self.parts, self.optimizers, self.ema, self.progress, self.dtype = parts, optimizers, ema, progress, dtype
-        self.trained = {name: [p for p in part.parameters() if p.requires_grad] for name, part in parts.items()}
+    def __init__(self, job: TrainJob, workers: Workers, stage: Stage, state: TrainingState) -> None:
+        self.job, self.recipe, self.workers, self.stage, self.state = job, job.recipe, workers, stage, state
+        self.progress, self.share = state.progress, Share(workers.rank, workers.world)
+        self.dtype = autocast_dtype(workers.device, job.precision)
+        self.trained = {name: [p for p in part.parameters() if p.requires_grad] for name, part in state.parts.items()}
         self.stuck = 0  # steps in a row without finite gradients
 
     def fit(self, clips: ClipDataset, held_out: ClipDataset, tracker: Tracker) -> dict[str, float]:
         """Step until the recipe is fulfilled, with everything that happens on the way."""
-        recipe, progress, workers = self.recipe, self.progress, self.workers
-        batches = training_batches(
-            clips, self.stage, self.job.seed, progress.cursor, max(0, recipe.steps - progress.step), recipe.global_batch,
-            recipe.micro_batch, workers.rank, workers.world, self.job.loader_workers,
-        )  # fmt: skip
+        recipe, progress = self.recipe, self.progress
+        examples, remaining = Examples(clips, self.stage, self.job.seed), max(0, recipe.steps - progress.step)
+        batches = training_batches(examples, recipe, self.share, progress.cursor, remaining, self.job.loader_workers)
         measures: dict[str, float] = {}
         sums: dict[str, Tensor] = {}
         before, clock = progress.seconds, time.monotonic()
         since, last = clock, progress.step
-        while (done := self._share_done()) < 1.0:
-            for optimizer in self.optimizers.values():
-                for group in optimizer.param_groups:
-                    group["lr"] = recipe.rate_at(progress.step, done)
-            logs = self._step(next(batches))
+        done = self._share_done()
+        while done < 1.0:
+            rate = self._set_rate(done)
+            _add(sums, self._step(next(batches)))
             progress.step += 1
             progress.cursor += recipe.global_batch
             progress.seconds = before + time.monotonic() - clock
-            for name, value in logs.items():
-                sums[name] = sums.get(name, torch.zeros(())) + value.detach().float().cpu()
-            if progress.step % LOG_EVERY == 0 or self._share_done() >= 1.0:
-                now, steps = time.monotonic(), progress.step - last
-                means = {f"train/{k}": float(v) / steps for k, v in self._mean(sums).items()}
+            done = self._share_done()
+            if progress.step % LOG_EVERY == 0 or done >= 1.0:
+                steps = progress.step - last
+                means = {f"train/{k}": v / steps for k, v in self._mean(sums).items()}  # waits for the device, so before the clock
+                now = time.monotonic()
                 speed = steps * recipe.global_batch / max(now - since, 1e-9)
-                tracker.metrics(
-                    means | {"train/learning_rate": recipe.rate_at(progress.step - 1, done), "speed/clips_per_second": speed}, progress.step
-                )
+                tracker.metrics(means | {"train/learning_rate": rate, "speed/clips_per_second": speed}, progress.step)
                 sums, since, last = {}, now, progress.step
                 self._tell(means, measures)
             if progress.step % recipe.validate_every == 0:
@@ -254,18 +266,40 @@ class _Run:
         return measures
 
     def _share_done(self) -> float:
-        """Share of the recipe that is behind us, by steps or by time, the same on all workers."""
-        done = self.progress.step / self.recipe.steps
-        if self.recipe.max_seconds is not None:
-            spent = torch.tensor(self.progress.seconds)
-            if self.workers.world > 1:
-                spent = spent.to(self.workers.device)
-                dist.all_reduce(spent, op=dist.ReduceOp.MAX)
-            done = max(done, float(spent) / self.recipe.max_seconds)
-        return min(done, 1.0)
+        """Share of the recipe that is behind us, by steps or by time, the same on all workers.
+
+        With `max_seconds` it asks all workers for the longest time, so it is called once per step: after it.
+        """
+        seconds = self.progress.seconds
+        if self.recipe.max_seconds is not None and self.workers.world > 1:
+            longest = torch.tensor(seconds, device=self.workers.device)
+            dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+            seconds = float(longest)
+        return self._share(seconds)
+
+    def _share(self, seconds: float) -> float:
+        """Share of the recipe done after the steps so far and `seconds` of training."""
+        by_time = seconds / self.recipe.max_seconds if self.recipe.max_seconds is not None else 0.0
+        return min(1.0, max(self.progress.step / self.recipe.steps, by_time))
+
+    def _set_rate(self, done: float) -> float:
+        """Give all optimisers the learning rate of the next step; returns it."""
+        rate = self.recipe.rate_at(self.progress.step, done)
+        for optimizer in self.state.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        return rate
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.workers.device.type, self.dtype, enabled=self.dtype is not None)
 
     def _step(self, micro_batches: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """One update of every part, gradients accumulated over the micro-batches; returns mean logs."""
+        """One update of every part, gradients accumulated over the micro-batches; returns mean logs, on the device.
+
+        Parts go one after another, all micro-batches through one part before the next: a GAN's generator loss must see the
+        critic already stepped, and the critic steps once it has the gradients of all micro-batches. So the generators that
+        `losses` returns, one per micro-batch, advance in lockstep, and each part is stepped between two of their yields.
+        """
         self.stage.train()
         torch.manual_seed(hash((self.job.seed, self.progress.step, self.workers.rank)))  # dropout repeats on resume
         streams = []
@@ -273,36 +307,40 @@ class _Run:
             moved = {k: v.to(self.workers.device, non_blocking=True) for k, v in batch.items()}
             moved |= {"step_rng": step_rng(self.job.seed, self.progress.step), "step": self.progress.step}
             streams.append(self.stage.losses(moved))
-        size = [len(next(iter(batch.values()))) for batch in micro_batches]
+        sizes = [len(next(iter(batch.values()))) for batch in micro_batches]
+        weights = [size / sum(sizes) for size in sizes]
         logs: dict[str, Tensor] = {}
-        part: str | None = ""
-        while True:
-            for i, stream in enumerate(streams):
-                with torch.autocast(self.workers.device.type, self.dtype, enabled=self.dtype is not None):
-                    part, loss, terms = next(stream, (None, torch.zeros(()), {}))
-                if part is None:
-                    break
-                weight = size[i] / sum(size)
-                if len(streams) > 1:
-                    self.parts[part].set_requires_gradient_sync(i == len(streams) - 1)  # type: ignore[operator]
-                (loss * weight).backward()
-                for key, value in terms.items():
-                    logs[key] = logs.get(key, torch.zeros((), device=value.device)) + weight * value.detach()
-            if part is None:
-                break
+        while (part := self._accumulate(streams, weights, logs)) is not None:
             logs[f"grad_norm/{part}"] = self._update(part)
-        if self.ema is not None:
-            self.ema.update()
+        if self.state.ema is not None:
+            self.state.ema.update()
         return logs
+
+    def _accumulate(self, streams: Sequence[Losses], weights: Sequence[float], logs: dict[str, Tensor]) -> str | None:
+        """Gradients of the next part over all micro-batches; returns its name, or None after the last part."""
+        part = None
+        for i, (stream, weight) in enumerate(zip(streams, weights, strict=True)):
+            with self._autocast():
+                item = next(stream, None)
+            if item is None:
+                return None
+            part, loss, terms = item
+            if len(streams) > 1:  # workers exchange gradients once, with the last micro-batch
+                self.state.parts[part].set_requires_gradient_sync(i == len(streams) - 1)  # type: ignore[operator]
+            (loss * weight).backward()
+            _add(logs, terms, weight)
+        return part
 
     def _update(self, name: str) -> Tensor:
         """Clip and apply the gradients of one part; leaves the weights alone when they are not finite.
 
         What the loss left in other parts (a critic that judged) is thrown away: a loss moves its own part only.
         """
-        parameters, optimizer = self.trained[name], self.optimizers[name]
+        parameters, optimizer = self.trained[name], self.state.optimizers[name]
         norm = nn.utils.clip_grad_norm_(parameters, self.recipe.clip_norm if self.recipe.clip_norm else math.inf)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        # The one read from the device per part and step: the host decides whether to step, so it waits for the backward pass and
+        # launches nothing meanwhile. Without the wait the device itself would have to skip the step (`found_inf` of fused optimisers).
         if torch.isfinite(norm):
             optimizer.step()
             self.stuck = 0
@@ -315,42 +353,41 @@ class _Run:
                     f"up to step {self.progress.step}; "
                     f"lower --set recipes.{self.stage.name}.learning_rate (now {self.recipe.learning_rate}) or use --precision fp32"
                 )
-        for other in self.optimizers.values():
+        for other in self.state.optimizers.values():
             other.zero_grad(set_to_none=True)
         return norm.detach()
 
-    def _mean(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Mean over the workers."""
-        if self.workers.world == 1:
-            return dict(values)
-        names = sorted(values)
-        packed = torch.stack([values[n] for n in names]).to(self.workers.device)
-        dist.all_reduce(packed)
-        return dict(zip(names, (packed / self.workers.world).cpu(), strict=True))
+    def _mean(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """Mean over the workers; the one place where logged values leave the device, all at once."""
+        if not sums:
+            return {}
+        names = sorted(sums)
+        packed = torch.stack([sums[name].to(self.workers.device) for name in names])
+        if self.workers.world > 1:
+            dist.all_reduce(packed)
+            packed /= self.workers.world
+        return dict(zip(names, packed.tolist(), strict=True))
 
     def _averaged(self) -> Any:
         """The weights that count: averaged ones where the recipe keeps an average."""
-        return self.ema.swapped_in() if self.ema is not None else nullcontext()
+        return self.state.ema.swapped_in() if self.state.ema is not None else nullcontext()
 
     def _validate(self, clips: ClipDataset, tracker: Tracker) -> dict[str, float]:
         """Measures over held-out clips, and something to see and hear of the first batch."""
         self.stage.eval()
-        share = max(1, min(self.recipe.global_batch, len(clips)) // self.workers.world)
+        examples = Examples(clips, self.stage, self.job.seed)
+        batch_size = max(1, min(self.recipe.global_batch, len(clips)) // self.workers.world)
         sums: dict[str, Tensor] = {}
         count = 0
-        with self._averaged(), torch.autocast(self.workers.device.type, self.dtype, enabled=self.dtype is not None):
-            batches = validation_batches(
-                clips, self.stage, self.job.seed, share, self.job.validation_batches, self.workers.rank, self.workers.world
-            )
-            for batch in batches:
+        with self._averaged(), self._autocast():
+            for batch in validation_batches(examples, self.share, batch_size, self.job.validation_batches):
                 moved = {k: v.to(self.workers.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
                 if not count:
                     first = {k: v[:4] if isinstance(v, Tensor) else v for k, v in moved.items()}
                     self._listen(first, tracker)
-                for name, value in self.stage.validate(moved).items():
-                    sums[name] = sums.get(name, torch.zeros(())) + value.detach().float().cpu()
+                _add(sums, self.stage.validate(moved))
                 count += 1
-        measures = {name: float(value) / count for name, value in self._mean(sums).items()}
+        measures = {name: value / count for name, value in self._mean(sums).items()}
         tracker.metrics({f"val/{k}": v for k, v in measures.items()}, self.progress.step)
         return measures
 
@@ -371,31 +408,27 @@ class _Run:
                 if buffer.is_floating_point() and not isinstance(buffer, DTensor):
                     dist.all_reduce(buffer)
                     buffer /= self.workers.world
-        self.workers.keep(lambda folder: checkpoint.save(folder, self.parts, self.optimizers, self.ema, self.progress), self.progress.step)
+        self.workers.keep(lambda folder: checkpoint.save(folder, self.state), self.progress.step)
 
     def gather(self) -> dict[str, dict[str, Tensor]]:
         """The weights to release, whole, on worker 0."""
         with self._averaged():
-            return {name: checkpoint.full_weights(part) for name, part in self.parts.items()}
+            return {name: checkpoint.full_weights(part) for name, part in self.state.parts.items()}
 
     def _tell(self, means: Mapping[str, float], measures: Mapping[str, float], finished: bool = False) -> None:
         """Leave word for the driver's progress bar."""
         if self.workers.rank == 0:
             state = {
                 "step": self.progress.step,
-                "share": 1.0 if finished else self._local_share(),
+                "share": 1.0 if finished else self._share(self.progress.seconds),
                 "train": dict(means),
                 "val": dict(measures),
             }
             write_json(Path(self.job.run) / "progress.json", state)
 
-    def _local_share(self) -> float:
-        by_time = self.progress.seconds / self.recipe.max_seconds if self.recipe.max_seconds else 0.0
-        return min(1.0, max(self.progress.step / self.recipe.steps, by_time))
-
 
 def follow(job: TrainJob) -> Iterator[dict[str, Any]]:
-    """Progress of a job as its first worker last told it; ends when the caller stops asking."""
+    """Progress of a job as its first worker last reported it; ends when the caller stops asking."""
     path = Path(job.run) / "progress.json"
     while True:
         try:

@@ -36,7 +36,7 @@ class AudioMAEConfig:
     decoder_width: int = 512
     decoder_depth: int = 16
     decoder_heads: int = 16
-    augment_roll: bool = True  # pretraining hears clips rolled in time,
+    augment_roll: bool = True  # pretraining sees clips rolled in time,
     augment_gain: bool = True  # at 0.5 to 1.5 times their level
 
     def __post_init__(self) -> None:
@@ -353,7 +353,7 @@ class AudioMAE(nn.Module):
 
 
 def pool_loa(feature: Tensor, grid: tuple[int, int], pooling: int) -> Tensor:
-    """Pool AudioMAE features to the language of audio (facts 4.3).
+    """Pool AudioMAE features to the language of audio (references.md#loa-pooling).
 
     The mean of average and maximum pooling over `pooling` x min(pooling, f) patches of (time, frequency).
 

@@ -1,4 +1,4 @@
-"""AudioMAE pretraining: hide most patches of a filterbank, predict them from the rest (facts 4.4)."""
+"""AudioMAE pretraining: hide most patches of a filterbank, predict them from the rest (references.md#audiomae-pretraining)."""
 
 from __future__ import annotations
 

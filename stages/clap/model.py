@@ -1,7 +1,7 @@
 """CLAP and the second text encoder: what ties words to sound.
 
 `transformers.ClapModel` is the two-tower network; this file holds its sizes, its front end in batched PyTorch, and
-the small T5 encoder that stands in for FLAN-T5 where no public weights are at hand.
+the small T5 encoder that stands in for FLAN-T5 where no public weights are available.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from transformers.audio_utils import mel_filter_bank
 
 @dataclass(frozen=True)
 class ClapConfig:
-    """Sizes of CLAP; the defaults are HTSAT-base with RoBERTa-base (facts 5.1, 193,913,882 parameters)."""
+    """Sizes of CLAP; the defaults are HTSAT-base with RoBERTa-base (references.md#clap, 193,913,882 parameters)."""
 
     projection_dim: int = 512
     text_vocab: int = 50265
@@ -99,7 +99,7 @@ class ClapConfig:
 
 @dataclass(frozen=True)
 class T5Config:
-    """Sizes of the T5 encoder; the defaults are FLAN-T5-large (facts 5.2, 341,231,104 parameters)."""
+    """Sizes of the T5 encoder; the defaults are FLAN-T5-large (references.md#flan-t5, 341,231,104 parameters)."""
 
     vocab: int = 32128
     width: int = 1024
@@ -136,7 +136,7 @@ def clap_mel(waveform: Tensor, extractor: ClapFeatureExtractor) -> Tensor:
     """CLAP's log-mel spectrogram, [B, T] at the extractor's rate → [B, 1, frames, mel bins], in dB.
 
     Clips are cut to the extractor's length from the start (the extractor itself cuts at random), shorter ones are
-    repeated whole and then zero-padded (facts 1.4). Equal to `ClapFeatureExtractor` otherwise.
+    repeated whole and then zero-padded (references.md#clap-front-end). Equal to `ClapFeatureExtractor` otherwise.
     """
     target, length = extractor.nb_max_samples, waveform.shape[-1]
     if length < target:

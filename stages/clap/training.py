@@ -18,7 +18,6 @@ from transformers import AutoTokenizer
 from stages.audio import resample
 from stages.base import ClipSource, Stage
 from stages.clap.model import ClapConfig, SecondTextTower, T5Config, clap_mel, train_tokenizers
-from stages.errors import UserError
 from stages.text import clip_texts
 from stages.variants import Variant
 
@@ -65,6 +64,7 @@ class ClapStage(Stage):
 
     name = "clap"
     series = ("waveform",)
+    otherwise = "or train none, and give public weights to the jobs that read them, with --with clap=FOLDER"
 
     def __init__(self, clap: ClapConfig, t5: T5Config, sample_rate: int, tokenizers: Path) -> None:
         super().__init__()
@@ -79,8 +79,6 @@ class ClapStage(Stage):
     def prepare(cls, variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path) -> None:
         """Learn both tokenizers from the training captions."""
         captions = [text for row in dataset.rows for text in clip_texts(row)]
-        if not any(captions):
-            raise UserError("clap needs captions or labels and this store has none; give public weights with --with clap=FOLDER")
         roberta, unigram = train_tokenizers(captions, variant.clap, variant.t5)
         roberta.save_pretrained(folder / "tokenizer")
         unigram.save_pretrained(folder / "tokenizer_2")
@@ -92,6 +90,10 @@ class ClapStage(Stage):
     @classmethod
     def wants(cls, row: Mapping[str, Any]) -> bool:
         return bool(clip_texts(row)[0])
+
+    @classmethod
+    def asks(cls, variant: Variant) -> str:
+        return "clips with captions or labels"
 
     def parts(self) -> dict[str, nn.Module]:
         return {"towers": self.towers}

@@ -1,6 +1,6 @@
 """A small convolutional network that recognises the label of a clip from its log-mel spectrogram.
 
-Evaluation uses it where no large tagger is at hand: class probabilities for KL and inception score, the
+Evaluation uses it where no large tagger is available: class probabilities for KL and inception score, the
 penultimate layer for a Fréchet distance. It is trained on the store's own labels in about a minute on a laptop.
 """
 
@@ -68,7 +68,7 @@ class Classifier(nn.Module):
         x = ((mel - MEL_MEAN) / MEL_STD)[:, None]
         x = F.relu(self.stem(x)).contiguous(memory_format=torch.channels_last)  # a third faster on CPUs
         x = self.blocks(x)
-        # the mean over the clip hears textures, the maximum single events
+        # the mean over the clip responds to textures, the maximum to single events
         pooled = torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1)
         return F.relu(self.project(pooled))
 

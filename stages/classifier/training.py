@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from stages.audio import LOG_FLOOR
 from stages.base import ClipSource, Stage
 from stages.classifier.model import Classifier, ClassifierConfig
-from stages.errors import UserError
 from stages.files import write_json
 from stages.variants import Variant
 
@@ -29,6 +28,7 @@ class ClassifierStage(Stage):
 
     name = "classifier"
     series = ("mel",)
+    otherwise = "or leave it out: `loa evaluate` then scores without recognition"
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
@@ -38,10 +38,7 @@ class ClassifierStage(Stage):
     @classmethod
     def prepare(cls, variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path) -> None:
         """Collect the class names of the training clips into `classes.json`."""
-        classes = sorted({row["labels"][0] for row in dataset.rows if cls.wants(row)})
-        if len(classes) < 2:
-            raise UserError(f"classifier needs clips of at least two labels; the training clips of this store have {classes or 'none'}")
-        write_json(folder / "classes.json", classes)
+        write_json(folder / "classes.json", cls._classes(dataset.rows))
 
     @classmethod
     def build(cls, variant: Variant, released: Callable[[str], Path]) -> ClassifierStage:
@@ -51,6 +48,18 @@ class ClassifierStage(Stage):
     @classmethod
     def wants(cls, row: Mapping[str, Any]) -> bool:
         return len(row["labels"]) > 0
+
+    @classmethod
+    def asks(cls, variant: Variant) -> str:
+        return "clips with labels, of at least two kinds"
+
+    @classmethod
+    def learns_from(cls, rows: Sequence[Mapping[str, Any]]) -> bool:
+        return len(cls._classes(rows)) >= 2
+
+    @classmethod
+    def _classes(cls, rows: Iterable[Mapping[str, Any]]) -> list[str]:
+        return sorted({row["labels"][0] for row in rows if cls.wants(row)})
 
     def parts(self) -> dict[str, nn.Module]:
         return {"classifier": self.model}

@@ -1,9 +1,11 @@
-"""The T-UNet: noise prediction on VAE latents, with cross-attention to the LOA and to the text (facts 7)."""
+"""The T-UNet: noise prediction on VAE latents, with cross-attention to the LOA and to the text (references.md#t-unet)."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,10 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2UNet2DConditionModel
 from torch import Tensor, nn
+
+from stages.errors import UserError
+
+DIFFUSERS_SCALE = 0.18215  # AutoencoderKL's own default, for a configuration that names none
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class DiffusionConfig:
     norm_groups: int = 32
     prediction: str = "epsilon"  # or "v_prediction"
     poolings: tuple[int, ...] = (1, 2, 4, 8)  # λ of the self-supervised LOA, drawn per batch
-    condition_dropout: float = 0.1  # all conditions of a batch together (facts 7.4)
+    condition_dropout: float = 0.1  # all conditions of a batch together (references.md#condition-dropout)
 
     def build(self, latent_channels: int, latent_frames: int, loa_width: int, text_width: int | None) -> AudioLDM2UNet2DConditionModel:
         """A T-UNet with fresh weights. Every place attends to itself, the LOA and, if `text_width`, the text."""
@@ -54,8 +60,27 @@ class DiffusionConfig:
         )
 
 
+def latent_scale(folder: Path) -> float:
+    """The factor on the VAE's latents with which the T-UNet in `folder` was trained.
+
+    A released stage keeps it in `scale.json`; bundles and folders in diffusers' layout have it in the VAE's configuration.
+
+    Raises:
+        UserError: the folder has neither.
+    """
+    ours, theirs = folder / "scale.json", folder / "vae" / "config.json"
+    if ours.is_file():
+        return float(json.loads(ours.read_text())["scale_factor"])
+    if theirs.is_file():
+        return float(json.loads(theirs.read_text()).get("scaling_factor", DIFFUSERS_SCALE))
+    raise UserError(
+        f"{folder} does not say how its T-UNet expects latents to be scaled: expected scale.json (a released stage) or "
+        "vae/config.json (a folder in diffusers' layout); name a folder that has one of them"
+    )
+
+
 def noise_schedule(prediction: str = "epsilon") -> DDIMScheduler:
-    """The forward process: 1000 steps, β = linspace(√0.0015, √0.0195)² (facts 7.3), and DDIM to run it backwards."""
+    """The forward process: 1000 steps, β = linspace(√0.0015, √0.0195)² (references.md#noise-schedule), and DDIM to run it backwards."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.0015,
@@ -91,7 +116,7 @@ class LatentDiffusion:
         self.schedule, self.scale, self.null_text, self.dropout = schedule, scale, null_text, dropout
 
     def example(self, clip: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Tensor]:
-        """A posterior sample (not the mode, facts 2.2) [C, T', F'], its noise and its timestep."""
+        """A posterior sample (not the mode, references.md#latent-scale) [C, T', F'], its noise and its timestep."""
         mean, deviation = np.split(np.asarray(clip["latent"], np.float32), 2)
         latent = (mean + deviation * rng.standard_normal(mean.shape, np.float32)) * self.scale
         return {
@@ -101,7 +126,7 @@ class LatentDiffusion:
         }
 
     def drop(self, rng: np.random.Generator, loa: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """With probability `dropout` the whole batch loses all conditions: LOA → zeros, text → T5("") (facts 7.4)."""
+        """With probability `dropout` the whole batch loses all conditions: LOA → zeros, text → T5("") (references.md#condition-dropout)."""
         if rng.random() >= self.dropout:
             return loa, text, mask
         if self.null_text is None:  # speech: the T-UNet reads no text

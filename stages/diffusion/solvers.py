@@ -34,7 +34,7 @@ class Solver(Protocol):
 
 
 def strides(num_steps: int, rule: str, num_train: int = 1000, offset: int = 1) -> list[int]:
-    """Timesteps of DDIM and PNDM, noisiest first (facts 7.6).
+    """Timesteps of DDIM and PNDM, noisiest first (references.md#sampling).
 
     With c = num_train // num_steps: "diffusers" takes 0, c, … (num_steps - 1) c, "authors" every multiple of c below
     `num_train`, "loa" the whole parts of i · num_train / num_steps; all shifted by `offset`. A timestep past the end,

@@ -23,7 +23,7 @@ from stages.files import write_json
 from stages.frozen import SoundDecoder, TextEncoders
 from stages.variants import Variant
 
-SCALE_CLIPS = 256  # clips whose latents set the scale factor; the reference takes its first batch (facts 2.2)
+SCALE_CLIPS = 256  # clips whose latents set the scale factor; the reference takes its first batch (references.md#latent-scale)
 
 
 def prepare_latents(variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path) -> None:
@@ -36,7 +36,9 @@ def prepare_latents(variant: Variant, released: Callable[[str], Path], dataset: 
         samples.append((mean + deviation * rng.standard_normal(mean.shape, np.float32)).ravel())
     std = float(np.concatenate(samples).std(dtype=np.float64))
     if not (np.isfinite(std) and std > 1e-6):
-        raise UserError(f"the latents of this store have the deviation {std}; the VAE that made them is not trained or has diverged")
+        raise UserError(
+            f"the latents of this store have the standard deviation {std}; the VAE that made them is not trained or has diverged"
+        )
     write_json(folder / "scale.json", {"scale_factor": 1.0 / std, "clips": len(take)})
     if variant.phonemes is None:
         states, _ = TextEncoders.load(released("clap")).t5([""])
@@ -88,6 +90,10 @@ class DiffusionStage(Stage):
         return ("latent", "loa-1") if variant.phonemes else ("latent", "loa-1", "text")
 
     @classmethod
+    def builds_on(cls, variant: Variant) -> tuple[str, ...]:
+        return ("vae", "vocoder") if variant.phonemes else ("clap", "vae", "vocoder")
+
+    @classmethod
     def prepare(cls, variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path) -> None:
         prepare_latents(variant, released, dataset, folder)
 
@@ -126,7 +132,7 @@ class DiffusionStage(Stage):
 
     @torch.no_grad()
     def listen(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The same sounds from their true LOA: the ceiling of every translator."""
+        """The same sounds from their true LOA: what a perfect translator would give."""
         latents = self.process.sample(self.network, *self._conditions(batch, self.listening_pooling), like=batch["latent"])
         return self.decoder.listen("from_true_loa", latents) | self.decoder.listen("real_latent", batch["latent"] / self.process.scale)
 

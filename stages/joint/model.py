@@ -13,10 +13,10 @@ from stages.translator.model import Translator
 
 @dataclass(frozen=True)
 class JointConfig:
-    """How the two are finetuned together (facts 8)."""
+    """How the two are finetuned together (references.md#joint-finetuning)."""
 
     ground_truth: float = 0.25  # P_gt, per batch; the rest of the batches see the translator's own LOA
-    translation_weight: float = 2.0  # the authors' step adds the translation loss twice (register 2)
+    translation_weight: float = 2.0  # the authors' step adds the translation loss twice (fidelity.md, row 2)
 
 
 class System(nn.Module):

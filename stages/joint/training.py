@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import DDIMScheduler
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2UNet2DConditionModel
@@ -17,14 +18,26 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from stages.base import ClipSource, Stage
 from stages.conditions import ClapDropout, condition_example, cut_padding
-from stages.diffusion.model import LatentDiffusion, TUNet
+from stages.diffusion.model import LatentDiffusion, TUNet, latent_scale
 from stages.diffusion.training import load_latents, prepare_latents, save_diffusion
+from stages.errors import UserError
+from stages.files import write_json
 from stages.frozen import SoundDecoder
 from stages.joint.model import JointConfig, System
 from stages.text import clip_texts
 from stages.translator.model import PhonemeEncoderConfig, Translator
 from stages.translator.training import build_translator, translation_loss
 from stages.variants import Variant
+
+
+def _require_prediction(variant: Variant, folder: Path) -> None:
+    """Refuse a T-UNet that was taught to predict something else: it would start from nothing."""
+    said = DDIMScheduler.load_config(folder / "scheduler").get("prediction_type", "epsilon")
+    if said != variant.diffusion.prediction:
+        raise UserError(
+            f"the T-UNet in {folder} predicts {said!r}, this variant {variant.diffusion.prediction!r}; "
+            f"give another one, or --set diffusion.prediction={said}"
+        )
 
 
 class JointStage(Stage):
@@ -57,11 +70,17 @@ class JointStage(Stage):
         return "latent", f"loa-{variant.translator.pooling}", "speech" if variant.phonemes else "text"
 
     @classmethod
+    def builds_on(cls, variant: Variant) -> tuple[str, ...]:
+        words = ("clap",) if variant.translator.clap_dropout or not variant.phonemes else ()
+        return *words, "vae", "vocoder", "translator", "diffusion"
+
+    @classmethod
     def prepare(cls, variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path) -> None:
         """Take over the scale factor of the diffusion stage; a fresh one would shift what it learned."""
+        _require_prediction(variant, released("diffusion"))
         prepare_latents(variant, released, dataset, folder)
         ClapDropout.prepare(variant, released, folder)
-        (folder / "scale.json").write_bytes((released("diffusion") / "scale.json").read_bytes())
+        write_json(folder / "scale.json", {"scale_factor": latent_scale(released("diffusion"))})
 
     @classmethod
     def build(cls, variant: Variant, released: Callable[[str], Path]) -> JointStage:
@@ -83,6 +102,10 @@ class JointStage(Stage):
     def wants(cls, row: Mapping[str, Any]) -> bool:
         return bool(clip_texts(row)[0]) or bool(row.get("transcript"))
 
+    @classmethod
+    def asks(cls, variant: Variant) -> str:
+        return "clips with transcripts" if variant.phonemes else "clips with captions or labels"
+
     def parts(self) -> dict[str, nn.Module]:
         return {"system": self.system}
 
@@ -97,9 +120,14 @@ class JointStage(Stage):
         use_truth = bool(rng.random() < self.config.ground_truth)
         noisy, target = self.process.noisy(batch)
         predicted, forced = self.system(
-            batch["clap"], *cut_padding(batch), batch["loa"], noisy, batch["timestep"],
-            drop=lambda *conditions: self.process.drop(rng, *conditions), use_truth=use_truth,
-        )  # fmt: skip
+            batch["clap"],
+            *cut_padding(batch),
+            batch["loa"],
+            noisy,
+            batch["timestep"],
+            drop=lambda *conditions: self.process.drop(rng, *conditions),
+            use_truth=use_truth,
+        )
         noise = F.mse_loss(predicted.float(), target)
         translation = translation_loss(forced, batch["loa"], self.loss)
         yield "system", noise + self.config.translation_weight * translation, {"noise": noise, "loa": translation}

@@ -1,4 +1,4 @@
-"""PANNs CNN14 (Kong et al. 2020): the judge behind FD, IS and KL of the AudioLDM family (facts 4 and 13.2).
+"""PANNs CNN14 (Kong et al. 2020): the judge behind FD, IS and KL of the AudioLDM family (references.md#cnn14).
 
 Parameters carry the names of the published checkpoints. Their stored Fourier kernels and mel filters are not parameters
 here: they are computed, and `drop_front_end` compares what a checkpoint stores with them.
@@ -24,7 +24,7 @@ from stages.judges.network import Network
 from stages.judges.winograd import WinogradConv2d
 
 POWER_FLOOR = 1e-10  # of the mel spectrogram before its logarithm, -100 dB
-MEL_MEAN, MEL_STD = -40.0, 20.0  # rough level and spread in dB, so that random weights hear something; a checkpoint has its own
+MEL_MEAN, MEL_STD = -40.0, 20.0  # rough level and spread in dB, so that random weights give usable outputs; a checkpoint has its own
 WINOGRAD_WIDTH = 512  # channels from which WinogradConv2d is the faster convolution for ten-second clips
 FRONT_END = ("spectrogram_extractor.stft.conv_real.weight", "spectrogram_extractor.stft.conv_imag.weight", "logmel_extractor.melW")
 

@@ -1,4 +1,4 @@
-"""PaSST-S (Koutini et al. 2022): the judge behind the KL of AudioLDM 2 and AudioGen (facts 7.2 and 13.3).
+"""PaSST-S (Koutini et al. 2022): the judge behind the KL of AudioLDM 2 and AudioGen (references.md#passt).
 
 Parameters carry the names of `passt-s-f128-p16-s10-ap.476-swa.pt`. Patches are dropped only in training, which is not here.
 """

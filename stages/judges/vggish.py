@@ -1,4 +1,4 @@
-"""VGGish (Hershey et al. 2017): the judge behind FAD (facts 3 and 13.1), under both windowings in use.
+"""VGGish (Hershey et al. 2017): the judge behind FAD (references.md#vggish), under both windowings in use.
 
 Parameters carry the names of torchvggish's `vggish-10086976.pth`. Scores of the two windowings differ by a few per cent.
 """
@@ -58,9 +58,12 @@ class VGGish(Network):
         self.features = nn.Sequential(*layers)
         flat = (EXAMPLE // 16) * (MEL_BINS // 16) * channels
         self.embeddings = nn.Sequential(
-            nn.Linear(flat, config.hidden), nn.ReLU(), nn.Linear(config.hidden, config.hidden), nn.ReLU(),
+            nn.Linear(flat, config.hidden),
+            nn.ReLU(),
+            nn.Linear(config.hidden, config.hidden),
+            nn.ReLU(),
             nn.Linear(config.hidden, config.embedding_width),
-        )  # fmt: skip
+        )
 
     def forward(self, waveform: Tensor) -> tuple[Tensor, None]:
         """Embeddings `[B, W, 128]` of waveforms `[B, T]` in [-1, 1]; 10 s give 10 examples, or 19 with Google's windowing.

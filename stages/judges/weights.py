@@ -37,7 +37,7 @@ class Provenance:
     source: str
 
 
-# The files that the published figures were made with (facts 3 and 13).
+# The files that the published figures were made with (references.md#judges).
 PUBLISHED: dict[str, Provenance] = {
     "vggish": Provenance("vggish-10086976.pth", "Apache-2.0", "github.com/harritaylor/torchvggish, release v0.1"),
     "cnn14-16k": Provenance("Cnn14_16k_mAP=0.438.pth", "MIT", "zenodo.org/records/3987831"),
@@ -76,7 +76,7 @@ def read_weights(name: str, folder: str | Path) -> Weights:
     path = folder / entry["file"]
     if not path.is_file():
         near = nearest(entry["file"], (file.name for file in _weight_files(folder)))
-        raise UserError(f"{folder / MANIFEST} names {entry['file']} for {name!r}, which is not there{near}")
+        raise UserError(f"{folder / MANIFEST} names {entry['file']} for {name!r}, which does not exist{near}")
     found = file_hash(path)
     if found != entry["sha256"]:
         raise UserError(
@@ -121,7 +121,7 @@ def describe_folder(folder: str | Path) -> dict[str, dict[str, str]]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; make it and put public weights there")
+        raise UserError(f"{folder} is not a folder; create it and put public weights there")
     before = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
     known = {entry["file"]: (name, Provenance(entry["file"], entry["licence"], entry["source"])) for name, entry in before.items()}
     known = {public.file: (name, public) for name, public in PUBLISHED.items() if name not in before} | known
@@ -129,7 +129,7 @@ def describe_folder(folder: str | Path) -> dict[str, dict[str, str]]:
     for path in _weight_files(folder):
         if path.name not in known:
             raise UserError(
-                f"{path} is not a file that loa knows{nearest(path.name, known)}; remove it, rename it to the published name, or add it to "
+                f"{path} is not a known file{nearest(path.name, known)}; remove it, rename it to the published name, or add it to "
                 f"{folder / MANIFEST} by hand with file, sha256, licence and source"
             )
         name, provenance = known[path.name]

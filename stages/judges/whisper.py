@@ -21,14 +21,14 @@ class Transcriber:
     Attributes:
         name: the folder's name, for the record beside an error rate.
         weights_hash: sha256 of its weights.
-        sample_rate: what it hears, in Hz; other rates are resampled.
+        sample_rate: of its input, in Hz; other rates are resampled.
     """
 
     def __init__(self, folder: Path, device: str | torch.device = "cpu") -> None:
         self.name = Path(folder).name
         config = Path(folder) / "config.json"
         if not config.is_file() or json.loads(config.read_text(encoding="utf-8")).get("model_type") != "whisper":
-            raise UserError(f"{folder} holds no Whisper (by its config.json); name a folder as transformers saves one")
+            raise UserError(f"{folder} contains no Whisper model (by its config.json); name a folder as transformers saves one")
         self.weights_hash = weights_hash(folder)
         self._processor = WhisperProcessor.from_pretrained(folder, local_files_only=True)
         network = WhisperForConditionalGeneration.from_pretrained(folder, local_files_only=True, use_safetensors=True)
@@ -40,12 +40,14 @@ class Transcriber:
         """The words of clips `[T]`, each at most as long as Whisper's window (30 s).
 
         No clip sees another's words, there are no timestamps and no sampling: loops of invented words, which would count
-        as errors of the speech, are rarest so (evaluation facts, section 10).
+        as errors of the speech, are rarest so (references.md#word-errors).
         """
         window = self._processor.feature_extractor.chunk_length
         long = [i for i, wave in enumerate(waveforms) if len(wave) > window * sample_rate]
         if long:
-            raise UserError(f"clip {long[0]} lasts {len(waveforms[long[0]]) / sample_rate:.1f} s; {self.name} reads {window} s at a time")
+            raise UserError(
+                f"clip {long[0]} lasts {len(waveforms[long[0]]) / sample_rate:.1f} s; {self.name} transcribes at most {window} s at a time"
+            )
         groups = [waveforms[first : first + batch] for first in range(0, len(waveforms), batch)]
         return [text for group in groups for text in self._read(group, sample_rate)]
 

@@ -1,7 +1,7 @@
-"""Folders in the layout of `diffusers.AudioLDM2Pipeline`, as they are found on the hub, made into bundles of loa (facts 11).
+"""Folders in the layout of `diffusers.AudioLDM2Pipeline`, as they are found on the hub, made into bundles of loa.
 
 What such folders say of themselves stands: attention heads, CLAP's LayerNorm ε, scale factor. What they say wrongly is put
-right by `stages.bundle`: the language model's class and, for speech, the length of the LOA.
+right by `stages.bundle`: the language model's class and, for speech, the length of the LOA (references.md#public-folders).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers import ClapModel, GPT2LMHeadModel, SpeechT5HifiGan, T5EncoderM
 
 from stages.bundle import FILES, assemble, audio_of, quiet, read_info, read_json
 from stages.checkpoints import misfits, read_checkpoint, weights_of
+from stages.config import TINY
 from stages.errors import UserError
 from stages.public.original import require_variant, variants_like
 from stages.public.parts import beside
@@ -71,7 +72,7 @@ def import_folder(
         unet = read_json(whole / "unet" / "config.json")
         meta = {
             "variant": name,
-            "tiny": info.tiny if ours else tuple(unet["block_out_channels"]) != resolve(name).diffusion.channels,
+            "tiny": info.tiny if ours else tuple(unet["block_out_channels"]) != resolve(name.removesuffix(TINY)).diffusion.channels,
             "audio": info.audio if ours else audio_of(whole),
             "unconditional": info.unconditional,
             "provenance": {**info.provenance, **(provenance or {})},
@@ -143,6 +144,6 @@ def _looks_like(folder: Path, named: Path) -> str:
     like = variants_like(found)
     if not like:
         raise UserError(
-            f"the T-UNet of {named} looks like no variant of loa: {found[0]} transformers of {found[1]} block(s) per attention place"
+            f"the T-UNet of {named} matches no variant of loa: {found[0]} transformers of {found[1]} block(s) per attention place"
         )
     return like[0]

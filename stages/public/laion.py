@@ -1,4 +1,4 @@
-"""LAION CLAP: the original checkpoints as `transformers.ClapModel`, without the package that made them (facts 1.4, 5.1).
+"""LAION CLAP: the original checkpoints as `transformers.ClapModel`, without the package that made them (references.md#clap).
 
 The package itself (extra `clap`) is asked for one thing: `disagreement` runs the same weights through both.
 """
@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import ClapModel, RobertaConfig, RobertaModel
 
-from stages.checkpoints import read_checkpoint, require_fit, weights_of
+from stages.checkpoints import require_fit
 from stages.clap.model import ClapConfig, clap_mel
 from stages.errors import UserError
 from stages.public.extra import INSTALL, torchvision_fault
 from stages.public.layout import UNUSED, clap, computed, expected, origins, take
 
 ROBERTA_HEAD = 64  # channels per head of every RoBERTa; the heads leave no trace in the shapes
-# HTSAT's sizes stand in the package under these names (facts 5.1)
+# HTSAT's sizes stand in the package under these names (references.md#clap)
 _HTSAT_NAMES = {96: "tiny", 128: "base", 256: "large"}
 
 
@@ -81,14 +81,6 @@ def clap_of(state: Mapping[str, Tensor], source: Path | str, config: ClapConfig 
     return model.eval()
 
 
-def read_clap(path: Path) -> ClapModel:
-    """The ClapModel of an original checkpoint such as music_speech_audioset_epoch_15_esc_89.98.pt.
-
-    Raises UserError when the file is none, or asks to run code.
-    """
-    return clap_of(weights_of(read_checkpoint(path), path), path)
-
-
 # ------------------------------------------------------------------------------------------------ the package itself
 
 
@@ -116,10 +108,18 @@ def original(state: Mapping[str, Tensor]) -> Any:
     """laion-clap's own CLAP with these weights, in evaluation mode. Raises UserError without the package."""
     module, config = package(), clap_config(state)
     sizes = RobertaConfig(
-        vocab_size=config.text_vocab, hidden_size=config.text_width, num_hidden_layers=config.text_layers,
-        num_attention_heads=config.text_heads, intermediate_size=4 * config.text_width, max_position_embeddings=514, type_vocab_size=1,
-        layer_norm_eps=1e-5, pad_token_id=1, bos_token_id=0, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=config.text_vocab,
+        hidden_size=config.text_width,
+        num_hidden_layers=config.text_layers,
+        num_attention_heads=config.text_heads,
+        intermediate_size=4 * config.text_width,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=2,
+    )
 
     class Roberta:
         """Fresh weights in place of the hub's: the checkpoint brings its own."""
@@ -129,10 +129,18 @@ def original(state: Mapping[str, Tensor]) -> Any:
             return RobertaModel(sizes)
 
     audio = {
-        "model_type": "HTSAT", "model_name": _HTSAT_NAMES.get(config.audio_width, "base"), "audio_length": 1024, "class_num": 527,
-        "clip_samples": 480_000, "mel_bins": config.mel_bins, "sample_rate": 48_000, "window_size": 1024, "hop_size": 480,
-        "fmin": 50, "fmax": 14_000,
-    }  # fmt: skip
+        "model_type": "HTSAT",
+        "model_name": _HTSAT_NAMES.get(config.audio_width, "base"),
+        "audio_length": 1024,
+        "class_num": 527,
+        "clip_samples": 480_000,
+        "mel_bins": config.mel_bins,
+        "sample_rate": 48_000,
+        "window_size": 1024,
+        "hop_size": 480,
+        "fmin": 50,
+        "fmax": 14_000,
+    }
     text = {"model_type": "roberta", "context_length": 77, "vocab_size": 49_408, "width": 512, "heads": 8, "layers": 12}
     kept, module.RobertaModel = module.RobertaModel, Roberta
     try:

@@ -1,4 +1,4 @@
-"""Where each tensor of our networks stands in the files of the authors: one map per network (facts 11.4, 11.5).
+"""Where each tensor of our networks stands in the files of the authors: one map per network (references.md#checkpoint-layout).
 
 A map goes from our name to theirs. So the same map reads a file, checks it key by key, and says what a whole file holds.
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-SPECIAL_ROWS = 32  # rows of the authors' SOS and EOS tables, of which row k serves condition k (facts 5.5)
+SPECIAL_ROWS = 32  # rows of the authors' SOS and EOS tables, of which row k serves condition k (references.md#condition-sequence)
 
 
 class Origin(NamedTuple):
@@ -127,7 +127,7 @@ def unet(layers: int, transformers: int) -> Map:
 
 
 def ema(name: str) -> str:
-    """The averaged copy of a T-UNet weight: dots are dropped from its name (facts 11.4)."""
+    """The averaged copy of a T-UNet weight: dots are dropped from its name (references.md#checkpoint-layout)."""
     return "model_ema." + f"diffusion_model.{name}".replace(".", "")
 
 

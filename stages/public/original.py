@@ -1,4 +1,4 @@
-"""The authors' own checkpoints (`audioldm2-full.pth` and its kin) as the components of a bundle (facts 11.4, 11.5).
+"""The authors' own checkpoints (`audioldm2-full.pth` and its kin) as the components of a bundle (references.md#checkpoint-layout).
 
 One file holds the whole system under nested names. It has no tokenizers: these are given from elsewhere, except the
 phoneme table of the speech models, which is loa's own.
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from stages.audiomae.model import AudioMAE
 from stages.bundle import assemble
 from stages.checkpoints import require_fit
+from stages.config import TINY
 from stages.diffusion.model import noise_schedule
 from stages.errors import UserError
 from stages.files import write_json
-from stages.public import layout
+from stages.public import WEIGHTS, layout
 from stages.public.layout import Map, Origin
 from stages.public.parts import add_audiomae, add_t5, add_tokenizer, beside, require_parts, with_decoder_of
 from stages.translator.model import Translator
@@ -40,7 +41,6 @@ _ELSEWHERE = re.compile(
     r"|^(scale_factor|logvar|lvlb_weights|betas|alphas_.*|sqrt_.*|log_one_minus_.*|posterior_.*)$"
 )
 log = logging.getLogger(__name__)
-WEIGHTS = ("raw", "ema")  # which T-UNet: the trained one, as the authors generate, or its running average
 
 
 def is_original(names: Iterable[str]) -> bool:
@@ -107,7 +107,7 @@ def parts(variant: Variant, names: Collection[str] = (), averaged: bool = False,
     wrapper = _before(names, CONDITIONER, "cls_token") if names else f"{NESTED}2.audiomae.model."
     if wrapper is not None:  # files may have left it out: generating needs none
         inner_names = [name.removeprefix(wrapper) for name in names if name.startswith(wrapper)]
-        # Never used, but there: in the authors' files a decoder of plain attention, eight blocks deep (facts 4.4).
+        # Never used, but there: in the authors' files a decoder of plain attention, eight blocks deep (references.md#audiomae-pretraining).
         usual = replace(variant.audiomae, decoder="global", decoder_depth=8)
         config = with_decoder_of(variant.audiomae, inner_names) if names else usual
         found.append(_part("audiomae", "", lambda: AudioMAE(config), layout.same, wrapper))
@@ -167,8 +167,8 @@ def require_variant(found: tuple[int, int] | None, variant: Variant, source: Pat
     like = variants_like(found)
     seen = f"{found[0]} transformers of {found[1]} block(s) per attention place"
     if not like:
-        raise UserError(f"{source} is not {variant.name}, nor any variant of loa: its T-UNet has {seen}")
-    raise UserError(f"{source} looks like {' or '.join(like)} ({seen}), not like {variant.name}; import it with --variant {like[0]}")
+        raise UserError(f"{source} is neither {variant.name} nor another variant of loa: its T-UNet has {seen}")
+    raise UserError(f"{source} matches {' or '.join(like)} ({seen}), not {variant.name}; import it with --variant {like[0]}")
 
 
 # ----------------------------------------------------------------------------------------------------- reading it
@@ -195,7 +195,7 @@ def write_stages(
     if f"{CONDITIONER}start_of_sequence_tokens.weight" not in state:
         raise UserError(
             f"{source} has no GPT-2 conditioner ({CONDITIONER}start_of_sequence_tokens): it looks like AudioLDM 1, audioldm_48k or "
-            "audioldm_16k_crossattn_t5, which loa does not build"
+            "audioldm_16k_crossattn_t5, which loa does not support"
         )
     averaged = weights == "ema"
     if averaged and not any(name.startswith("model_ema.diffusion") for name in state):
@@ -227,9 +227,11 @@ def write_stages(
 
 
 def scale_factor(state: Mapping[str, Tensor], source: Path) -> float:
-    """What latents are multiplied by (facts 2.2): stored in every file, never to be guessed."""
+    """What latents are multiplied by (references.md#latent-scale): stored in every file, never to be guessed."""
     if "scale_factor" not in state or state["scale_factor"].numel() != 1:
-        raise UserError(f"{source} holds no scale_factor; without it the latents have the wrong size, take the file from its first source")
+        raise UserError(
+            f"{source} holds no scale_factor; without it the latents have the wrong scale; get the file from its original source"
+        )
     return float(state["scale_factor"])
 
 
@@ -280,9 +282,9 @@ def import_original(
             stages["audiomae"] = add_audiomae(Path(draft) / "audiomae", given["audiomae"], variant.audiomae)
         meta = {
             "variant": variant.name,
-            "tiny": variant.diffusion.channels != VARIANTS[variant.name]().diffusion.channels,
+            "tiny": variant.name.endswith(TINY),
             "audio": variant.audio,
-            "unconditional": "zeros",  # as the authors train and generate (facts 7.5)
+            "unconditional": "zeros",  # as the authors train and generate (references.md#guidance)
             "provenance": {**(provenance or {}), "weights": weights},
         }
         return assemble(stages, out, meta, force)

@@ -13,15 +13,9 @@ from stages.audiomae.model import AudioMAE, AudioMAEConfig
 from stages.bundle import quiet
 from stages.checkpoints import read_checkpoint, weights_of
 from stages.errors import UserError
+from stages.public import PARTS
 from stages.tokenizers import misfit
 
-# What can be given, and where it is found where one has no AudioLDM 2 folder.
-PARTS = {
-    "tokenizer": "roberta-base's tokenizer files",
-    "tokenizer_2": "google/flan-t5-large's tokenizer files",
-    "text_encoder_2": "google/flan-t5-large's weights",
-    "audiomae": "AudioMAE's pretrained.pth",
-}
 PADDING = {"tokenizer": 1, "tokenizer_2": 0}  # ids of <pad> in RoBERTa's and T5's vocabularies
 
 
@@ -44,7 +38,7 @@ def require_parts(given: Mapping[str, Path], needed: Iterable[str], source: Path
 def component(name: str, place: Path) -> Path:
     """The folder of component `name`: `place` itself, or the one of that name in a pipeline's folder."""
     if not place.exists():
-        raise UserError(f"--with {name}={place}: there is nothing at that place; expected {PARTS[name]} or an AudioLDM 2 folder")
+        raise UserError(f"--with {name}={place}: that path does not exist; expected {PARTS[name]} or an AudioLDM 2 folder")
     return place / name if (place / name).is_dir() else place
 
 
@@ -91,7 +85,7 @@ def is_audiomae(names: Iterable[str]) -> bool:
 
 
 def read_audiomae(path: Path, config: AudioMAEConfig) -> AudioMAE:
-    """The AudioMAE of an official checkpoint, with the decoder it happens to have (facts 4.4)."""
+    """The AudioMAE of an official checkpoint, with the decoder it happens to have (references.md#audiomae-pretraining)."""
     names = weights_of(read_checkpoint(path), path).keys()
     return AudioMAE.load_pretrained(path, with_decoder_of(config, names))
 

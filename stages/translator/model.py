@@ -1,4 +1,4 @@
-"""The translator: conditions → language of audio, by GPT-2 on projected condition sequences (facts 5.5 and 6)."""
+"""The translator: conditions → language of audio, by GPT-2 on projected condition sequences (references.md#translator)."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class TranslatorConfig:
     vocab: int = 50257  # the token table is unused but part of the published weights
     dropout: float = 0.1
     pooling: int = 8  # λ of the target
-    loss: str = "l1"  # what made the public weights; "mse" is the paper's (register 2)
-    clap_dropout: float = 0.1  # share of clips whose CLAP embedding becomes CLAP(""): the authors' code, not the paper (register 9)
+    loss: str = "l1"  # what made the public weights; "mse" is the paper's (fidelity.md, row 2)
+    clap_dropout: float = 0.1  # share of clips whose CLAP embedding becomes CLAP(""): the authors' code, not the paper (fidelity.md, row 9)
 
     def build(self, num_tokens: int) -> GPT2LMHeadModel:
         """GPT-2 with fresh weights.
 
         The head is tied to the token table and never used: the class is the one that can generate in current
-        transformers, which plain diffusers needs (facts 11.6).
+        transformers, which plain diffusers needs (references.md#diffusers-pipeline).
         """
         config = GPT2Config(
             vocab_size=self.vocab,
@@ -53,7 +53,7 @@ class TranslatorConfig:
 
 @dataclass(frozen=True)
 class PhonemeEncoderConfig:
-    """Sizes of the VITS-style text encoder for speech (facts 5.3); the defaults have 6,327,744 parameters."""
+    """Sizes of the VITS-style text encoder for speech (references.md#phonemes); the defaults have 6,327,744 parameters."""
 
     width: int = 192
     layers: int = 6
@@ -117,7 +117,7 @@ class PhonemeEncoderConfig:
 def generate_loa(language_model: GPT2LMHeadModel, states: Tensor, mask: Tensor, num_tokens: int) -> Tensor:
     """Autoregressive LOA, [B, S, D] conditions with mask [B, S] → [B, num_tokens, D]; differentiable.
 
-    Every state after the final layer norm is fed back unchanged; no sampling, no stop (facts 6). Keys and values are
+    Every state after the final layer norm is fed back unchanged; no sampling, no stop (references.md#translator). Keys and values are
     cached: the first step sees the whole prefix, each later one a single vector.
     """
     tokens: list[Tensor] = []
@@ -189,7 +189,7 @@ class Translator(nn.Module):
 
     def load(self, folder: Path) -> None:
         """Take the weights that `save` (or a diffusers AudioLDM 2 folder) holds."""
-        # Public folders name GPT2Model; the head class reads them as well (facts 11.6).
+        # Public folders name GPT2Model; the head class reads them as well (references.md#diffusers-pipeline).
         self.language_model.load_state_dict(GPT2LMHeadModel.from_pretrained(folder / "language_model").state_dict())
         self.projection_model.load_state_dict(AudioLDM2ProjectionModel.from_pretrained(folder / "projection_model").state_dict())
         if self.phoneme_model is not None:

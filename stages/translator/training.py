@@ -53,6 +53,10 @@ class TranslatorStage(Stage):
         return f"loa-{variant.translator.pooling}", "speech" if variant.phonemes else "text"
 
     @classmethod
+    def builds_on(cls, variant: Variant) -> tuple[str, ...]:
+        return ("clap",) if variant.translator.clap_dropout else ()
+
+    @classmethod
     def prepare(cls, variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path) -> None:
         ClapDropout.prepare(variant, released, folder)
 
@@ -64,6 +68,10 @@ class TranslatorStage(Stage):
     @classmethod
     def wants(cls, row: Mapping[str, Any]) -> bool:
         return bool(clip_texts(row)[0]) or bool(row.get("transcript"))
+
+    @classmethod
+    def asks(cls, variant: Variant) -> str:
+        return "clips with transcripts" if variant.phonemes else "clips with captions or labels"
 
     def parts(self) -> dict[str, nn.Module]:
         return {"translator": self.translator}

@@ -1,4 +1,4 @@
-"""Log-mel spectrogram ↔ latent: the KL autoencoder of AudioLDM 2 as diffusers' `AutoencoderKL` (facts 2.1), and its critic."""
+"""Log-mel spectrogram ↔ latent: the KL autoencoder of AudioLDM 2 as diffusers' `AutoencoderKL` (references.md#vae), and its critic."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class VAEConfig:
         return self.latent_channels, frames // self.compression, bins // self.compression
 
     def build(self) -> AutoencoderKL:
-        """Fresh weights. The scaling factor stays 1 until a diffusion run has measured it (facts 2.2)."""
+        """Fresh weights. The scaling factor stays 1 until a diffusion run has measured it (references.md#latent-scale)."""
         levels = len(self.block_channels)
         vae = AutoencoderKL(
             in_channels=1,
@@ -125,7 +125,7 @@ class Autoencoder(nn.Module):
 
 @dataclass(frozen=True)
 class PatchCriticConfig:
-    """A PatchGAN's shape; the defaults are the reference's (facts 2.3)."""
+    """A PatchGAN's shape; the defaults are the reference's (references.md#vae-loss)."""
 
     channels: int = 64
     layers: int = 3  # strided convolutions

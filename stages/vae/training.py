@@ -1,4 +1,4 @@
-"""VAE training: reconstruct the mel, keep the posterior near N(0, 1), and later fool a patch critic (facts 2.3)."""
+"""VAE training: reconstruct the mel, keep the posterior near N(0, 1), and later fool a patch critic (references.md#vae-loss)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stages.adversarial import balance, hinge_adversarial_loss, hinge_discriminator_loss
@@ -102,11 +101,6 @@ class VAEStage(Stage):
     def save(self, folder: Path) -> None:
         self.autoencoder.vae.save_pretrained(folder / "vae")
         save_file(self.discriminator.state_dict(), folder / "discriminator.safetensors")
-
-    def load(self, folder: Path) -> None:
-        """Take over released weights, the critic's too, to train on from them."""
-        self.autoencoder.vae.load_state_dict(AutoencoderKL.from_pretrained(folder / "vae").state_dict())
-        self.discriminator.load_state_dict(load_file(folder / "discriminator.safetensors"))
 
 
 def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:

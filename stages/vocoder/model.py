@@ -1,4 +1,4 @@
-"""Log-mel spectrogram → waveform: HiFi-GAN as transformers' `SpeechT5HifiGan` (facts 3), and its critics."""
+"""Log-mel spectrogram → waveform: HiFi-GAN as transformers' `SpeechT5HifiGan` (references.md#vocoder), and its critics."""
 
 from __future__ import annotations
 
@@ -56,13 +56,6 @@ class VocoderConfig:
             mel_mean=-5.0,
             mel_std=2.2,
         )
-
-    def output_samples(self, frames: int) -> int:
-        """Samples the network returns for `frames` frames: a little more than frames x hop when kernel - rate is odd."""
-        samples = frames
-        for rate, kernel in zip(self.upsample_rates, self.upsample_kernels, strict=True):
-            samples = (samples - 1) * rate - 2 * ((kernel - rate) // 2) + kernel
-        return samples
 
     def build(self, audio: AudioConfig) -> SpeechT5HifiGan:
         """Fresh weights for mels of `audio`. Raises UserError when the rates do not give its hop length."""

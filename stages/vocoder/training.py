@@ -1,4 +1,4 @@
-"""Vocoder training: sound like the mel it came from, and fool the critics (facts 3)."""
+"""Vocoder training: sound like the mel it came from, and fool the critics (references.md#vocoder-loss)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import SpeechT5HifiGan
 from transformers.models.speecht5.modeling_speecht5 import HifiGanResidualBlock
 
 from stages.adversarial import feature_matching_loss, least_squares_adversarial_loss, least_squares_discriminator_loss
@@ -111,11 +110,6 @@ class VocoderStage(Stage):
     def save(self, folder: Path) -> None:
         self.vocoder.save_pretrained(folder / "vocoder")
         save_file(self.discriminator.state_dict(), folder / "discriminator.safetensors")
-
-    def load(self, folder: Path) -> None:
-        """Take over released weights, the critics' too, to train on from them."""
-        self.vocoder.load_state_dict(SpeechT5HifiGan.from_pretrained(folder / "vocoder").state_dict())
-        self.discriminator.load_state_dict(load_file(folder / "discriminator.safetensors"))
 
 
 def spectral_loss(real: Tensor, fake: Tensor, windows: tuple[int, ...]) -> Tensor:

@@ -1,7 +1,7 @@
 """The one interface of all judges: waveforms in, embeddings and AudioSet logits out.
 
     judge = load_judge("cnn14-16k", "weights/judges")           # or random_judge("cnn14-16k") where the numbers do not matter
-    heard = judge.embed(waveforms, sample_rate)                  # FD, IS and KL need heard.embedding and heard.logits
+    output = judge.embed(waveforms, sample_rate)                 # FD, IS and KL need output.embedding and output.logits
     key, record = judge.weights_hash, judge.protocol()           # for caches, and for what is printed beside a score
 
 `JUDGES` lists the names. "vggish" and "vggish-google" are one network under the two windowings of FAD.
@@ -34,10 +34,10 @@ Waveforms = Tensor | NDArray[np.float32] | Sequence[Tensor | NDArray[np.float32]
 RESAMPLERS = ("soxr-vhq", "sinc-hann-6")
 
 
-class Judgement(NamedTuple):
-    """What a judge heard in N clips; float32, on the CPU, in the order of the clips."""
+class JudgeOutput(NamedTuple):
+    """Embeddings and logits of N clips; float32, on the CPU, in the order of the clips."""
 
-    embedding: Tensor  # [N, D], or [N, W, D] for a judge that hears windows; W is that of the longest clip
+    embedding: Tensor  # [N, D], or [N, W, D] for a judge that embeds windows; W is that of the longest clip
     logits: Tensor | None  # [N, 527] before softmax or sigmoid, in AudioSet's order; None for a judge that names nothing
     windows: Tensor | None = None  # [N], how many of the W windows each clip has; the others are zeros
 
@@ -50,7 +50,7 @@ class Judgement(NamedTuple):
 
 @dataclass(frozen=True)
 class Listening:
-    """How a recording becomes what a judge hears. Scores of different listenings cannot be compared (facts 1).
+    """How a recording becomes the input of a judge. Scores of different listenings cannot be compared (references.md#listening).
 
     The default is loa's contract: soxr's best resampler, exactly 10 s, nothing removed. `AUDIOLDM_EVAL` is that of
     audioldm_eval, for approaching published numbers: whole clips of at least 32,000 samples, without their mean.
@@ -97,15 +97,15 @@ JUDGES: dict[str, Design] = {
 }
 
 
-class Judge:
+class PublishedJudge:
     """A network in evaluation mode that embeds clips; made by `load_judge` or `random_judge`.
 
     Attributes:
         name: one of `JUDGES`.
-        sample_rate: what the network hears, in Hz; other rates are resampled.
+        sample_rate: of the network's input, in Hz; other rates are resampled.
         embedding_width: D.
         device: where the network runs; what was heard comes back to the CPU.
-        has_logits: whether `Judgement.logits` is given.
+        has_logits: whether `JudgeOutput.logits` is given.
         weights_hash: sha256 of the weights' file, or of the weights themselves where there is no file.
     """
 
@@ -134,7 +134,7 @@ class Judge:
         self.embedding_width = network.embedding_width
         self.has_logits = network.has_logits
 
-    def embed(self, waveforms: Waveforms, sample_rate: int) -> Judgement:
+    def embed(self, waveforms: Waveforms, sample_rate: int) -> JudgeOutput:
         """Listen to clips.
 
         Only clips of one length share a batch and nothing is normalised over a batch, so what is heard in a clip does not
@@ -152,7 +152,7 @@ class Judge:
             raise UserError(f"sample_rate is {sample_rate}; expected a positive number of Hz")
         clips = [self._hears(clip, sample_rate, index) for index, clip in enumerate(waveforms)]
         if not clips:
-            raise UserError(f"{self.name} was given no clips to listen to")
+            raise UserError(f"{self.name} was given no clips")
         by_length: dict[int, list[int]] = {}
         for index, clip in enumerate(clips):
             by_length.setdefault(len(clip), []).append(index)
@@ -168,12 +168,12 @@ class Judge:
                         logits[index] = named[place]
         together = torch.stack(logits) if self.has_logits else None
         if embeddings[0].ndim == 1:
-            return Judgement(torch.stack(embeddings), together)
+            return JudgeOutput(torch.stack(embeddings), together)
         windows = torch.tensor([len(rows) for rows in embeddings])
-        return Judgement(nn.utils.rnn.pad_sequence(embeddings, batch_first=True), together, windows)
+        return JudgeOutput(nn.utils.rnn.pad_sequence(embeddings, batch_first=True), together, windows)
 
     def protocol(self) -> dict[str, Any]:
-        """Everything that decides what this judge hears, as JSON values, for the record beside a score and for cache keys."""
+        """Everything that decides the input of this judge, as JSON values, for the record beside a score and for cache keys."""
         return {
             "judge": self.name,
             "weights_sha256": self.weights_hash,
@@ -198,13 +198,13 @@ class Judge:
         return embedding.cpu(), None if logits is None else logits.cpu()
 
     def _hears(self, clip: Tensor | NDArray[np.float32], sample_rate: int, index: int) -> Tensor:
-        """One clip as the network hears it: `[T]` float32 at its rate."""
+        """One clip as the network reads it: `[T]` float32 at its rate."""
         wave = torch.as_tensor(clip).detach().cpu()
         if wave.ndim != 1 or not len(wave) or not wave.is_floating_point():
             kind = f"{list(wave.shape)} of {str(wave.dtype).removeprefix('torch.')}"
             raise UserError(f"clip {index} is {kind}; {self.name} expects mono clips [T] of floating-point samples in [-1, 1]")
         if not wave.isfinite().all():
-            raise UserError(f"clip {index} holds samples that are not finite numbers")
+            raise UserError(f"clip {index} contains samples that are not finite numbers")
         wave = wave.float()
         if sample_rate != self.sample_rate:
             if self.listening.resampler == "soxr-vhq":
@@ -220,7 +220,7 @@ class Judge:
 
 def load_judge(
     name: str, folder: str | Path, listening: Listening | None = None, batch: int = 8, device: str | torch.device = "cpu"
-) -> Judge:
+) -> PublishedJudge:
     """The judge called `name` with the public weights of a local folder (`stages.judges.weights`).
 
     Args:
@@ -235,10 +235,10 @@ def load_judge(
     with torch.device("meta"):
         network = design.published()
     load_weights(network.to_empty(device="cpu"), network.published(weights.state, weights.path), weights.path)
-    return Judge(name, network, weights.sha256, weights.provenance, listening or Listening(), batch, device)
+    return PublishedJudge(name, network, weights.sha256, weights.provenance, listening or Listening(), batch, device)
 
 
-def random_judge(name: str, seed: int = 0, tiny: bool = True, listening: Listening | None = None, batch: int = 8) -> Judge:
+def random_judge(name: str, seed: int = 0, tiny: bool = True, listening: Listening | None = None, batch: int = 8) -> PublishedJudge:
     """The judge called `name` with random weights: for tests and timings, its scores mean nothing.
 
     Args:
@@ -246,7 +246,7 @@ def random_judge(name: str, seed: int = 0, tiny: bool = True, listening: Listeni
     """
     network = random_network(name, seed, tiny)
     provenance = Provenance(file="", licence="", source=f"random weights, seed {seed}")
-    return Judge(name, network, state_hash(network.state_dict()), provenance, listening or Listening(), batch)
+    return PublishedJudge(name, network, state_hash(network.state_dict()), provenance, listening or Listening(), batch)
 
 
 def random_network(name: str, seed: int = 0, tiny: bool = True) -> Network:

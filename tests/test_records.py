@@ -5,17 +5,36 @@ import json
 
 import numpy as np
 import pytest
+import soundfile
 
-from pipelines.evaluation.clips import HeldOut, captions_hash, read_captions, write_captions
-from pipelines.evaluation.records import MEASURES, Protocol, Record, check_sounds, read_records, side_by_side, write_records
+from pipelines.evaluation.clips import AudioFile, Clip, ClipSet, captions_hash, check_sounds, read_captions, write_captions
+from pipelines.evaluation.records import MEASURES, Protocol, Record, read_records, side_by_side, write_records
 from stages.errors import UserError
 
 FAD = Protocol(
-    metric="fad", implementation="Fréchet distance", judge="vggish", judge_sha256="a" * 64, sample_rate=16_000, resampler="soxr-vhq",
-    channels="mean", level="as recorded", clip_rule="cut or padded to 10 s", num_generated=957, rows_generated=9570, num_reference=957,
-    rows_reference=9570, pairing="none", direction=None, ddof=1, dtype="float64", seed=None, captions_sha256="c" * 64,
-    references_sha256="d" * 64, candidates=1, ranker=None,
-)  # fmt: skip
+    metric="fad",
+    implementation="Fréchet distance",
+    judge="vggish",
+    judge_sha256="a" * 64,
+    sample_rate=16_000,
+    resampler="soxr-vhq",
+    channels="mean",
+    level="as recorded",
+    clip_rule="cut or padded to 10 s",
+    num_generated=957,
+    rows_generated=9570,
+    num_reference=957,
+    rows_reference=9570,
+    pairing="none",
+    direction=None,
+    ddof=1,
+    dtype="float64",
+    seed=None,
+    captions_sha256="c" * 64,
+    references_sha256="d" * 64,
+    candidates=1,
+    ranker=None,
+)
 
 
 def record(system="A", value=2.0, silent=0, made=None, **changes):
@@ -76,10 +95,17 @@ def test_systems_measured_alike_stand_side_by_side():
 @pytest.mark.parametrize(
     ("field", "other"),
     [
-        ("judge_sha256", "b" * 64), ("num_generated", 900), ("captions_sha256", None), ("direction", "KL(generated || reference)"),
-        ("candidates", 3), ("resampler", "sinc-hann-6"), ("clip_rule", "whole clips"), ("references_sha256", "e" * 64), ("ddof", 0),
+        ("judge_sha256", "b" * 64),
+        ("num_generated", 900),
+        ("captions_sha256", None),
+        ("direction", "KL(generated || reference)"),
+        ("candidates", 3),
+        ("resampler", "sinc-hann-6"),
+        ("clip_rule", "whole clips"),
+        ("references_sha256", "e" * 64),
+        ("ddof", 0),
     ],
-)  # fmt: skip
+)
 def test_mixed_protocols_are_refused_by_the_fields_that_differ(field, other):
     with pytest.raises(UserError, match=rf"fad of A and of B were not measured alike: they differ in {field} \(.* against .*\)"):
         side_by_side([record("A"), record("B", **{field: other})])
@@ -117,14 +143,14 @@ def test_silent_systems_are_not_ranked():
     assert found.unranked == ("B",) and found.best("fad") == {"A"}  # 10 of 957 are more than 1 %, 9 are not
 
 
-CLIPS = [HeldOut("a", "c", "rain", "", "Rain"), HeldOut("b", "c", "wind", "so it said", None)]
+CLIPS = [Clip("a", "c", "rain", "", "Rain"), Clip("b", "c", "wind", "so it said", None)]
 
 
 def test_a_caption_list_is_frozen_with_its_hash(tmp_path):
     write_captions(tmp_path / "captions.json", CLIPS)
     assert read_captions(tmp_path / "captions.json") == CLIPS
-    assert captions_hash(CLIPS) != captions_hash(CLIPS[::-1])
-    assert CLIPS[0].key != HeldOut("a", "c", "hail", "", None).key
+    assert captions_hash(CLIPS) == captions_hash(CLIPS[::-1]) != captions_hash(CLIPS[:1])
+    assert CLIPS[0].key != Clip("a", "c", "hail", "", None).key
     text = (tmp_path / "captions.json").read_text()
     (tmp_path / "captions.json").write_text(text.replace("rain", "hail"))
     with pytest.raises(UserError, match="changed after it was frozen"):
@@ -148,22 +174,29 @@ def test_a_caption_list_may_be_a_csv(tmp_path):
         read_captions(tmp_path / "list.json")
 
 
-def test_clips_that_say_nothing_are_found():
+def sound_set(folder, sounds, **attributes):
+    for name, wave in sounds.items():
+        soundfile.write(folder / f"{name}.wav", wave, 16_000, subtype="FLOAT")
+    clips = tuple(Clip(name, "", "", "", None) for name in sounds)
+    return ClipSet("generated", "system", clips, tuple(AudioFile.of(folder / f"{name}.wav") for name in sounds), **attributes)
+
+
+def test_silent_clipped_and_short_clips_are_found(tmp_path):
     tone = (0.3 * np.sin(np.arange(16_000) * 0.1)).astype(np.float32)
     sounds = {"fine": tone, "silent": 1e-4 * tone, "clipped": np.clip(10 * tone, -1, 1), "short": tone[:9000]}
     sounds["peak"] = tone / np.abs(tone).max()  # single samples at full scale are not clipped
-    check = check_sounds(((name, wave, 16_000) for name, wave in sounds.items()), seconds=1.0)
+    check = check_sounds(sound_set(tmp_path, sounds, seconds=1.0))
     assert (check.silent, check.clipped, check.short) == (("silent",), ("clipped",), ("short",))
     assert check.counts() == {"clips": 5, "silent": 1, "clipped": 1, "short": 1}
     notes = check.notes("generated")
-    assert notes[0].startswith("20% of the generated clips are silent: do not rank") and "short: short" in notes[-1]
-    assert check_sounds([("fine", tone, 16_000)], seconds=1.02).notes("generated") == []  # 50 ms are forgiven
+    assert notes[0].startswith("20% of the clips of generated are silent: do not rank") and "short: short" in notes[-1]
+    assert check_sounds(sound_set(tmp_path, {"fine": tone}, seconds=1.02)).notes("generated") == []  # 50 ms are forgiven
 
 
 @pytest.mark.parametrize("wave", [np.full(100, np.nan, np.float32), np.array([0.0, np.inf], np.float32), np.zeros(0, np.float32)])
-def test_clips_without_numbers_are_refused(wave):
-    with pytest.raises(UserError, match="1 of 2 clips.*: broken"):
-        check_sounds([("fine", np.ones(100, np.float32), 16_000), ("broken", wave, 16_000)])
+def test_clips_without_numbers_are_refused(tmp_path, wave):
+    with pytest.raises(UserError, match="1 of 2 clips of generated.*: broken"):
+        check_sounds(sound_set(tmp_path, {"fine": np.ones(100, np.float32), "broken": wave}))
 
 
 def test_measures_say_which_way_is_good():
