@@ -44,9 +44,10 @@ def test_zeros_needs_no_loa_without_a_prompt(generator):
     conditioning = generator.encode_prompts(["a dog", "rain"])
     without = generator._without(conditioning, [None, "wind"], "zeros")
     assert not without.loa[0].any() and without.loa[1].any()
-    np.testing.assert_allclose(without.loa[1], generator.encode_prompts(["wind"]).loa[0], atol=1e-6)
+    # Alone or in a batch, matrix products are summed in another order: 7e-7 on one processor, of states around 1.
+    np.testing.assert_allclose(without.loa[1], generator.encode_prompts(["wind"]).loa[0], atol=1e-5)
     empty = generator.encode_prompts([""])
-    np.testing.assert_allclose(without.text[0, without.text_mask[0].bool()], empty.text[0], atol=1e-6)
+    np.testing.assert_allclose(without.text[0, without.text_mask[0].bool()], empty.text[0], atol=1e-5)
 
 
 def test_loa_is_the_same_without_cache(generator):

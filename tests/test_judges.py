@@ -110,7 +110,8 @@ def test_vggish_hears_what_its_reference_hears() -> None:
         filters[k] = [triangle(mel, low + b * step, low + (b + 1) * step, low + (b + 2) * step) for b in range(64)]
     expected = np.log(spectrum @ filters + 0.01)
     assert expected.shape == (123, 64)
-    np.testing.assert_allclose(vggish.log_mel(torch.from_numpy(wave).float()).numpy(), expected, atol=1e-6)
+    # in float32 against NumPy's float64: an FFT's rounding, 1e-7 of the loudest bin, depends on the processor
+    np.testing.assert_allclose(vggish.log_mel(torch.from_numpy(wave).float()).numpy(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", [CNN14_16K, CNN14_32K])
@@ -215,8 +216,9 @@ def test_cnn14_layer_by_layer(config, fused, monkeypatch) -> None:
     wave = noise(config.sample_rate, 2)
     seen, (embedding, logits) = outputs_of(network, [f"conv_block{k}" for k in range(1, 7)], wave)
     mel = panns.log_mel(wave, config).double().numpy()
+    # tens of dB are centred in float32: 1e-5 is what that leaves, more or less of it by the order of operations
     np.testing.assert_allclose(
-        seen["conv_block1"][0], normalised(mel.transpose(0, 2, 1)[..., None], "bn0").transpose(0, 3, 2, 1), atol=1e-5
+        seen["conv_block1"][0], normalised(mel.transpose(0, 2, 1)[..., None], "bn0").transpose(0, 3, 2, 1), atol=1e-4
     )
     for k in range(1, 7):
         x, got = seen[f"conv_block{k}"]
@@ -235,8 +237,8 @@ def test_winograd_is_the_convolution(size) -> None:
     conv = torch.nn.Conv2d(6, 5, 3, padding=1)
     x = torch.randn(3, 6, *size)
     expected = convolved(x.double().numpy(), conv.weight.detach().double().numpy(), conv.bias.detach().double().numpy())
-    for layout in (torch.contiguous_format, torch.channels_last):
-        np.testing.assert_allclose(WinogradConv2d(conv)(x.to(memory_format=layout)).numpy(), expected, atol=2e-6)
+    for layout in (torch.contiguous_format, torch.channels_last):  # both are float32 sums of 54 products
+        np.testing.assert_allclose(WinogradConv2d(conv)(x.to(memory_format=layout)).numpy(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("samples", [320_000, 100_000])
