@@ -71,6 +71,10 @@ def friendly(function: Function) -> Function:
             sys.exit(128 + (received[0] if received else signal.SIGINT))
         except Exception as error:
             sentence = plain_sentence(error)
+            if sentence is None and isinstance(error, (ImportError, RuntimeError)):
+                from stages.public.extra import torchvision_fault  # diffusers and transformers import a torchvision that is there
+
+                sentence = torchvision_fault()
             if sentence is None or _debugging():
                 raise
             click.echo(f"Error: {complete(sentence)}", err=True)

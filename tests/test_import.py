@@ -215,7 +215,7 @@ def test_authors_files_become_bundles(tmp_path, tokenizers, name):
     bundle = import_weights(str(tmp_path / "original.pth"), tmp_path, variant=name, tiny=True, settings=SMALL, given=given)
     assert_holds(bundle, networks)
     info, heard = read_info(bundle), load(bundle)
-    assert (info.variant, info.tiny, info.audio, info.unconditional) == (name, True, variant.audio, "zeros")
+    assert (info.variant, info.tiny, info.audio, info.unconditional) == (f"{name}-tiny", True, variant.audio, "zeros")
     assert info.loa_tokens == variant.loa_tokens(variant.translator.pooling) == heard.language_model.config.max_new_tokens
     assert info.provenance["imported"]["sha256"] and info.provenance["weights"] == "raw"
     assert heard.vae.config.scaling_factor == pytest.approx(SCALE, rel=1e-6)
@@ -368,7 +368,7 @@ def test_other_files_are_not_checkpoints(tmp_path):
     for mistyped in ("./nowhere", "nowhere", "checkpoints/audioldm2-full.pth"):  # none of them reaches the network
         with pytest.raises(UserError, match="no such file or folder, and a hub id looks like owner/name"):
             import_weights(mistyped, tmp_path)
-    with pytest.raises(UserError, match="owner/name: no such folder, and the hub did not give it"):
+    with pytest.raises(UserError, match="owner/name: no such folder, and downloading it from the hub failed"):
         import_weights("owner/name", tmp_path)
 
 

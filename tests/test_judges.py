@@ -413,7 +413,7 @@ def test_safetensors_load_under_any_name(small) -> None:
     state = publish("vggish", small)
     save_file(state, small / "converted.safetensors")
     (small / PUBLISHED["vggish"].file).unlink()
-    with pytest.raises(UserError, match=r"converted.safetensors is not a file that loa knows.*by hand"):
+    with pytest.raises(UserError, match=r"converted.safetensors is not a known file.*by hand"):
         describe_folder(small)
     entry = {"file": "converted.safetensors", "sha256": "", "licence": "Apache-2.0", "source": "converted by me"}
     (small / "judges.json").write_text(json.dumps({"format": 1, "weights": {"vggish": entry}}))
@@ -488,7 +488,7 @@ def test_what_is_wrong_with_a_folder_is_said(small) -> None:
     with pytest.raises(UserError, match="its sha256 is .*, expected .*; fetch it again"):
         load_judge("vggish", small)
     path.rename(small / "vggish-10086977.pth")
-    with pytest.raises(UserError, match=r"names vggish-10086976.pth for 'vggish', which is not there; nearest: vggish-10086977.pth"):
+    with pytest.raises(UserError, match=r"names vggish-10086976.pth for 'vggish', which does not exist; nearest: vggish-10086977.pth"):
         load_judge("vggish", small)
     with pytest.raises(UserError, match=r"vggish-10086977.pth is not a file that loa knows; nearest: vggish-10086976.pth"):
         describe_folder(small)
