@@ -490,7 +490,7 @@ def test_what_is_wrong_with_a_folder_is_said(small) -> None:
     path.rename(small / "vggish-10086977.pth")
     with pytest.raises(UserError, match=r"names vggish-10086976.pth for 'vggish', which does not exist; nearest: vggish-10086977.pth"):
         load_judge("vggish", small)
-    with pytest.raises(UserError, match=r"vggish-10086977.pth is not a file that loa knows; nearest: vggish-10086976.pth"):
+    with pytest.raises(UserError, match=r"vggish-10086977.pth is not a known file; nearest: vggish-10086976.pth"):
         describe_folder(small)
     for path in small.glob("*.p*"):
         path.unlink()
