@@ -71,6 +71,10 @@ def friendly(function: Function) -> Function:
             sys.exit(128 + (received[0] if received else signal.SIGINT))
         except Exception as error:
             sentence = plain_sentence(error)
+            if sentence is None and isinstance(error, (ImportError, RuntimeError)):
+                from stages.public.extra import torchvision_fault  # diffusers and transformers import a torchvision that is there
+
+                sentence = torchvision_fault()
             if sentence is None or _debugging():
                 raise
             click.echo(f"Error: {complete(sentence)}", err=True)
@@ -353,11 +357,11 @@ def _options_of(command: str) -> set[str]:
     import loa  # only now: it names this file's users
 
     context = click.Context(loa.main)
-    named: click.Command = loa.main
+    inner_command: click.Command = loa.main
     for word in command.split()[1:]:
-        if isinstance(named, click.Group) and (inner := named.get_command(context, word)) is not None:
-            named = inner
-    return {flag for parameter in named.params for flag in parameter.opts}
+        if isinstance(inner_command, click.Group) and (inner := inner_command.get_command(context, word)) is not None:
+            inner_command = inner
+    return {flag for parameter in inner_command.params for flag in parameter.opts}
 
 
 # ------------------------------------------------------------------------------------------ is there room for this?

@@ -333,14 +333,12 @@ def _earlier_report(store_root: str | Path, made_from: Mapping[str, Any]) -> Ing
 
     A store without a report was interrupted at the last moment; `FeatureStore.create` compares it.
     """
-    from pipelines.features.store import FeatureStore
+    from pipelines.features.store import FeatureStore, NoStoreError
 
     try:
         store = FeatureStore.open(store_root)
-    except UserError as error:
-        if "holds no feature store" in str(error):
-            return None
-        raise
+    except NoStoreError:
+        return None
     try:
         there = json.loads(store.fs.cat_file(store.path(REPORT)))
     except FileNotFoundError:

@@ -59,7 +59,7 @@ def write_report(
     "--picture",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="PNG",
-    help="Also draw three kinds of sound, real, restored and generated, as one small picture.",
+    help="Also draw three kinds of sound, real, restored and generated, as one small picture.  [default: none]",
 )
 @tracking_option
 @friendly

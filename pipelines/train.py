@@ -23,6 +23,7 @@ from stages.files import weights_hash, whole_folder, write_json
 
 if TYPE_CHECKING:
     from pipelines.features.store import FeatureStore
+    from pipelines.training.dataset import ClipDataset
     from pipelines.training.loop import TrainJob
     from stages.base import Stage
     from stages.variants import Variant
@@ -95,18 +96,24 @@ def train_stage(
         corpora=corpora,
         card=card,
     )
-    for earlier in cls.builds_on(variant):
+    _fit(job, cls, dataset, workers, max_failures)
+    read_card(output, stage)
+    return output
+
+
+def _fit(job: TrainJob, cls: type[Stage], dataset: ClipDataset, workers: int | None, max_failures: int) -> None:
+    """Prepare what the stage needs once, then train it in this process or on Ray."""
+    for earlier in cls.builds_on(job.variant):
         job.folder(earlier)  # refuses now, not on a worker
-    if not (run / "prepared").is_dir():
-        with whole_folder(run / "prepared") as folder:
-            cls.prepare(variant, job.folder, dataset, folder)
+    prepared = Path(job.run) / "prepared"
+    if not prepared.is_dir():
+        with whole_folder(prepared) as folder:
+            cls.prepare(job.variant, job.folder, dataset, folder)
     with _progress_bar(job):
         if workers == 0:
             _fit_here(job)
         else:
             _fit_on_ray(job, workers, max_failures)
-    read_card(output, stage)
-    return output
 
 
 def _provenance(
@@ -208,9 +215,9 @@ def _fit_on_ray(job: TrainJob, workers: int | None, max_failures: int) -> None:
         ),
     )
     result = trainer.fit()
-    outcome = result.return_value
-    if isinstance(outcome, dict) and "user_error" in outcome:
-        raise UserError(outcome["user_error"])
+    answer = result.return_value
+    if isinstance(answer, dict) and "user_error" in answer:
+        raise UserError(answer["user_error"])
 
 
 class _progress_bar:

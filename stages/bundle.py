@@ -180,14 +180,19 @@ def _require_files(where: Mapping[str, Path]) -> None:
 
 def _require_fit(bundle: Path) -> None:
     """Refuse networks whose shapes do not meet: they come from different variants."""
-    configs = {name: read_json(bundle / name / "config.json") for name in FILES if (bundle / name / "config.json").is_file()}
-    widths, projection = configs["unet"]["cross_attention_dim"][0], configs["projection_model"]
-    text = configs["text_encoder_2"].get("d_model", configs["text_encoder_2"].get("hidden_size"))
+    config = {name: read_json(bundle / name / "config.json") for name in FILES if (bundle / name / "config.json").is_file()}
+    widths = config["unet"]["cross_attention_dim"][0]
+    text = config["text_encoder_2"].get("d_model", config["text_encoder_2"].get("hidden_size"))
     pairs = [
-        ("the LOA width of the T-UNet", widths[1], "the language model's width", configs["language_model"]["n_embd"]),
-        ("the T-UNet's latent channels", configs["unet"]["in_channels"], "the VAE's", configs["vae"]["latent_channels"]),
-        ("the projection's CLAP width", projection["text_encoder_dim"], "CLAP's", configs["text_encoder"]["projection_dim"]),
-        ("the projection's text width", projection["text_encoder_1_dim"], "the text encoder's", text),
+        ("the LOA width of the T-UNet", widths[1], "the language model's width", config["language_model"]["n_embd"]),
+        ("the T-UNet's latent channels", config["unet"]["in_channels"], "the VAE's", config["vae"]["latent_channels"]),
+        (
+            "the projection's CLAP width",
+            config["projection_model"]["text_encoder_dim"],
+            "CLAP's",
+            config["text_encoder"]["projection_dim"],
+        ),
+        ("the projection's text width", config["projection_model"]["text_encoder_1_dim"], "the text encoder's", text),
     ]
     if len(widths) > 2 and widths[2] is not None:
         pairs.append(("the text width of the T-UNet", widths[2], "the text encoder's", text))
@@ -358,12 +363,12 @@ def load(bundle: Path, device: str | torch.device = "cpu", dtype: torch.dtype = 
         argument = "torch_dtype" if issubclass(cls, diffusers.ModelMixin) else "dtype"
         options = {argument: precision, "use_safetensors": True, "local_files_only": True, "output_loading_info": True}
         try:
-            model, loading = cls.from_pretrained(bundle / name, **options)
+            model, report = cls.from_pretrained(bundle / name, **options)
         except (SafetensorError, OSError) as error:  # diffusers turns the first into the second
             raise UserError(f"the weights of {bundle / name} are damaged or cannot be read; export the bundle again") from error
-        if loading["missing_keys"]:
-            some = ", ".join(sorted(loading["missing_keys"])[:3])
-            raise UserError(f"the weights of {bundle / name} are incomplete: {len(loading['missing_keys'])} are missing ({some}, …)")
+        if report["missing_keys"]:
+            some = ", ".join(sorted(report["missing_keys"])[:3])
+            raise UserError(f"the weights of {bundle / name} are incomplete: {len(report['missing_keys'])} are missing ({some}, …)")
         return model.to(device).eval().requires_grad_(False)
 
     with quiet():

@@ -87,8 +87,8 @@ def differences(was: Any, now: Any, most: int = 5) -> str:
     """What differs between two configurations (dataclasses or `to_dict` results): "name: was A, now B; …"; "" if nothing."""
     old, new = (flat(json.loads(json.dumps(to_dict(config)))) for config in (was, now))
     changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    sentences = [f"{name}: was {_said(old.get(name))}, now {_said(new.get(name))}" for name in changed[:most]]
-    return "; ".join(sentences + ([f"and {len(changed) - most} more"] if len(changed) > most else []))
+    changes = [f"{name}: was {_said(old.get(name))}, now {_said(new.get(name))}" for name in changed[:most]]
+    return "; ".join(changes + ([f"and {len(changed) - most} more"] if len(changed) > most else []))
 
 
 def _said(value: Any) -> str:

@@ -368,7 +368,7 @@ class AudioGenerator:
             if not isinstance(prompt, str):
                 raise UserError(f"a prompt is text, got {prompt!r}")
         if self.info.speech and not all(isinstance(t, str) and t.strip() for t in spoken):
-            raise UserError(f"{self.info.variant} is a speech model: give the words to say as a transcription")
+            raise UserError(f"{self.info.variant} is a speech model: give the text to speak as a transcription")
         if not self.info.speech and any(t is not None for t in spoken):
             raise UserError(f"{self.info.variant} makes sounds, not speech: leave the transcription out or load a speech bundle")
         shortest = self.compression * self.hop_length / self.sample_rate

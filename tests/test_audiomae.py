@@ -201,7 +201,7 @@ def test_misfits_are_named(tmp_path):
     with pytest.raises(UserError, match="the key 'model', got the keys state_dict"):
         AudioMAE.load_pretrained(path, TINY)
     path.write_text("not a checkpoint")
-    with pytest.raises(UserError, match="no file of plain weights"):
+    with pytest.raises(UserError, match="not a file of plain weights"):
         AudioMAE.load_pretrained(path, TINY)
     with pytest.raises(UserError, match="no AudioMAE checkpoint"):
         AudioMAE.load_pretrained(tmp_path / "missing.pth")

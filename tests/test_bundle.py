@@ -82,7 +82,7 @@ def test_same_stages_again_are_no_conflict_but_others_are(tmp_path):
 def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path):
     (tmp_path / "music").mkdir()
     (tmp_path / "music" / "song.wav").write_bytes(b"x")
-    with pytest.raises(UserError, match="no bundle"):
+    with pytest.raises(UserError, match="not a bundle"):
         assemble(write_stages(tmp_path / "stages"), tmp_path / "music", META, force=True)
     assert (tmp_path / "music" / "song.wav").exists()
 
@@ -142,7 +142,7 @@ def test_damaged_and_incomplete_weights_are_noticed(tmp_path):
     with pytest.raises(UserError, match="unet are damaged"):
         load(out)
     save_file(dict(list(weights.items())[1:]), path, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="not whole: 1 are missing"):
+    with pytest.raises(UserError, match="incomplete: 1 are missing"):
         load(out)
 
 
@@ -198,7 +198,7 @@ def test_export_gathers_a_project(tmp_path):
     out = export(tmp_path)
     info = read_info(out)
     assert out == tmp_path / "bundle"
-    assert (info.variant, info.tiny, info.audio) == ("audioldm2-ac", True, variant.audio)
+    assert (info.variant, info.tiny, info.audio) == ("audioldm2-ac-tiny", True, variant.audio)
     assert info.provenance["stages"]["diffusion"]["steps"] == 3
     assert len(info.provenance["stages"]["vae"]["weights"]) == 64
     assert export(tmp_path, variant) == out
@@ -209,7 +209,7 @@ def test_export_refuses_stages_of_other_sound(tmp_path):
     card = json.loads((tmp_path / "stages" / "vae" / "stage.json").read_text())
     card["config"]["audio"]["sample_rate"] = 48_000
     write_json(tmp_path / "stages" / "vae" / "stage.json", card)
-    with pytest.raises(UserError, match="vae was trained for other sound.*sample_rate: was 48000, now 16000"):
+    with pytest.raises(UserError, match="vae was trained with other audio settings.*sample_rate: was 48000, now 16000"):
         export(tmp_path)
 
 
@@ -223,7 +223,7 @@ def test_export_takes_given_folders(tmp_path):
 
 
 def test_export_without_stages_says_what_to_train(tmp_path):
-    with pytest.raises(UserError, match="loa train|which variant"):
+    with pytest.raises(UserError, match="loa train|variant is unknown"):
         export(tmp_path)
 
 

@@ -44,9 +44,10 @@ def test_zeros_needs_no_loa_without_a_prompt(generator):
     conditioning = generator.encode_prompts(["a dog", "rain"])
     without = generator._without(conditioning, [None, "wind"], "zeros")
     assert not without.loa[0].any() and without.loa[1].any()
-    np.testing.assert_allclose(without.loa[1], generator.encode_prompts(["wind"]).loa[0], atol=1e-6)
+    # Alone or in a batch, matrix products are summed in another order: 7e-7 on one processor, of states around 1.
+    np.testing.assert_allclose(without.loa[1], generator.encode_prompts(["wind"]).loa[0], atol=1e-5)
     empty = generator.encode_prompts([""])
-    np.testing.assert_allclose(without.text[0, without.text_mask[0].bool()], empty.text[0], atol=1e-6)
+    np.testing.assert_allclose(without.text[0, without.text_mask[0].bool()], empty.text[0], atol=1e-5)
 
 
 def test_loa_is_the_same_without_cache(generator):
@@ -119,7 +120,7 @@ def test_bfloat16_is_near(bundle, generator):
         ({"prompts": [3]}, "a prompt is text, got 3"),
         ({"seconds": 0.0}, "seconds is 0.0; expected at least 0.04"),
         ({"seconds": float("nan")}, "seconds is nan"),
-        ({"num_inference_steps": 0}, "from 1 on"),
+        ({"num_inference_steps": 0}, "at least 1"),
         ({"num_inference_steps": 1000}, "from 1 to 999"),
         ({"guidance_scale": 0.5}, "guidance_scale is 0.5"),
         ({"guidance_scale": 1.0, "negative_prompts": "wind"}, "negative prompts need guidance"),
@@ -141,7 +142,7 @@ def test_wrong_arguments_are_explained(generator, wrong, message):
 
 
 def test_speech_needs_words(speaker):
-    with pytest.raises(UserError, match="give the words to say"):
+    with pytest.raises(UserError, match="give the text to speak"):
         speaker.generate("a man")
 
 

@@ -150,7 +150,7 @@ def test_ids_stay_unique(data, tmp_path):
 
 def test_nothing_usable(tmp_path):
     (tmp_path / "none").mkdir()
-    with pytest.raises(UserError, match="holds no recordings; looked there and one folder below for AudioSet"):
+    with pytest.raises(UserError, match="contains no recordings; searched it and the folders directly below for AudioSet"):
         ingest([tmp_path / "none"], tmp_path / "store", AUDIO)
     (tmp_path / "none" / "x.wav").write_text("no")
     with pytest.raises(UserError, match="nothing in .* can be used.*Rejected: 1 unreadable; the first is .*x.wav"):

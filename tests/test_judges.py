@@ -110,7 +110,8 @@ def test_vggish_hears_what_its_reference_hears() -> None:
         filters[k] = [triangle(mel, low + b * step, low + (b + 1) * step, low + (b + 2) * step) for b in range(64)]
     expected = np.log(spectrum @ filters + 0.01)
     assert expected.shape == (123, 64)
-    np.testing.assert_allclose(vggish.log_mel(torch.from_numpy(wave).float()).numpy(), expected, atol=1e-6)
+    # in float32 against NumPy's float64: an FFT's rounding, 1e-7 of the loudest bin, depends on the processor
+    np.testing.assert_allclose(vggish.log_mel(torch.from_numpy(wave).float()).numpy(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", [CNN14_16K, CNN14_32K])
@@ -215,8 +216,9 @@ def test_cnn14_layer_by_layer(config, fused, monkeypatch) -> None:
     wave = noise(config.sample_rate, 2)
     seen, (embedding, logits) = outputs_of(network, [f"conv_block{k}" for k in range(1, 7)], wave)
     mel = panns.log_mel(wave, config).double().numpy()
+    # tens of dB are centred in float32: 1e-5 is what that leaves, more or less of it by the order of operations
     np.testing.assert_allclose(
-        seen["conv_block1"][0], normalised(mel.transpose(0, 2, 1)[..., None], "bn0").transpose(0, 3, 2, 1), atol=1e-5
+        seen["conv_block1"][0], normalised(mel.transpose(0, 2, 1)[..., None], "bn0").transpose(0, 3, 2, 1), atol=1e-4
     )
     for k in range(1, 7):
         x, got = seen[f"conv_block{k}"]
@@ -235,8 +237,8 @@ def test_winograd_is_the_convolution(size) -> None:
     conv = torch.nn.Conv2d(6, 5, 3, padding=1)
     x = torch.randn(3, 6, *size)
     expected = convolved(x.double().numpy(), conv.weight.detach().double().numpy(), conv.bias.detach().double().numpy())
-    for layout in (torch.contiguous_format, torch.channels_last):
-        np.testing.assert_allclose(WinogradConv2d(conv)(x.to(memory_format=layout)).numpy(), expected, atol=2e-6)
+    for layout in (torch.contiguous_format, torch.channels_last):  # both are float32 sums of 54 products
+        np.testing.assert_allclose(WinogradConv2d(conv)(x.to(memory_format=layout)).numpy(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("samples", [320_000, 100_000])
@@ -411,7 +413,7 @@ def test_safetensors_load_under_any_name(small) -> None:
     state = publish("vggish", small)
     save_file(state, small / "converted.safetensors")
     (small / PUBLISHED["vggish"].file).unlink()
-    with pytest.raises(UserError, match=r"converted.safetensors is not a file that loa knows.*by hand"):
+    with pytest.raises(UserError, match=r"converted.safetensors is not a known file.*by hand"):
         describe_folder(small)
     entry = {"file": "converted.safetensors", "sha256": "", "licence": "Apache-2.0", "source": "converted by me"}
     (small / "judges.json").write_text(json.dumps({"format": 1, "weights": {"vggish": entry}}))
@@ -432,7 +434,7 @@ def test_code_in_a_checkpoint_does_not_run(small) -> None:
     marker = small / "was-here"
     for path, write in ((small / "a.pth", torch.save), (small / "b.pth", lambda value, path: path.write_bytes(pickle.dumps(value)))):
         write({"model": published_state("vggish", JUDGES["vggish"].tiny()), "extra": Malicious(marker)}, path)
-        with pytest.raises(UserError, match="no file of plain weights, so it was not loaded"):
+        with pytest.raises(UserError, match="not a file of plain weights, so it was not loaded"):
             read_checkpoint(path)
         assert not marker.exists()
     pickle.loads((small / "b.pth").read_bytes())
@@ -486,15 +488,15 @@ def test_what_is_wrong_with_a_folder_is_said(small) -> None:
     with pytest.raises(UserError, match="its sha256 is .*, expected .*; fetch it again"):
         load_judge("vggish", small)
     path.rename(small / "vggish-10086977.pth")
-    with pytest.raises(UserError, match=r"names vggish-10086976.pth for 'vggish', which is not there; nearest: vggish-10086977.pth"):
+    with pytest.raises(UserError, match=r"names vggish-10086976.pth for 'vggish', which does not exist; nearest: vggish-10086977.pth"):
         load_judge("vggish", small)
-    with pytest.raises(UserError, match=r"vggish-10086977.pth is not a file that loa knows; nearest: vggish-10086976.pth"):
+    with pytest.raises(UserError, match=r"vggish-10086977.pth is not a known file; nearest: vggish-10086976.pth"):
         describe_folder(small)
     for path in small.glob("*.p*"):
         path.unlink()
     (small / PUBLISHED["vggish"].file).write_bytes(b"not a checkpoint")
     describe_folder(small)
-    with pytest.raises(UserError, match="no file of plain weights"):
+    with pytest.raises(UserError, match="not a file of plain weights"):
         load_judge("vggish", small)
     torch.save({"epoch": 3}, small / PUBLISHED["vggish"].file)
     describe_folder(small)
@@ -533,7 +535,7 @@ def test_the_command_describes_a_folder(small) -> None:
     assert lines[2].startswith("cnn14-32k    missing: put Cnn14_mAP=0.431.pth (MIT) from zenodo.org/records/3987831")
     (small / "Cnn14_16k_mAP=0.438.pth").write_bytes(b"")
     result = CliRunner().invoke(judges_command, [str(small)])
-    assert result.exit_code == 1 and "no file of plain weights" in result.output
+    assert result.exit_code == 1 and "not a file of plain weights" in result.output
 
 
 # ----------------------------------------------------------------------------------------------------- interface
@@ -609,7 +611,7 @@ def test_listenings_differ_as_they_say() -> None:
         (torch.zeros(1, 2, 160), 16_000, r"clip 0 is \[2, 160\] of float32.*mono"),
         ([np.zeros(100, np.int16)], 16_000, r"clip 0 is \[100\] of int16"),
         ([np.zeros(10, np.float32), np.zeros(0, np.float32)], 16_000, "clip 1 is"),
-        ([np.array([0, np.nan], np.float32)], 16_000, "clip 0 holds samples that are not finite"),
+        ([np.array([0, np.nan], np.float32)], 16_000, "clip 0 contains samples that are not finite"),
         (torch.zeros(1, 160), 0, "sample_rate is 0"),
     ],
 )

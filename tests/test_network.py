@@ -154,6 +154,35 @@ def attack(sockets: dict[tuple[str, int], str], place: Place, folder: Path) -> d
     return results
 
 
+@contextlib.contextmanager
+def tunnel(host: str, port: int) -> Iterator[str]:
+    """An address on `host` whose connections end at `port` of 127.0.0.1."""
+
+    def copy(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(2**16):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):  # until it is closed
+            while True:
+                outer, inner = entry.accept()[0], socket.create_connection(("127.0.0.1", port))
+                ends.extend((outer, inner))
+                for pair in ((outer, inner), (inner, outer)):
+                    threading.Thread(target=copy, args=pair, daemon=True).start()
+
+    ends: list[socket.socket] = []
+    with socket.create_server((host, 0)) as entry:
+        threading.Thread(target=accept, daemon=True).start()
+        try:
+            yield f"{host}:{entry.getsockname()[1]}"
+        finally:
+            entry.shutdown(socket.SHUT_RDWR)
+            for end in ends:
+                end.close()
+
+
 def join(address: str, place: Place, folder: Path) -> str:
     """What `ray start --address=…` says; if it joins, a task of the stranger's makes a folder in `folder`."""
     log = folder / "join.log"
@@ -205,17 +234,15 @@ def test_without_the_token_this_machine_runs_nothing_either(server: Server, tmp_
     if ours.get(("127.0.0.1", AGENT), "").startswith("ray::DashboardAgent"):  # and that one may be another user's
         assert results[f"127.0.0.1:{AGENT}"]["job"] == "401"
     assert {results[f"127.0.0.1:{port}"]["pickle"] for _, port in exposed(server.sockets)} == {"UNAUTHENTICATED"}
-    said = join(f"127.0.0.1:{server.port_of('gcs_server')[0]}", here, tmp_path)
-    assert "Ray runtime started" not in said and re.search("(?i)unauthenticated|authentication", said), said
-    assert not (tmp_path / "task").exists()
 
 
 @pytest.mark.slow
-def test_other_machines_cannot_join(server: Server, outside: Place, tmp_path: Path) -> None:
-    for port in server.port_of("gcs_server"):
-        for address in outside.addresses:
-            command = [*outside.prefix, sys.executable, "-c", f"import socket; socket.create_connection(({address!r}, {port}), 5)"]
-            assert b"ConnectionRefusedError" in subprocess.run(command, capture_output=True).stderr
+def test_nobody_joins_without_the_token(server: Server, outside: Place, tmp_path: Path) -> None:
+    """Even where something lets another machine through to Ray's 127.0.0.1, as a tunnel would."""
+    with tunnel(outside.addresses[0], server.port_of("gcs_server")[0]) as address:
+        said = join(address, outside, tmp_path)
+    assert "Ray runtime started" not in said and re.search("(?i)unauthenticated|authentication", said), said
+    assert not (tmp_path / "task").exists()
 
 
 @pytest.mark.slow
@@ -245,7 +272,7 @@ def observe(command: list[str], home: Path) -> tuple[dict[tuple[str, int], str],
                 sockets |= listening(process.pid)
             except psutil.NoSuchProcess:
                 break
-            time.sleep(0.3)
+            time.sleep(0.5)
         assert process.wait() == 0, (home / "stderr").read_text()
     finally:
         watchdog.cancel()
@@ -256,12 +283,12 @@ def observe(command: list[str], home: Path) -> tuple[dict[tuple[str, int], str],
 
 @pytest.mark.slow
 def test_trainings_and_passes_listen_to_nobody_and_end_in_silence(tmp_path: Path) -> None:
-    """Both steps of a demo, on Ray: a training of two workers, and a pass with an encoder."""
+    """Both steps of a demo, on Ray: a training, and a pass with an encoder."""
     make_store(tmp_path, small())
     common = ["--work", str(tmp_path), "--tiny"]
     short = ["--set", "recipes.audiomae.steps=2", "--set", "recipes.audiomae.global_batch=4"]
     for command, worker in (
-        (["pipelines.train", "audiomae", *common, *short, "--workers", "2"], "ray::RayTrainWorker"),
+        (["pipelines.train", "audiomae", *common, *short, "--workers", "1"], "ray::RayTrainWorker"),
         (["pipelines.preprocess", "loa", *common], "ray::MapWorker"),
     ):
         sockets, said = observe(command, tmp_path)

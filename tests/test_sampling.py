@@ -411,7 +411,7 @@ def test_options_override_the_profile():
         ({"stepz": 3}, "unknown sampling option 'stepz'"),
         ({"guidence_scale": 3}, "did you mean 'guidance_scale'"),
         ({"scheduler": "plms"}, "dpm-solver.., ddim, unipc, pndm, euler"),
-        ({"profile": "authors", "scheduler": "unipc"}, "only the scheduler 'ddim' has one.*set eta to 0"),
+        ({"profile": "authors", "scheduler": "unipc"}, "only the scheduler 'ddim' uses it.*set eta to 0"),
         ({"profile": "authors", "scheduler": "unipc", "eta": 0.0}, "set timesteps to 'loa'"),
         ({"num_inference_steps": True}, "num_inference_steps is True"),
         ({"candidates": 0}, "candidates is 0"),

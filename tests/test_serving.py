@@ -97,18 +97,18 @@ def test_progress_comes_in_lines(client):
     ("body", "sentence"),
     [
         ({}, "prompt: field required"),
-        ({"prompt": "  "}, "prompt is empty; describe what to hear"),
+        ({"prompt": "  "}, "prompt is empty; describe a sound"),
         ({"promt": "x", "prompt": "x"}, "unknown field 'promt'; did you mean 'prompt'?"),
-        ({"prompt": "x", "seconds": 31}, "seconds is 31; this server makes at most 30"),
+        ({"prompt": "x", "seconds": 31}, "seconds is 31; the maximum of this server is 30"),
         ({"prompt": "x", "seconds": 0.01}, "seconds is 0.01; expected at least 0.04"),
         ({"prompt": "x", "seconds": -1}, "seconds: input should be greater than 0"),
-        ({"prompt": "x", "num_inference_steps": 201}, "num_inference_steps is 201; this server takes at most 200"),
-        ({"prompt": "x", "guidance_scale": 99}, "guidance_scale is 99; this server takes at most 20"),
+        ({"prompt": "x", "num_inference_steps": 201}, "num_inference_steps is 201; the maximum of this server is 200"),
+        ({"prompt": "x", "guidance_scale": 99}, "guidance_scale is 99; the maximum of this server is 20"),
         (
             {"prompt": "x", "guidance_scale": 1, "negative_prompt": "y"},
             "a negative_prompt needs guidance: raise guidance_scale above 1 or leave it out",
         ),
-        ({"prompt": "x" * 1001}, "prompt has 1001 characters; this server reads at most 1000"),
+        ({"prompt": "x" * 1001}, "prompt has 1001 characters; the maximum of this server is 1000"),
         ({"prompt": "x", "format": "mp3"}, "format is 'mp3'; expected one of wav, flac"),
         (
             {"prompt": "x", "scheduler": "dim"},
@@ -154,7 +154,7 @@ def test_speech_models_want_words(tmp_path, generator):
     limits = Limits.of(info)
     assert limits.max_seconds == AUDIO.clip_seconds  # one LOA spans one clip
     answer = TestClient(create_api(lambda: Here(generator), info, limits)).post(ROUTE, json={"prompt": "a man"})
-    assert answer.status_code == 422 and "give the words to say" in answer.json()["detail"]
+    assert answer.status_code == 422 and "give the text to speak" in answer.json()["detail"]
 
 
 def job(**changes):
@@ -224,7 +224,7 @@ def test_real_serve(ray_cluster, bundle, generator):
         np.testing.assert_allclose(read(data)[0], expected, atol=1e-3)
 
         status, data = post(url + ROUTE, {"prompt": "a dog", "seconds": 99})
-        assert status == 422 and b"at most 30" in data
+        assert status == 422 and b"maximum of this server is 30" in data
         with urllib.request.urlopen(url + "/v1/model", timeout=400) as answer:
             assert json.load(answer)["variant"] == "audioldm2-full-tiny"
 
@@ -250,7 +250,7 @@ def test_a_taken_port_is_a_sentence(bundle):
         port = taken.getsockname()[1]
         result = CliRunner().invoke(app.main, ["--bundle", str(bundle), "--port", str(port)])
     assert result.exit_code == 1
-    assert f"Error: nothing can listen on 127.0.0.1, port {port}" in result.output and "--port" in result.output
+    assert f"Error: cannot listen on 127.0.0.1, port {port}" in result.output and "--port" in result.output
 
 
 def test_serving_nothing_is_a_sentence(tmp_path):

@@ -222,7 +222,7 @@ def test_a_damaged_shard_counts_as_missing(tmp_path, damage):
     with pytest.warns(StoreWarning), pytest.raises(UserError, match="2 of 3 shards"):
         store.reader(["text"])
     if damage != "ledger":
-        with pytest.raises(UserError, match="make it again with `loa preprocess text`"):
+        with pytest.raises(UserError, match="recompute it with `loa preprocess text`"):
             reader.read(store.shard_rows(1)[0]["clip_id"])
 
 

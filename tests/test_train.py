@@ -259,7 +259,7 @@ def test_a_unet_of_another_prediction_is_refused(line: tuple[Path, Variant], fol
 @pytest.mark.parametrize(
     ("stage", "given", "told"),
     [
-        ("translator", "translator", "its weights are what is made here"),
+        ("translator", "translator", "its weights are what this command trains"),
         ("translator", "vocoder", "translator does not read the weights of vocoder; it reads no other stage's"),
         ("diffusion", "translator", "it reads those of clap, vae, vocoder"),
         ("vae", "vaee", "did you mean 'vae'"),

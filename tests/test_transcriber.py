@@ -72,5 +72,5 @@ def test_words_do_not_depend_on_neighbours_or_on_the_rate_of_the_file(folder):
 def test_clips_beyond_its_window_and_other_folders_are_refused(folder, tmp_path):
     with pytest.raises(UserError, match="clip 1 lasts 2.5 s.*2 s at a time"):
         Transcriber(folder).transcribe([np.zeros(100, np.float32), np.zeros(40_000, np.float32)], 16_000)
-    with pytest.raises(UserError, match="holds no Whisper"):
+    with pytest.raises(UserError, match="contains no Whisper"):
         Transcriber(tmp_path)

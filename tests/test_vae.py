@@ -185,7 +185,8 @@ def test_a_release_gives_the_same_weights(stage: VAEStage, tmp_path) -> None:
     assert all(torch.equal(tensor, critic[name]) for name, tensor in stage.discriminator.state_dict().items())
     public = AutoencoderKL.from_pretrained(tmp_path / "vae").eval()
     decoded = public.decode(public.encode(batch["mel"][:, None]).latent_dist.mode()).sample[:, 0]
-    torch.testing.assert_close(decoded, stage.autoencoder(batch["mel"]).mel)
+    # the centring of mel is folded into the public weights: other float32 sums, 7e-6 apart on one processor
+    torch.testing.assert_close(decoded, stage.autoencoder(batch["mel"]).mel, atol=1e-4, rtol=1e-4)
 
 
 def test_a_stage_is_built_from_its_variant() -> None:

@@ -65,6 +65,10 @@ class StoreWarning(UserWarning):
     """A shard that exists but cannot be trusted; the next run of its pass makes it again."""
 
 
+class NoStoreError(UserError):
+    """There is no feature store at that place."""
+
+
 class FeatureStore:
     """A feature store on a local folder or any fsspec URL. Pickles into workers; holds no open files."""
 
@@ -78,7 +82,7 @@ class FeatureStore:
         try:
             card = json.loads(fs.cat_file(posixpath.join(path, "store.json")))
         except FileNotFoundError:
-            raise UserError(f"{root} contains no feature store (no store.json); make one with `loa ingest`") from None
+            raise NoStoreError(f"{root} contains no feature store (no store.json); make one with `loa ingest`") from None
         except ValueError as error:
             raise UserError(f"{root}/store.json is damaged ({error}); make the store again with `loa ingest`") from None
         if card.get("format") != STORE_FORMAT:

@@ -23,6 +23,7 @@ from pipelines.page.markup import absent, data_uri, definitions, duration, escap
 from pipelines.page.project import Project
 from pipelines.page.runs import Run
 from stages.audio import Waveform, encode_flac
+from stages.config import tiny_name
 from stages.files import code_version
 
 FILES = Path(__file__).parent  # report.html, report.css and report.js
@@ -66,7 +67,7 @@ def render(project: Project, num_clips: int = 12) -> str:
 def _variant(project: Project) -> str:
     for source in (project.bundle, project.evaluation.protocol if project.evaluation else {}, *project.stages.values()):
         if source.get("variant"):
-            return str(source["variant"]) + (" · tiny" if project.bundle.get("tiny") else "")
+            return tiny_name(source["variant"]) if project.bundle.get("tiny") else str(source["variant"])
     return project.work.name
 
 

@@ -26,8 +26,8 @@ class RayWorkers:
     def latest(self) -> Path | None:
         import ray.train
 
-        found = ray.train.get_checkpoint()
-        return Path(found.to_directory()) if found else None
+        checkpoint = ray.train.get_checkpoint()
+        return Path(checkpoint.to_directory()) if checkpoint else None
 
     def keep(self, write: Callable[[Path], None], step: int) -> None:
         import ray.train

@@ -54,14 +54,14 @@ class Transcriber:
     def _read(self, waveforms: Sequence[Waveform], sample_rate: int) -> list[str]:
         if sample_rate != self.sample_rate:
             waveforms = [soxr.resample(wave, sample_rate, self.sample_rate, quality="VHQ") for wave in waveforms]
-        heard = self._processor(list(waveforms), sampling_rate=self.sample_rate, return_tensors="pt", return_attention_mask=True)
-        task = {"language": "en", "task": "transcribe"} if getattr(self._network.generation_config, "is_multilingual", False) else {}
+        inputs = self._processor(list(waveforms), sampling_rate=self.sample_rate, return_tensors="pt", return_attention_mask=True)
+        language = {"language": "en", "task": "transcribe"} if getattr(self._network.generation_config, "is_multilingual", False) else {}
         tokens = self._network.generate(
-            heard.input_features.to(self._network.device, self._network.dtype),
-            attention_mask=heard.attention_mask.to(self._network.device),
+            inputs.input_features.to(self._network.device, self._network.dtype),
+            attention_mask=inputs.attention_mask.to(self._network.device),
             do_sample=False,
             num_beams=1,
             return_timestamps=False,
-            **task,
+            **language,
         )
         return [str(text).strip() for text in self._processor.batch_decode(tokens, skip_special_tokens=True)]

@@ -117,15 +117,15 @@ def _require_whole(component: Path, network: Any, named: Path) -> Any:
     options = {argument: torch.float32, "use_safetensors": True, "local_files_only": True}
     with quiet():
         try:
-            model, loading = network.from_pretrained(component, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+            model, report = network.from_pretrained(component, output_loading_info=True, ignore_mismatched_sizes=True, **options)
         except (SafetensorError, OSError) as error:
             raise UserError(f"the weights of {named} are damaged or cannot be read; download that folder again") from error
     # The head of a language model saved without one is tied to its table; old buffers are recognised by the library.
     problems = misfits(
         model.state_dict(),
-        missing=[key for key in loading["missing_keys"] if key != "lm_head.weight"],
-        unknown=list(loading["unexpected_keys"]),
-        misshaped={key: (list(was), list(wanted)) for key, was, wanted in loading["mismatched_keys"]},
+        missing=[key for key in report["missing_keys"] if key != "lm_head.weight"],
+        unknown=list(report["unexpected_keys"]),
+        misshaped={key: (list(was), list(wanted)) for key, was, wanted in report["mismatched_keys"]},
     )
     if problems:
         raise UserError(f"the weights in {named} do not fit {network.__name__} of its configuration: {problems}")

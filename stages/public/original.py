@@ -210,8 +210,8 @@ def write_stages(
     used = {k: v for k, v in state.items() if k in shapes or (k.startswith(homes) and not layout.UNUSED.search(k))}
     require_fit(shapes, used, source, f"{variant.name} as the authors store it", may_lack)
     if strange := [key for key in state if key not in used and not _ELSEWHERE.search(key) and not layout.UNUSED.search(key)]:
-        examples = f"{', '.join(strange[:3])}{' …' if len(strange) > 3 else ''}"
-        log.warning("%s also holds %d weights of nothing that %s has; they are left out: %s", source, len(strange), variant.name, examples)
+        names = f"{', '.join(strange[:3])}{' …' if len(strange) > 3 else ''}"
+        log.warning("%s also holds %d weights of nothing that %s has; they are left out: %s", source, len(strange), variant.name, names)
     for part in wanted:
         network = part.build()  # one at a time: together they are some gigabytes
         held = part.held(network)

@@ -31,8 +31,8 @@ def require_parts(given: Mapping[str, Path], needed: Iterable[str], source: Path
     missing = [name for name in needed if name not in given]
     if missing:
         ways = " ".join(f"--with {name}=FOLDER" for name in missing)
-        about = "; ".join(f"{name}: {PARTS[name]}" for name in missing)
-        raise UserError(f"{source} holds no {' and no '.join(missing)}; name {ways} (a folder of any AudioLDM 2 pipeline serves; {about})")
+        sources = "; ".join(f"{name}: {PARTS[name]}" for name in missing)
+        raise UserError(f"{source} holds no {' and no '.join(missing)}; name {ways} (any AudioLDM 2 pipeline's folder serves; {sources})")
 
 
 def component(name: str, folder: Path) -> Path:
