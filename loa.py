@@ -60,14 +60,7 @@ class Commands(click.Group):
         if cmd_name not in JOBS:
             return super().get_command(ctx, cmd_name)
         module, _, attribute = JOBS[cmd_name].target.partition(":")
-        try:
-            command: click.Command = getattr(importlib.import_module(module), attribute)
-        except (ImportError, RuntimeError) as error:  # diffusers and transformers import a torchvision that is there
-            from stages.public.extra import torchvision_fault
-
-            if (fault := torchvision_fault()) is None:
-                raise
-            raise click.ClickException(fault) from error
+        command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:

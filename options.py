@@ -71,10 +71,6 @@ def friendly(function: Function) -> Function:
             sys.exit(128 + (received[0] if received else signal.SIGINT))
         except Exception as error:
             sentence = plain_sentence(error)
-            if sentence is None and isinstance(error, (ImportError, RuntimeError)):
-                from stages.public.extra import torchvision_fault  # diffusers and transformers import a torchvision that is there
-
-                sentence = torchvision_fault()
             if sentence is None or _debugging():
                 raise
             click.echo(f"Error: {complete(sentence)}", err=True)
@@ -128,6 +124,10 @@ def plain_sentence(error: BaseException) -> str | None:
             return f"no permission to use {cause.filename}; check its owner or choose another folder"
         elif isinstance(cause, FileNotFoundError) and cause.filename is not None and cause is error:
             return f"{cause.filename} does not exist"
+    if sentence is None and isinstance(error, (ImportError, RuntimeError)):
+        from stages.public.extra import torchvision_fault  # diffusers and transformers import a torchvision that is there
+
+        return torchvision_fault()
     return sentence
 
 

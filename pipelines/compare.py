@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import click
 
-from options import friendly
+from options import friendly, next_step, shown
 from pipelines.evaluation.published import TABLES, PublishedTable
 from pipelines.evaluation.records import MEASURES, SILENT_LIMIT, Comparison, Protocol, Record, read_records, side_by_side
 from pipelines.tables import aligned
@@ -183,7 +183,7 @@ FORMATS: dict[str, Callable[[Sequence[Block]], str]] = {"text": as_text, "markdo
     help="Published table to stand beside: AudioCaps, MusicCaps, LJSpeech, ablation.",
 )
 @click.option("--format", "form", type=click.Choice(list(FORMATS)), default="text", show_default=True)
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write to a file instead of the screen.")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write to a file.  [default: the screen]")
 @friendly
 def main(places: tuple[Path, ...], table: str, form: str, output: Path | None) -> None:
     """Put systems side by side that `loa evaluate` has scored.
@@ -197,7 +197,8 @@ def main(places: tuple[Path, ...], table: str, form: str, output: Path | None) -
         click.echo(page, nl=False)
     else:
         output.write_text(page, encoding="utf-8")
-        click.echo(f"{len({record.system for record in records})} systems side by side: {output}")
+        click.echo(f"{len({record.system for record in records})} systems side by side: {shown(output)}")
+        click.echo(next_step("compare"))
 
 
 if __name__ == "__main__":

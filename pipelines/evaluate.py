@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from options import friendly, sampling_options, shown, tracking_option, work_option
+from options import friendly, next_step, sampling_options, shown, tracking_option, work_option, works_on
 from pipelines.evaluation.options import PanelOptions, panel_options
 
 
@@ -61,12 +61,14 @@ def main(
 
     selection = Selection(num_clips, split, captions, seed)
     info = read_info(bundle or work / "bundle")
+    works_on(info.variant)
     # Each bundle and setting has a run of its own, so that MLflow can compare them.
     run = digest([weights_hash(bundle or work / "bundle"), str(selection), str(resolve(**sampling))], 8)
     with Tracker.open(tracking_uri, work=work, job=f"evaluate-{run}", name="evaluate", variant=info.variant) as tracker:
         evaluation = evaluate(work, selection, sampling, panel, bundle=bundle, store=store, name=name, tracker=tracker)
     click.echo(evaluation.table())
     click.echo(f"sounds and scores: {shown(work / 'evaluation')}")
+    click.echo(next_step("evaluate"))
 
 
 if __name__ == "__main__":

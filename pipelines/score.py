@@ -42,7 +42,7 @@ def read_made(values: dict[str, str]) -> dict[str, Any]:
     multiple=True,
     callback=pairs,
     metavar="READER=CSV",
-    help="What another recogniser has read in the clips: CSV with clip_id, text, for WER and CER.",
+    help="What another recogniser has read in the clips: CSV with clip_id, text, for WER and CER.  [default: none]",
 )
 @click.option("--name", help="What the system is called in records and tables.  [default: the folder's name]")
 @click.option("--candidates", type=click.IntRange(min=1), help="Of how many candidates each clip was chosen.  [default: unknown]")
@@ -52,7 +52,7 @@ def read_made(values: dict[str, str]) -> dict[str, Any]:
     multiple=True,
     callback=pairs,
     metavar="NAME=VALUE",
-    help="How the clips were made, such as guidance_scale=3.5, for the record. May be repeated.",
+    help="How the clips were made, such as guidance_scale=3.5, for the record. May be repeated.  [default: unknown]",
 )
 @work_option
 @click.option(

@@ -1,4 +1,4 @@
-"""What every trainable thing of loa has in common: the Stage contract, its recipe, its released folder."""
+"""What every trainable thing of loa has in common: the Stage contract, and released folders."""
 
 from __future__ import annotations
 

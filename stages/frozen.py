@@ -93,8 +93,8 @@ class SoundDecoder:
             self._models = vae.eval(), vocoder.eval()
         vae, vocoder = (model.to(latents.device) for model in self._models)
         mels = vae.decode(latents.float()).sample[:, 0]
-        heard: dict[str, Tensor] = {}
+        out: dict[str, Tensor] = {}
         for i, mel in enumerate(mels):
-            heard[f"mel/{name}_{i}"] = mel.cpu()
-            heard[f"audio/{name}_{i}"] = vocoder(mel).cpu()
-        return heard
+            out[f"mel/{name}_{i}"] = mel.cpu()
+            out[f"audio/{name}_{i}"] = vocoder(mel).cpu()
+        return out

@@ -115,19 +115,25 @@ def test_readme_step_by_step(walked: Path) -> None:
 @pytest.mark.slow
 def test_commands_of_the_other_pages(walked: Path) -> None:
     """After the README's, in the same project; `docs/running.md` ingests a folder of its own."""
+    said = {}
     for page in PAGES[1:]:
         for command in commands(page):
             if reason(command) is None:
                 own = ["--work", "running"] if page.name == "running.md" and "--variant" not in command else []
-                run(shlex.join([*shlex.split(command), *own]))
+                said[command] = run(shlex.join([*shlex.split(command), *own]))
+    assert "released to running/stages/vae" in said["loa train vae --tiny --workers 0"]
+    assert "finished already" in said["loa train vae --tiny --workers 2"]  # the one above has trained it
+    assert "GB of state per worker" in said["loa train diffusion --variant audioldm2-full --workers 8 --dry-run"]
+    assert "Recognised by the classifier" in said["loa evaluate"]
 
 
 @pytest.mark.slow
-def test_snippets_of_python(walked: Path) -> None:
-    """Those of docs/evaluation.md want public weights, that of docs/stages.md is an outline."""
-    for page in ("store.md", "troubleshooting.md"):
-        for snippet in blocks(REPO / "docs" / page, "python"):
-            exec(compile(snippet, page, "exec"), {})
+def test_snippets_of_python(walked: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The one of docs/evaluation.md needs public weights, that of docs/stages.md is an outline."""
+    for page, shown in (("store.md", r"^\S+ \(256, 64\)$"), ("troubleshooting.md", r"Name: count, dtype")):
+        (snippet,) = blocks(REPO / "docs" / page, "python")
+        exec(compile(snippet, page, "exec"), {})
+        assert re.search(shown, capsys.readouterr().out, re.MULTILINE), page
 
 
 def test_every_command_is_run_or_has_its_reason() -> None:

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from options import again
 from pipelines import plots
 from pipelines.evaluation.clips import Chosen, ClipSet, Selection, choose_clips
 from pipelines.evaluation.options import PanelOptions
@@ -126,7 +127,11 @@ def _explain(scores: Scores, judged: Panel, selection: Selection, options: Panel
     """Say what is absent, and what raises a score."""
     if not any(judge.name == "classifier" for judge in judged.judges):
         labelled = any(clip.label for clip in scores.system.clips)
-        hint = "no classifier is trained (`loa train classifier`)" if labelled else "the clips have no labels to train a classifier on"
+        hint = (
+            f"no classifier is trained (`{again('loa train classifier')}`)"
+            if labelled
+            else "the clips have no labels to train a classifier on"
+        )
         scores.missing |= dict.fromkeys(("accuracy", "kl", "frechet_classifier"), hint)
     if selection.captions is None and len(scores.system.clips) < selection.count:
         scores.notes.append(f"{selection.count} clips were asked for; the split has {len(scores.system.clips)}")

@@ -78,7 +78,7 @@ def _lead(project: Project) -> str:
     if project.store is not None:
         said.append(f"on {project.store.num_clips:,} clips of {project.store.audio.clip_seconds:g} s")
     if project.evaluation is not None:
-        said.append(f"then heard on {len(project.evaluation.clips)} held-out captions")
+        said.append(f"then evaluated on {len(project.evaluation.clips)} held-out captions")
     text = " ".join(said[:2]) + (", " if len(said) > 2 else " " if said else "") + " ".join(said[2:])
     return escape(text.strip().capitalize() + "." if said else "Nothing has been trained here yet.")
 
@@ -178,7 +178,7 @@ def _caption(row: dict[str, Any]) -> str:
     if "recognised" in row and row["label"]:
         right = row["recognised"] == row["label"]
         chips.append(
-            f'<span class="chip {"right" if right else "wrong"}">{"✓" if right else "✗"} heard as {escape(row["recognised"])}</span>'
+            f'<span class="chip {"right" if right else "wrong"}">{"✓" if right else "✗"} recognised as {escape(row["recognised"])}</span>'
         )
     if "clap_score" in row:
         chips.append(f"<span class=number>CLAP {row['clap_score']:.2f} · real {row['clap_score_real']:.2f}</span>")

@@ -39,5 +39,5 @@ class System(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(noise prediction, teacher-forced LOA); gradients of the first reach the translator when it made the LOA."""
         forced = self.translator(clap, text, mask, loa=loa)
-        heard = loa if use_truth else self.translator(clap, text, mask)
-        return self.network(noisy, timestep, *drop(heard, text, mask)), forced
+        given = loa if use_truth else self.translator(clap, text, mask)
+        return self.network(noisy, timestep, *drop(given, text, mask)), forced

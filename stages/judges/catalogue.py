@@ -104,7 +104,7 @@ class PublishedJudge:
         name: one of `JUDGES`.
         sample_rate: of the network's input, in Hz; other rates are resampled.
         embedding_width: D.
-        device: where the network runs; what was heard comes back to the CPU.
+        device: where the network runs; its output comes back to the CPU.
         has_logits: whether `JudgeOutput.logits` is given.
         weights_hash: sha256 of the weights' file, or of the weights themselves where there is no file.
     """
@@ -137,7 +137,7 @@ class PublishedJudge:
     def embed(self, waveforms: Waveforms, sample_rate: int) -> JudgeOutput:
         """Listen to clips.
 
-        Only clips of one length share a batch and nothing is normalised over a batch, so what is heard in a clip does not
+        Only clips of one length share a batch and nothing is normalised over a batch, so the output for a clip does not
         depend on its neighbours (up to the rounding of float32 sums, some 1e-6).
 
         Args:
@@ -150,7 +150,7 @@ class PublishedJudge:
         """
         if sample_rate <= 0:
             raise UserError(f"sample_rate is {sample_rate}; expected a positive number of Hz")
-        clips = [self._hears(clip, sample_rate, index) for index, clip in enumerate(waveforms)]
+        clips = [self._input(clip, sample_rate, index) for index, clip in enumerate(waveforms)]
         if not clips:
             raise UserError(f"{self.name} was given no clips")
         by_length: dict[int, list[int]] = {}
@@ -197,7 +197,7 @@ class PublishedJudge:
                 ) from error
         return embedding.cpu(), None if logits is None else logits.cpu()
 
-    def _hears(self, clip: Tensor | NDArray[np.float32], sample_rate: int, index: int) -> Tensor:
+    def _input(self, clip: Tensor | NDArray[np.float32], sample_rate: int, index: int) -> Tensor:
         """One clip as the network reads it: `[T]` float32 at its rate."""
         wave = torch.as_tensor(clip).detach().cpu()
         if wave.ndim != 1 or not len(wave) or not wave.is_floating_point():
