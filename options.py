@@ -287,6 +287,7 @@ STEPS = (
     "train joint",
     "export",
     "evaluate",
+    "report",
     "compare {work}",
     'generate "rain on a tin roof"',
     "serve",

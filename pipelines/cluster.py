@@ -93,7 +93,7 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(f"Ray cannot start or join a cluster at {address!r}: {error}") from error
     local_ray.quieten()
-    import ray.data  # its loggers exist only now; progress is told by our own bars
+    import ray.data  # its loggers exist only now; progress has loa's own bars
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
@@ -183,5 +183,5 @@ def _container_cores() -> float | None:
 
 def _shared_memory() -> int:
     """Free bytes of /dev/shm, where Ray keeps its objects; the temporary folder's where there is no such place."""
-    place = "/dev/shm" if os.path.isdir("/dev/shm") else "/"
-    return shutil.disk_usage(place).free
+    folder = "/dev/shm" if os.path.isdir("/dev/shm") else "/"
+    return shutil.disk_usage(folder).free

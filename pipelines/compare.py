@@ -53,31 +53,31 @@ def compare(records: Sequence[Record], table: str | None = "II") -> list[Block]:
     return [*blocks, _published(published)] if published else blocks
 
 
-def _measured(found: Comparison, first: Sequence[str]) -> Block:
-    metrics = sorted(found.metrics, key=lambda name: (name not in first, first.index(name) if name in first else 0))
-    best = {metric: found.best(metric) for metric in metrics}
+def _measured(comparison: Comparison, first: Sequence[str]) -> Block:
+    metrics = sorted(comparison.metrics, key=lambda name: (name not in first, first.index(name) if name in first else 0))
+    best = {metric: comparison.best(metric) for metric in metrics}
     rows = []
-    for system in found.systems:
+    for system in comparison.systems:
         cells = []
         for metric in metrics:
-            record = found.records.get((system, metric))
+            record = comparison.records.get((system, metric))
             cells.append(
                 Cell(MEASURES[metric].form.format(record.value), record.value, system in best[metric]) if record is not None else Cell("–")
             )
         rows.append((system, tuple(cells)))
-    notes = [f"{MEASURES[metric].title}: {_protocol(_of(found, metric))}" for metric in metrics]
-    for system in found.systems:
-        of_system = [record for (name, _), record in found.records.items() if name == system]
+    notes = [f"{MEASURES[metric].title}: {_protocol(_of(comparison, metric))}" for metric in metrics]
+    for system in comparison.systems:
+        of_system = [record for (name, _), record in comparison.records.items() if name == system]
         check = max((dict(record.check) for record in of_system), key=lambda counts: len(counts))
         flaws = [f"{count} {kind}" for kind, count in check.items() if kind != "clips" and count]
         if flaws:
-            refused = f"; not ranked, for more than {SILENT_LIMIT:.0%} are silent" if system in found.unranked else ""
+            refused = f"; not ranked, for more than {SILENT_LIMIT:.0%} are silent" if system in comparison.unranked else ""
             notes.append(f"{system}: of {check['clips']} clips {', '.join(flaws)}{refused}")
     return Block("Measured", tuple(MEASURES[metric].heading for metric in metrics), tuple(rows), tuple(notes))
 
 
-def _of(found: Comparison, metric: str) -> Protocol:
-    return next(record.protocol for (_, name), record in found.records.items() if name == metric)
+def _of(comparison: Comparison, metric: str) -> Protocol:
+    return next(record.protocol for (_, name), record in comparison.records.items() if name == metric)
 
 
 def _protocol(protocol: Protocol) -> str:
@@ -174,7 +174,7 @@ FORMATS: dict[str, Callable[[Sequence[Block]], str]] = {"text": as_text, "markdo
 
 
 @click.command()
-@click.argument("places", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path), metavar="RECORD_OR_FOLDER...")
+@click.argument("sources", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path), metavar="RECORD_OR_FOLDER...")
 @click.option(
     "--table",
     type=click.Choice([*TABLES, "none"], case_sensitive=False),
@@ -185,20 +185,20 @@ FORMATS: dict[str, Callable[[Sequence[Block]], str]] = {"text": as_text, "markdo
 @click.option("--format", "form", type=click.Choice(list(FORMATS)), default="text", show_default=True)
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write to a file.  [default: the screen]")
 @friendly
-def main(places: tuple[Path, ...], table: str, form: str, output: Path | None) -> None:
+def main(sources: tuple[Path, ...], table: str, form: str, output: Path | None) -> None:
     """Put systems side by side that `loa evaluate` has scored.
 
-    A place is a record, a folder of records, or a project folder. Scores that were not measured alike are refused, with the
+    A source is a record, a folder of records, or a project folder. Scores that were not measured alike are refused, with the
     fields in which their protocols differ. Published numbers stand apart: they were not measured here.
     """
-    records = [record for place in places for record in read_records(place)]
+    records = [record for source in sources for record in read_records(source)]
     page = FORMATS[form](compare(records, None if table == "none" else table))
     if output is None:
         click.echo(page, nl=False)
     else:
         output.write_text(page, encoding="utf-8")
         click.echo(f"{len({record.system for record in records})} systems side by side: {shown(output)}")
-        click.echo(next_step("compare"))
+    click.echo(next_step("compare"), err=True)  # the tables alone are the output
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from options import friendly, shown, tracking_option, work_option
+from options import friendly, next_step, shown, tracking_option, work_option
 
 NUM_CLIPS = 12  # captions to hear; fewer where the page would grow beyond what mails and browsers take
 
@@ -69,6 +69,7 @@ def main(work: Path, output: Path | None, num_clips: int, picture: Path | None, 
     if picture is not None:
         click.echo(f"drawn: {shown(picture)}")
     click.echo(f"written: {shown(path)}; open it in a browser")
+    click.echo(next_step("report"))
 
 
 if __name__ == "__main__":

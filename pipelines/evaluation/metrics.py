@@ -205,8 +205,8 @@ def clap_chance(text: ArrayLike, audio: ArrayLike, groups: Sequence[object]) -> 
     one, two = (np.asarray(x, dtype=np.float64) for x in (text, audio))
     one, two = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-8) for x in (one, two))
     number = {group: i for i, group in enumerate(dict.fromkeys(groups))}
-    place = np.array([number[group] for group in groups])
-    apart = place[:, None] != place[None, :]
+    group_of = np.array([number[group] for group in groups])
+    apart = group_of[:, None] != group_of[None, :]
     return float((one @ two.T)[apart].mean()) if apart.any() else None
 
 

@@ -172,17 +172,17 @@ def write_records(folder: Path, records: Iterable[Record]) -> None:
             path.unlink()
 
 
-def read_records(place: Path) -> list[Record]:
+def read_records(source: Path) -> list[Record]:
     """The records of a file, of a folder of them, or of a project or evaluation folder, in the order of their names.
 
     Raises:
         UserError: there are none, or a file is no record of this format.
     """
-    place = Path(place)
-    folders = (place, place / "records", place / "evaluation" / "records")
-    paths = [place] if place.is_file() else next((found for f in folders if (found := _record_files(f))), [])
+    source = Path(source)
+    folders = (source, source / "records", source / "evaluation" / "records")
+    paths = [source] if source.is_file() else next((files for f in folders if (files := _record_files(f))), [])
     if not paths:
-        raise UserError(f"{place} holds no records of scores; `loa evaluate` writes them to a folder named records")
+        raise UserError(f"{source} holds no records of scores; `loa evaluate` writes them to a folder named records")
     return [_read_record(path) for path in paths]
 
 

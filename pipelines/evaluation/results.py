@@ -113,24 +113,24 @@ class Evaluation:
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)]) + "\n"
 
 
-def confusion_picture(found: Evaluation, most: int = 24) -> plots.Picture | None:
+def confusion_picture(evaluation: Evaluation, most: int = 24) -> plots.Picture | None:
     """Asked-for against recognised classes; of many classes the most frequent. None without a classifier."""
-    if not found.confusion:
+    if not evaluation.confusion:
         return None
-    counts = np.array(found.confusion["counts"])
+    counts = np.array(evaluation.confusion["counts"])
     frequent = np.argsort(-(counts.sum(0) + counts.sum(1)), kind="stable")[:most]
     shown = sorted(i for i in frequent.tolist() if counts[i].sum() + counts[:, i].sum())
-    return plots.confusion([found.confusion["names"][i] for i in shown], counts[np.ix_(shown, shown)])
+    return plots.confusion([evaluation.confusion["names"][i] for i in shown], counts[np.ix_(shown, shown)])
 
 
-def classes_picture(found: Evaluation, most: int = 24) -> plots.Picture | None:
+def classes_picture(evaluation: Evaluation, most: int = 24) -> plots.Picture | None:
     """Accuracy by class, of generated clips, restored ones and real ones. None without a classifier."""
-    rows = sorted(found.classes, key=lambda row: -row["count"])[:most]
+    rows = sorted(evaluation.classes, key=lambda row: -row["count"])[:most]
     if not rows:
         return None
     rows.sort(key=lambda row: str(row["name"]))
     shares = {SYSTEMS[s]: [row[s] for row in rows] for s in ("generated", "vae", "real")}
-    return plots.class_bars([row["name"] for row in rows], shares, found.scores["accuracy"]["chance"])
+    return plots.class_bars([row["name"] for row in rows], shares, evaluation.scores["accuracy"]["chance"])
 
 
 def _chance(scores: Scores, measure: str) -> dict[str, float]:

@@ -37,11 +37,11 @@ def step_rng(seed: int, step: int) -> np.random.Generator:
 
 def places(cursor: int, count: int, num_clips: int, seed: int) -> list[tuple[int, int]]:
     """(epoch, index) of the `count` clips after the first `cursor` ones; epochs follow each other without a gap."""
-    found = []
+    positions = []
     for position in range(cursor, cursor + count):
         epoch, offset = divmod(position, num_clips)
-        found.append((epoch, int(permutation(num_clips, seed, epoch)[offset])))
-    return found
+        positions.append((epoch, int(permutation(num_clips, seed, epoch)[offset])))
+    return positions
 
 
 class ClipDataset(Dataset):
@@ -71,8 +71,8 @@ class Examples(Dataset):
     def __init__(self, clips: ClipDataset, stage: Stage, seed: int) -> None:
         self.clips, self.stage, self.seed = clips, stage, seed
 
-    def __getitem__(self, place: tuple[int, int]) -> dict[str, Tensor]:
-        epoch, index = place
+    def __getitem__(self, position: tuple[int, int]) -> dict[str, Tensor]:
+        epoch, index = position
         return self.stage.example(self.clips.clip(index), clip_rng(self.seed, epoch, index))
 
 

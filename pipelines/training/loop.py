@@ -107,8 +107,8 @@ class OneProcess:
             dist.init_process_group("gloo", init_method=f"file://{self._store}", rank=0, world_size=1)
 
     def latest(self) -> Path | None:
-        found = sorted(self.run.glob("step_*"))
-        return found[-1] if found else None
+        checkpoints = sorted(self.run.glob("step_*"))
+        return checkpoints[-1] if checkpoints else None
 
     def keep(self, write: Callable[[Path], None], step: int) -> None:
         draft = self.run / f".step_{step:08d}"
