@@ -300,7 +300,8 @@ def test_each_step_ends_with_the_next() -> None:
     assert walk(False)[-5:] == ["export", "evaluate", "compare", "generate", "serve"]
     assert "preprocess speech" in walk(True) and "preprocess text" not in walk(True)
     assert answer(["--work", "w", "--tiny"], lambda: cli.next_step("preprocess mel")) == "next: loa train clap --work w --tiny"
-    assert answer(["--work", "my w"], lambda: cli.next_step("evaluate")) == "next: loa compare 'my w'"
+    assert answer(["--work", "my w"], lambda: cli.next_step("evaluate")) == "next: loa report --work 'my w'"
+    assert answer(["--work", "my w"], lambda: cli.next_step("report")) == "next: loa compare 'my w'"
 
 
 # --------------------------------------------------------------------------------------------------------- options
