@@ -297,7 +297,7 @@ def test_each_step_ends_with_the_next() -> None:
 
     stages = [step.removeprefix("train ") for step in walk(False, "--tiny") if step.startswith("train ")]
     assert sorted(stages) == sorted(STAGES)
-    assert walk(False)[-5:] == ["export", "evaluate", "compare", "generate", "serve"]
+    assert walk(False)[-6:] == ["export", "evaluate", "report", "compare", "generate", "serve"]
     assert "preprocess speech" in walk(True) and "preprocess text" not in walk(True)
     assert answer(["--work", "w", "--tiny"], lambda: cli.next_step("preprocess mel")) == "next: loa train clap --work w --tiny"
     assert answer(["--work", "my w"], lambda: cli.next_step("evaluate")) == "next: loa report --work 'my w'"
