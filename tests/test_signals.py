@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow as pa
@@ -71,17 +72,18 @@ def assert_plain(said: str) -> None:
         assert noise not in said, said[-2000:]
 
 
-@pytest.mark.parametrize(("number", "scope"), WAYS)
-def test_training_on_ray_is_stopped_with_a_sentence(project: Path, tmp_path: Path, number: int, scope: str) -> None:
-    work = tmp_path / "work"
+def test_training_on_ray_is_stopped_with_a_sentence(project: Path, tmp_path: Path, rounds: Callable[..., Any]) -> None:
+    """As a terminal's Ctrl-C and as `kill`; `make soak`: the other two ways as well."""
     sets = ("recipes.audiomae.steps=100000", "recipes.audiomae.max_seconds=null", "recipes.audiomae.global_batch=4")
-    command = ["pipelines.train", "audiomae", "--tiny", "--store", str(project / "store"), "--work", str(work)]
-    command += [word for setting in sets for word in ("--set", setting)]
-    progress = work / "runs" / "audiomae" / "progress.json"
-    status, said = stopped(command, progress.is_file, number, scope, tmp_path / "log")
-    assert status == 128 + number
-    assert_plain(said)
-    assert not (work / "stages").exists()
+    for number, scope in rounds(WAYS[1:3], WAYS):
+        work = tmp_path / f"{number}-{scope}"
+        command = ["pipelines.train", "audiomae", "--tiny", "--store", str(project / "store"), "--work", str(work)]
+        command += [word for setting in sets for word in ("--set", setting)]
+        progress = work / "runs" / "audiomae" / "progress.json"
+        status, said = stopped(command, progress.is_file, number, scope, tmp_path / f"{number}-{scope}.log")
+        assert status == 128 + number, said[-2000:]
+        assert_plain(said)
+        assert not (work / "stages").exists()
 
 
 @pytest.mark.parametrize(("number", "scope"), WAYS[1:3])
