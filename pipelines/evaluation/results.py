@@ -105,7 +105,8 @@ class Evaluation:
         """All scores as a text table, with what is missing and why."""
         columns = [s for s in SYSTEMS if any(s in values for values in self.scores.values())]
         rows = [["", *(SYSTEMS[s] for s in columns)]]
-        for name, values in self.scores.items():
+        for name in (name for name in MEASURES if name in self.scores):  # JSON keeps no order
+            values = self.scores[name]
             cells = [MEASURES[name].form.format(values[s]) if s in values else "–" for s in columns]
             rows.append([MEASURES[name].heading, *cells])
         lines = [aligned(rows)]
