@@ -80,7 +80,7 @@ def test_a_page_has_everything_inside(tmp_path, evaluation):
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page) and "url(" not in page.replace("url(#", "")
     assert NASTY not in page and "<script>alert" not in page and "&lt;script&gt;alert" in page and "&lt;b&gt;9" in page
     assert "66.7%" in page and "20.0% – 90.0%" in page and "not measured: the clips have no captions" in page and "few clips" in page
-    assert "✗ heard as Rain" in page and page.count("✓ heard as Dog") == 2
+    assert "✗ recognised as Rain" in page and page.count("✓ recognised as Dog") == 2
     assert "1 min 15 s" in page and "1.2 GB" in page and "1 h 07 min" in page and "failed" in page
     assert "mel l1" in page and "grad norm" not in page
     assert "var(--ink)" in page and plots.PAGE.ink not in page and plots.PAGE.faint not in page
