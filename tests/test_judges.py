@@ -595,12 +595,12 @@ def test_listenings_differ_as_they_say() -> None:
     clip = (0.2 * np.sin(2 * np.pi * 440 * time) + 0.1 + 0.01 * rng.standard_normal(44_100)).astype(np.float32)
     judge = random_judge("cnn14-16k")
     compatible = random_judge("cnn14-16k", listening=AUDIOLDM_EVAL)
-    ours = judge._hears(clip, 44_100, 0)
-    theirs = compatible._hears(clip, 44_100, 0)
+    ours = judge._input(clip, 44_100, 0)
+    theirs = compatible._input(clip, 44_100, 0)
     assert len(ours) == 160_000 and len(theirs) == 32_000  # 1 s of sound: 10 s, or the shortest that audioldm_eval allows
     assert ours[:16_000].mean() == pytest.approx(0.1, abs=1e-3) and theirs[:16_000].mean() == pytest.approx(0, abs=1e-6)
     assert np.corrcoef(ours[100:15_900], theirs[100:15_900])[0, 1] > 0.999 and not ours[16_100:].any() and not theirs[16_000:].any()
-    assert len(compatible._hears(np.zeros(50_000, np.float32), 16_000, 0)) == 50_000
+    assert len(compatible._input(np.zeros(50_000, np.float32), 16_000, 0)) == 50_000
     assert judge.protocol()["listening"] != compatible.protocol()["listening"]
 
 

@@ -259,9 +259,12 @@ def test_loa_serve_answers_and_ends(server: Server) -> None:
     assert (server.home / "stderr").read_text() == ""
 
 
-def observe(command: list[str], home: Path) -> tuple[dict[tuple[str, int], str], str]:
-    """Every listening socket that was there at some time during a command, and what it left on stderr."""
+def observe(command: list[str], home: Path) -> tuple[dict[tuple[str, int], str], set[str], str]:
+    """Every listening socket that was there at some time during a command, the names that their processes went by (Ray
+    renames a process with its task, and reuses it), and what the command left on stderr.
+    """
     sockets: dict[tuple[str, int], str] = {}
+    names: set[str] = set()
     with (home / "stderr").open("w") as errors:
         process = subprocess.Popen([sys.executable, "-m", *command], cwd=home, env=clean(home), stdout=subprocess.DEVNULL, stderr=errors)
     watchdog = threading.Timer(400, process.kill)
@@ -269,16 +272,18 @@ def observe(command: list[str], home: Path) -> tuple[dict[tuple[str, int], str],
     try:
         while process.poll() is None:
             try:
-                sockets |= listening(process.pid)
+                now = listening(process.pid)
             except psutil.NoSuchProcess:
                 break
-            time.sleep(0.5)
+            sockets |= now
+            names |= set(now.values())
+            time.sleep(0.05)  # a worker of a tiny pass lives for less than a second on a fast machine
         assert process.wait() == 0, (home / "stderr").read_text()
     finally:
         watchdog.cancel()
         process.kill()
         process.wait()
-    return sockets, (home / "stderr").read_text()
+    return sockets, names, (home / "stderr").read_text()
 
 
 @pytest.mark.slow
@@ -291,8 +296,8 @@ def test_trainings_and_passes_listen_to_nobody_and_end_in_silence(tmp_path: Path
         (["pipelines.train", "audiomae", *common, *short, "--workers", "1"], "ray::RayTrainWorker"),
         (["pipelines.preprocess", "loa", *common], "ray::MapWorker"),
     ):
-        sockets, said = observe(command, tmp_path)
-        assert any(name.startswith(worker) for name in sockets.values())
+        sockets, names, said = observe(command, tmp_path)
+        assert any(name.startswith(worker) for name in names), names
         assert exposed(sockets) == {}
         assert not CPP_MESSAGE.findall(said), said
     assert not (tmp_path / ".ray").exists()
