@@ -456,9 +456,33 @@ def test_interrupted_writing_leaves_nothing(tmp_path):
     assert [path.name for path in (tmp_path / "text").iterdir()] == ["series.json"]
     half = tmp_path / "text/000000.tar.draft-0123"
     half.write_bytes(b"half a shard")
-    assert store.missing_shards("text") == [0, 1, 2]
+    with store.working() as other, other.shard_writer("text", 1) as writer:
+        store.begin_series("text", RECIPE)  # leaves what a living job writes alone
+        for row in store.shard_rows(1):
+            writer.add(row["clip_id"], features(row["clip_id"]))
+    assert not half.exists() and store.missing_shards("text") == [0, 2] and (tmp_path / "jobs").exists()
+    half.write_bytes(b"half a shard")
     store.begin_series("text", RECIPE)
-    assert not half.exists()
+    assert not half.exists() and list((tmp_path / "jobs").iterdir()) == []
+
+
+def test_jobs_share_the_shards_of_a_store(root):
+    store = make_store(root)
+    store.begin_series("text", RECIPE)
+    with store.working() as one, store.working() as two:
+        with one.claim(["text"], 0) as mine, two.claim(["text"], 0) as same, two.claim(["text"], 1) as other:
+            assert (mine, same, other) == (("text",), (), ("text",))
+            fill(one, "text", shards=range(1))
+        with two.claim(["text"], 0) as done:
+            assert done == ()  # it exists by now
+        with one.claim(["text"], 2):
+            store.begin_series("text", RECIPE)
+            with two.claim(["text"], 2) as taken:
+                assert taken == ()
+    (Place.of(store.root) / "text/claims/000001").write(b"0123456789ab")  # of a job that was killed
+    with store.working() as three, three.claim(["text"], 1) as left:
+        assert left == ("text",)
+    assert (Place.of(store.root) / "jobs").list() == {} and (Place.of(store.root) / "text/claims").list() == {}
 
 
 def test_every_clip_of_a_series_has_the_same_members_and_its_turn(tmp_path):

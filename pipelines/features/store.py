@@ -5,6 +5,7 @@
     clips/, rejected/, withdrawn/   the files that parts name, by content (`pipelines.features.table`)
     mel/series.json         the recipe of a series
     mel/…                   its shards, its journal and its index (`pipelines.features.ledger`)
+    jobs/, mel/claims/      who works here, and at which shards (`pipelines.features.jobs`)
 
 Every series has the same shard numbers and the same clip order, so series zip together, a new feature never
 rewrites an old one, and any WebDataset reader can read a single series. A shard exists when its ledger row does:
@@ -21,8 +22,11 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import uuid
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +34,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.features import DEFAULT_SHARD_SIZE
+from pipelines.features import DEFAULT_SHARD_SIZE, jobs
+from pipelines.features.jobs import NOBODY
 from pipelines.features.ledger import JOURNAL, Ledger, LedgerRow, Rejection, StoreWarning, compact, journal_names, warn
 from pipelines.features.reader import StoreReader
-from pipelines.features.shards import DRAFT, Member, ShardWriter, completing_command
+from pipelines.features.shards import Member, ShardWriter, completing_command
 from pipelines.features.table import CLIP_SCHEMA, REJECTED_SCHEMA, WITHHELD, ClipTable, Part, conform, same_parts, write_part
+from pipelines.leases import lease
 from stages.audio import AudioConfig
 from stages.config import differences
 from stages.errors import UserError
@@ -56,7 +62,7 @@ class FeatureStore:
     Pickles into workers; holds no open files.
     """
 
-    def __init__(self, place: Place, card: Mapping[str, Any], parts: Sequence[Part], job: str = "none") -> None:
+    def __init__(self, place: Place, card: Mapping[str, Any], parts: Sequence[Part], job: str = NOBODY) -> None:
         self.place, self._card, self.job = place, dict(card), job
         self.table = ClipTable(place, parts, int(card["shard_size"]))
 
@@ -224,7 +230,7 @@ class FeatureStore:
         """Announce how a series is made, before its first shard or before continuing it.
 
         Everything in `recipe` identifies the data, except what stands under "provenance": that is kept from the
-        first run and not compared. Drafts left by a killed run are removed, and its journal is compacted.
+        first run and not compared. What jobs that are gone left behind is removed, and the journal is compacted.
 
         Raises:
             UserError: the series has shards of another recipe; the message shows both values.
@@ -241,10 +247,37 @@ class FeatureStore:
                 )
             if changes:
                 (folder / RECIPE).write(data)
-        for name in folder.list():
-            if DRAFT in name:
-                (folder / name).remove()
+        jobs.tidy(self.place, folder)
         compact(folder)
+
+    @contextmanager
+    def working(self, command: str = "") -> Iterator[FeatureStore]:
+        """This store in the hands of a job: others leave its drafts and the shards that it claims alone as long as it lives."""
+        job = uuid.uuid4().hex[:12]
+        with lease(jobs.lease_of(self.place, job), f"the job {job}", command=command):
+            yield FeatureStore(self.place, self._card, self.parts, job)
+
+    @contextmanager
+    def claim(self, series: Sequence[str], shard: int) -> Iterator[tuple[str, ...]]:
+        """Claim a shard for this job during the block; yields those of `series` that it has to make.
+
+        None where a living job is at it, or where the shard has been made since it was found missing.
+        """
+        with jobs.claim(self.place, self.series_folder(series[0]), shard, self.job) as mine:
+            yield tuple(name for name in series if not self._has(name, shard)) if mine else ()
+
+    def _has(self, series: str, shard: int) -> bool:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", StoreWarning)  # told before, by `missing_shards`
+            return shard in Ledger(self.series_folder(series), "", [shard])
+
+    def discard(self, series: str, shards: Iterable[int]) -> None:
+        """Let shards exist no longer, so that they are made again."""
+        folder, listed = self.series_folder(series), Ledger(self.series_folder(series), "", check=False)
+        gone = {shard: listed[shard].object for shard in shards if shard in listed}
+        compact(folder, gone)
+        for name in gone.values():
+            (folder / name).remove()
 
     def shard_writer(self, series: str, shard: int) -> ShardWriter:
         """A context that writes one shard, for passes that fill several series at once."""
@@ -286,7 +319,7 @@ class FeatureStore:
         Returns the numbers of the corrupt shards, those of a wrong size included.
         """
         folder, repair = self.series_folder(series), completing_command(series)
-        self.compact(series)
+        compact(folder)
         listed, there = Ledger(folder, repair, check=False), self.ledger(series)
 
         def corrupt(shard: int) -> bool:
@@ -300,9 +333,7 @@ class FeatureStore:
 
         with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as threads:
             lost = [shard for shard, bad in zip(listed, threads.map(corrupt, listed), strict=True) if bad]
-        compact(folder, {shard: listed[shard].object for shard in lost})
-        for shard in lost:
-            (folder / listed[shard].object).remove()
+        self.discard(series, lost)
         damaged = journal_names(folder)  # the compaction took all that can be read
         for name in damaged.values():
             (folder / JOURNAL / name).remove()
