@@ -31,7 +31,7 @@ class ClipSource(Protocol):
         ...
 
     def clip(self, index: int) -> dict[str, Any]:
-        """The row of clip `index` together with its arrays, by member name."""
+        """`clip_id`, `captions`, `labels` and `transcript` of clip `index`, together with its arrays by member name."""
         ...
 
 

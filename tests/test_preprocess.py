@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,12 @@ from click.testing import CliRunner
 
 from pipelines import cluster
 from pipelines.features.passes import MelPass
-from pipelines.features.run import ShardWorker, execute
+from pipelines.features.run import ShardWorker, Unit, execute, make_shard
 from pipelines.features.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore, StoreWarning
 from pipelines.preprocess import build_pass, main, run_pass
 from stages.audio import fbank, load_audio, log_mel, normalise, pad_or_cut
 from stages.errors import UserError
+from stages.files import Place
 from stages.variants import resolve
 
 REPO = Path(__file__).resolve().parent.parent
@@ -158,6 +160,26 @@ def test_only_missing_shards_are_made(ray_cluster, tones):
     assert tars(tones) == whole and kept.stat().st_mtime_ns == before
     again = run_pass("mel", tones, VARIANT, progress=False)
     assert again.shards_done == 0 and "nothing to do" in again.sentence()
+
+
+def test_passes_at_once_share_the_shards(ray_cluster, tones, monkeypatch):
+    monkeypatch.setattr("pipelines.features.run.OTHERS", 0.2)
+    work = build_pass("mel", VARIANT)
+    with ThreadPoolExecutor(1) as thread, tones.working("another pass") as other:
+        for series in work.series:
+            other.begin_series(series, work.recipe(series))
+        with other.claim(work.series, 1) as mine:
+            pass_at_once = thread.submit(run_pass, "mel", tones, VARIANT, progress=False)
+            deadline = time.monotonic() + 60
+            while tones.missing_shards("mel") != [1] or tones.missing_shards("waveform") != [1]:
+                assert time.monotonic() < deadline and not pass_at_once.done()
+                time.sleep(0.05)
+            time.sleep(0.5)
+            assert not pass_at_once.done()  # it waits for the shard that another is making
+            work.load(torch.device("cpu"))
+            make_shard(other, work, Unit(1, mine, 4), work.encode)
+        assert pass_at_once.result(60).shards_done == 2
+    assert tones.missing_shards("mel") == [] and Place.of(tones.root + "/jobs").list() == {}
 
 
 def test_other_audio_settings_are_refused(ray_cluster, tones):

@@ -194,14 +194,14 @@ class FeatureStore:
                 continue
         return found
 
-    def clips(self) -> pd.DataFrame:
-        """The clip table in shard order, with the splits that hold now: for small stores, everything is copied."""
-        table = self.table.table()
-        for name in ("corpus", "split", "licence"):
+    def clips(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """The clip table in shard order, or some columns of it, with the splits that hold now. It is copied: for small stores."""
+        table = self.table.table().select(list(columns or self.table.table().column_names))
+        for name in {"corpus", "split", "licence"} & set(table.column_names):
             table = table.set_column(table.column_names.index(name), name, pc.cast(table[name], pa.string()))
         frame = table.to_pandas()
-        withdrawn = frame.index[self.table.withdrawn]
-        frame.loc[withdrawn[frame.loc[withdrawn, "split"] == "train"], "split"] = WITHHELD
+        if "split" in frame:
+            frame.loc[self.table.withdrawn, "split"] = WITHHELD
         return frame
 
     def rejected(self) -> pd.DataFrame:

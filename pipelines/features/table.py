@@ -90,12 +90,20 @@ class ClipTable:
 
     def __init__(self, root: Place, parts: Sequence[Part], shard_size: int) -> None:
         self.root, self.parts, self.shard_size = root, tuple(parts), shard_size
+        self._files = [file for part in self.parts for file in part.files]
+        self._file_starts = np.cumsum([0, *(file.clips for file in self._files)])
+        self._mapped: dict[int, Any] = {}  # opened files by number
+        self._batches: dict[int, pa.RecordBatch] = {}  # by first clip
+        self._codes: dict[str, tuple[np.ndarray, list[str]]] = {}
 
     def __len__(self) -> int:
         return sum(part.clips for part in self.parts)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"root": self.root, "parts": self.parts, "shard_size": self.shard_size}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
     @property
     def num_shards(self) -> int:
@@ -120,49 +128,61 @@ class ClipTable:
 
     # ------------------------------------------------------------------------------------------------------- rows
 
-    @cached_property
-    def batches(self) -> list[pa.RecordBatch]:
-        """The table, mapped, in the order of clips."""
-        batches: list[pa.RecordBatch] = []
-        for part in self.parts:
-            for file in part.files:
-                opened = pa.ipc.open_file(pa.memory_map(str((self.root / file.name).local_copy())))
-                batches += [opened.get_batch(i) for i in range(opened.num_record_batches)]
-        return batches
+    def _local(self, file: int) -> str:
+        return str((self.root / self._files[file].name).local_copy())
 
-    @cached_property
-    def _batch_starts(self) -> np.ndarray:
-        return np.cumsum([0, *(len(batch) for batch in self.batches)])
+    def _batch(self, clip: int) -> tuple[int, pa.RecordBatch]:
+        """The batch that holds a clip, mapped, and its first clip. Only what is looked at comes into memory."""
+        file = int(np.searchsorted(self._file_starts, clip, "right")) - 1
+        place, size = clip - int(self._file_starts[file]), self.shard_size * SHARDS_PER_BATCH
+        start = clip - place % size
+        if start not in self._batches:
+            if file not in self._mapped:
+                self._mapped[file] = pa.ipc.open_file(pa.memory_map(self._local(file)))
+            self._batches[start] = self._mapped[file].get_batch(place // size)
+        return start, self._batches[start]
+
+    def _all_batches(self) -> Iterator[tuple[int, pa.RecordBatch]]:
+        clip = 0
+        while clip < len(self):
+            start, batch = self._batch(clip)
+            yield start, batch
+            clip = start + len(batch)
+
+    def columns(self, names: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
+        """Some columns of all clips, file by file with its first clip. A file is unmapped after its turn, so nothing stays in memory."""
+        for file, start in enumerate(self._file_starts[:-1].tolist()):
+            yield start, pa.ipc.open_file(pa.memory_map(self._local(file))).read_all().select(list(names))
 
     def table(self) -> pa.Table:
         """All rows as they were ingested, mapped; `split` without regard to what was withdrawn since."""
-        return pa.Table.from_batches(self.batches)
+        return pa.Table.from_batches(batch for _, batch in self._all_batches())
 
     def rows(self, first: int, end: int) -> list[dict[str, Any]]:
         """The clips `first` … `end` - 1 as dicts, with their `number` and the split that holds now."""
         rows: list[dict[str, Any]] = []
         while first < end:
-            batch = int(np.searchsorted(self._batch_starts, first, "right")) - 1
-            start, stop = self._batch_starts[batch : batch + 2].tolist()
-            taken = self.batches[batch].slice(first - start, min(end, stop) - first).to_pylist()
-            rows += [row | {"number": first + i} for i, row in enumerate(taken)]
+            start, batch = self._batch(first)
+            taken = batch.slice(first - start, end - first).to_pylist()
+            rows += [self._as_now(row, first + i) for i, row in enumerate(taken)]
             first += len(taken)
-        for row in rows:
-            if row["split"] == "train" and self._is_withdrawn(row["number"]):
-                row["split"] = WITHHELD
         return rows
 
-    def row(self, clip: int) -> dict[str, Any]:
-        """One clip."""
-        return self.rows(clip, clip + 1)[0]
+    def row(self, clip: int, columns: Sequence[str] | None = None) -> dict[str, Any]:
+        """One clip, or some columns of it."""
+        start, batch = self._batch(clip)
+        return self._as_now({name: batch.column(name)[clip - start].as_py() for name in columns or batch.schema.names}, clip)
 
     def take(self, clips: np.ndarray, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-        """The rows of ascending `clips`, some thousand in memory at a time."""
-        bounds = np.searchsorted(clips, self._batch_starts)
-        for batch, first, end, start in zip(self.batches, bounds[:-1], bounds[1:], self._batch_starts, strict=False):
-            if first < end:
-                wanted = batch.select(list(columns)) if columns else batch
-                yield from wanted.take(pa.array(clips[first:end] - start)).to_pylist()
+        """The rows of ascending `clips` like those of `rows`, some thousand in memory at a time."""
+        done = 0
+        while done < len(clips):
+            start, batch = self._batch(int(clips[done]))
+            end = int(np.searchsorted(clips, start + len(batch)))
+            wanted = batch.select(list(columns)) if columns else batch
+            taken = wanted.take(pa.array(clips[done:end] - start)).to_pylist()
+            yield from map(self._as_now, taken, clips[done:end].tolist())
+            done = end
 
     def ids(self, clips: np.ndarray) -> list[str]:
         """The ids of ascending `clips`."""
@@ -171,48 +191,65 @@ class ClipTable:
     def numbers(self, ids: Collection[str]) -> dict[str, int]:
         """The numbers of those `ids` that the table has, by looking through all of it."""
         wanted, numbers = pa.array(ids, pa.string()), {}
-        for batch, start in zip(self.batches, self._batch_starts.tolist(), strict=False):
-            column = batch.column("clip_id")
-            for i in np.flatnonzero(pc.is_in(column, value_set=wanted).to_numpy(zero_copy_only=False)).tolist():
+        for start, table in self.columns(["clip_id"]):
+            column = table["clip_id"]
+            for i in np.flatnonzero(pc.is_in(column, value_set=wanted).to_numpy()).tolist():
                 numbers[column[i].as_py()] = start + i
         return numbers
 
     def recordings(self) -> set[str]:
         """`<corpus>-<recording>` of every recording that has a clip."""
         found: set[str] = set()
-        for batch in self.batches:
-            names = pc.binary_join_element_wise(pc.cast(batch.column("corpus"), pa.string()), batch.column("recording"), "-")
+        for _, table in self.columns(["corpus", "recording"]):
+            names = pc.binary_join_element_wise(pc.cast(table["corpus"], pa.string()), table["recording"], "-")
             found.update(pc.unique(names).to_pylist())
         return found
 
-    def _is_withdrawn(self, clip: int) -> bool:
-        i = int(np.searchsorted(self.withdrawn, clip))
-        return i < len(self.withdrawn) and int(self.withdrawn[i]) == clip
+    def _as_now(self, row: dict[str, Any], number: int) -> dict[str, Any]:
+        row["number"] = number
+        if row.get("split") == "train":
+            i = int(np.searchsorted(self.withdrawn, number))
+            if i < len(self.withdrawn) and int(self.withdrawn[i]) == number:
+                row["split"] = WITHHELD
+        return row
 
     # ------------------------------------------------------------------------------------------------------ masks
 
     def among(self, column: str, values: Collection[str]) -> np.ndarray:
         """Which clips have one of `values` in `corpus`, `split` or `licence`: [clips] bool. Withdrawn ones are in the split `WITHHELD`."""
-        mask = np.concatenate([_codes_among(batch.column(column), values) for batch in self.batches] or [np.empty(0, bool)])
+        codes, names = self._coded(column)
+        mask: np.ndarray = np.array([name in values for name in names], bool)[codes]
         if column == "split":
             mask[self.withdrawn] = WITHHELD in values
         return mask
 
     def values(self, column: str) -> list[str]:
         """The values that occur in `corpus`, `split` or `licence`, sorted."""
-        return sorted({value for batch in self.batches for value in batch.column(column).dictionary.to_pylist()})
+        return sorted(self._coded(column)[1])
 
     def with_texts(self, kinds: Collection[str]) -> np.ndarray:
         """Which clips have at least one of `kinds` (captions, labels, transcript): [clips] bool; all of them for no kinds."""
         if not kinds:
             return np.ones(len(self), bool)
         bits = np.uint8(sum(1 << TEXTS.index(kind) for kind in kinds))
-        return np.concatenate([(batch.column("texts").to_numpy() & bits) > 0 for batch in self.batches] or [np.empty(0, bool)])
+        return (self._text_bits & bits) > 0
 
+    @cached_property
+    def _text_bits(self) -> np.ndarray:
+        parts = [table["texts"].to_numpy().copy() for _, table in self.columns(["texts"])]
+        return np.concatenate([np.empty(0, np.uint8), *parts])
 
-def _codes_among(column: pa.DictionaryArray, values: Collection[str]) -> np.ndarray:
-    wanted = np.array([value in values for value in column.dictionary.to_pylist()], bool)
-    return wanted[column.indices.to_numpy(zero_copy_only=False)]
+    def _coded(self, column: str) -> tuple[np.ndarray, list[str]]:
+        """A column of few values: for every clip the number of its value, and the values."""
+        if column not in self._codes:
+            names: dict[str, int] = {}
+            parts = [np.empty(0, np.int32)]
+            for _, table in self.columns([column]):
+                for chunk in table[column].chunks:
+                    codes = np.array([names.setdefault(name, len(names)) for name in chunk.dictionary.to_pylist()], np.int32)
+                    parts.append(codes[chunk.indices.to_numpy(zero_copy_only=False)])
+            self._codes[column] = np.concatenate(parts), list(names)
+        return self._codes[column]
 
 
 # ------------------------------------------------------------------------------------------------------- making one
@@ -253,9 +290,7 @@ def write_part(root: Place, before: ClipTable, clips: pa.Table, rejected: pa.Tab
     first_clip, first_shard, files = len(before), before.num_shards, []
     per_file = size * SHARDS_PER_FILE
     for start in range(0, dealt.num_rows, per_file):
-        rows = _stored(dealt.slice(start, per_file), first_shard + start // size, size)
-        data = _ipc(rows, size * SHARDS_PER_BATCH)
-        files.append(TableFile(_keep(root, "clips", f"{first_shard + start // size:06d}", "arrow", data), rows.num_rows))
+        files.append(write_file(root, dealt.slice(start, per_file), first_shard + start // size, size))
     twins = _twins(before, dealt)
     return Part(
         number=number,
@@ -268,6 +303,12 @@ def write_part(root: Place, before: ClipTable, clips: pa.Table, rejected: pa.Tab
         withdrawn=_keep(root, "withdrawn", f"{number:06d}", "npy", _npy(twins)) if len(twins) else "",
         report=report,
     )
+
+
+def write_file(root: Place, rows: pa.Table, first_shard: int, shard_size: int) -> TableFile:
+    """Write clips in shard order, the columns of CLIP_SCHEMA, as one file of the table."""
+    data = _ipc(_stored(rows, first_shard, shard_size), shard_size * SHARDS_PER_BATCH)
+    return TableFile(_keep(root, "clips", f"{first_shard:06d}", "arrow", data), rows.num_rows)
 
 
 def _keep(root: Place, folder: str, name: str, suffix: str, data: bytes) -> str:
@@ -331,9 +372,9 @@ def _npy(values: np.ndarray) -> bytes:
 
 def _twins(before: ClipTable, new: pa.Table) -> np.ndarray:
     """Training clips, old and new, whose recording is held out somewhere: equal `origin` or `content`. Ascending, not withdrawn yet."""
-    parts = [pa.Table.from_batches([batch]).select(["split", "origin", "content"]) for batch in before.batches]
-    parts = [part.set_column(0, "split", pc.cast(part["split"], pa.string())) for part in parts]
-    parts.append(new.select(["split", "origin", "content"]))
+    names = ["split", "origin", "content"]
+    parts = [part.set_column(0, "split", pc.cast(part["split"], pa.string())) for _, part in before.columns(names)]
+    parts.append(new.select(names))
     found: list[np.ndarray] = []
     for name in ("origin", "content"):
         held_out = [part[name].filter(pc.and_(pc.not_equal(part["split"], "train"), pc.not_equal(part[name], ""))) for part in parts]

@@ -67,9 +67,9 @@ class ClipDataset(Dataset):
         return self.table.take(self.numbers, TEXTS)
 
     def clip(self, index: int) -> dict[str, Any]:
-        """Row `index` with its arrays by member name."""
+        """Id and texts of clip `index`, with its arrays by member name."""
         number = int(self.numbers[index])
-        return self.table.row(number) | self.reader.read(number)
+        return self.table.row(number, ("clip_id", *TEXTS)) | self.reader.read(number)
 
 
 class Examples(Dataset):
