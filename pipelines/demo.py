@@ -104,8 +104,7 @@ class Demo:
     def _pass(self, name: str, tracker: Tracker) -> str:
         from pipelines.preprocess import run_pass
 
-        report = run_pass(name, str(self.work / "store"), variant=self.variant, work=self.work)
-        tracker.metrics({f"{name}/clips": report.clips, f"{name}/rejected": report.rejected, f"{name}/seconds": report.seconds}, 0)
+        report = run_pass(name, str(self.work / "store"), variant=self.variant, work=self.work, tracker=lambda: tracker)
         return f"{report.clips} clips, {report.rejected} rejected"
 
     def _train(self, stage: str, tracker: Tracker) -> str:

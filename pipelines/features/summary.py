@@ -1,0 +1,83 @@
+"""What a pass or an ingest shows of itself in MLflow: counts that add up, reasons, licences, histograms, clips to hear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from pipelines.features.report import EDGES, PassReport
+from pipelines.features.store import FeatureStore
+from pipelines.tracking import Tracker, never_fatal
+from stages.audio import AudioConfig
+
+HEARD = 10  # random clips
+TITLES = {
+    "seconds": "duration of clips (s)",
+    "words": "words in a caption",
+    "loudness": "loudness of recordings (dB of full scale)",
+    "silence": "silent share of recordings (20 ms below -60 dB)",
+}
+
+Clip = tuple[str, np.ndarray, np.ndarray]  # name, samples [T], log-mel [F, M]
+
+
+def log_pass(tracker: Tracker, report: PassReport, store: FeatureStore) -> None:
+    """Log what a pass did. MLflow out of reach is warned of and no error."""
+    reasons = [("rejected", reason, count) for reason, count in report.reasons.most_common()]
+    reasons += [("failed", failure, 1) for result in report.failing.values() for failure in result.failures]
+    log_summary(
+        tracker,
+        report.name,
+        report.counts(),
+        reasons,
+        report.licences,
+        report.histograms,
+        lambda: random_clips(store, report.made),
+        store.audio,
+    )
+
+
+def log_summary(
+    tracker: Tracker,
+    name: str,
+    counts: Mapping[str, int],
+    reasons: Sequence[tuple[str, str, int]],
+    licences: Mapping[str, Sequence[float]],
+    histograms: Mapping[str, np.ndarray],
+    clips: Callable[[], Iterable[Clip]],
+    audio: AudioConfig,
+) -> None:
+    """Log counts, reasons (verdict, reason, how many), licences (clips, seconds), histograms in the bins of EDGES, and clips."""
+    from pipelines import plots  # matplotlib
+
+    with never_fatal("the counts"):
+        tracker.metrics({f"{name}/total/{verdict}": count for verdict, count in counts.items()})
+    with never_fatal("the table of reasons"):
+        tracker.table("reasons", ("verdict", "reason", "clips"), reasons)
+    with never_fatal("the table of licences"):
+        rows = [(licence or "not stated", int(n), round(seconds / 3600, 4)) for licence, (n, seconds) in sorted(licences.items())]
+        tracker.table("licences", ("licence", "clips", "hours"), rows)
+    with never_fatal("the histograms"):
+        panels = {TITLES[kind]: (EDGES[kind], histograms[kind]) for kind in TITLES if kind in histograms}
+        if panels:
+            tracker.file("histograms.png", plots.histograms(panels).png())
+    with never_fatal("clips to hear"):
+        for clip_id, waveform, mel in clips():
+            tracker.audio(clip_id, waveform, audio.sample_rate)
+            tracker.spectrogram(clip_id, mel)
+
+
+def random_clips(store: FeatureStore, shards: Sequence[int], count: int = HEARD) -> Iterable[Clip]:
+    """Clips drawn at random from shards that can be heard, the same ones for the same shards."""
+    lacking = {shard for series in ("mel", "waveform") for shard in store.missing_shards(series)}
+    shards = sorted(set(shards) - lacking)
+    if not shards:
+        return
+    rng = np.random.default_rng(store.seed)
+    chosen = rng.choice(shards, min(count, len(shards)), replace=False).tolist()
+    reader = store.reader(["mel", "waveform"], chosen)
+    if reader.clip_ids:
+        for clip_id in rng.choice(reader.clip_ids, min(count, len(reader.clip_ids)), replace=False).tolist():
+            features = reader.read(clip_id)
+            yield clip_id, features["waveform"], features["mel"]
