@@ -95,10 +95,12 @@ class Demo:
         return f"{made} in {shown(folder)}"
 
     def _ingest(self, tracker: Tracker) -> str:
+        from pipelines.features.store import FeatureStore
+        from pipelines.features.summary import log_ingest
         from pipelines.ingest import ingest
 
         report = ingest([self.data or self.work / "recordings"], str(self.work / "store"), self.variant.audio, seed=self.seed)
-        tracker.metrics({f"ingest/{k}": float(v) for k, v in report.counts().items()}, 0)
+        log_ingest(tracker, FeatureStore.open(report.store), report.counts())
         return report.summary()
 
     def _pass(self, name: str, tracker: Tracker) -> str:

@@ -5,12 +5,14 @@ import json
 import numpy as np
 import pytest
 import soundfile
+from click.testing import CliRunner
 from test_failures import here, mel_pass  # noqa: F401
 from test_preprocess import RATE, clip, make_store, tone
 
 from pipelines.features.report import PassReport
 from pipelines.features.shard_work import ShardResult
-from pipelines.features.summary import log_pass
+from pipelines.features.summary import log_ingest, log_pass
+from pipelines.ingest import main as ingest
 from pipelines.tracking import Tracker, mlflow, opened_when_needed
 
 
@@ -64,3 +66,24 @@ def test_counts_that_do_not_add_up_are_a_fault():
     report.add(ShardResult(0, clips=4, kept=2, filtered=1))
     with pytest.raises(AssertionError, match="do not add up"):
         report.counts()
+
+
+def test_an_ingest_shows_the_same_of_recordings(tmp_path):
+    for number in range(12):
+        tone(tmp_path / "sounds", number)
+    (tmp_path / "sounds" / "broken.wav").write_bytes(b"not audio at all")
+    (tmp_path / "sounds" / "captions.csv").write_text("file,caption,licence\ntone003.wav,a steady tone,CC0\n")
+    result = CliRunner().invoke(ingest, [str(tmp_path / "sounds"), "--work", str(tmp_path), "--tiny"])
+    assert result.exit_code == 0, result.output
+    client = mlflow().MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()], "tags.`loa.job` = 'ingest'")
+    totals = {name.rpartition("/")[2]: value for name, value in run.data.metrics.items() if "/total/" in name}
+    assert totals == {"in": 13, "kept": 12, "rejected": 1, "filtered": 0, "failed": 0}
+    names = [each.path for each in client.list_artifacts(run.info.run_id)]
+    assert {"reasons.json", "licences.json", "histograms.png"} <= set(names)
+    assert len(client.list_artifacts(run.info.run_id, "samples/step_000000")) == 10
+
+
+def test_ingest_counts_must_add_up(tmp_path):
+    with pytest.raises(AssertionError, match="do not add up"):
+        log_ingest(Tracker.off(), None, {"listed": 3, "recordings": 1, "rejected": 1})

@@ -63,9 +63,7 @@ class PassReport:
         self.audio_seconds += result.seconds
         self.reasons.update(map(gist, result.rejected))
         for name, values in result.measures.items():
-            edges = EDGES[name]
-            counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
-            self.histograms[name] = self.histograms.get(name, 0) + counts
+            self.histograms[name] = self.histograms.get(name, 0) + histogram(name, values)
         for licence, (clips, seconds) in result.licences.items():
             known = self.licences.setdefault(licence, [0, 0.0])
             known[0] += clips
@@ -166,6 +164,12 @@ class Progress:
         failures = [failure for result in self.report.failing.values() for failure in result.failures]
         log.warning("%d shards could not be made (%s); trying again in %g s", self.report.shards_failed, some(failures), seconds)
         time.sleep(seconds)
+
+
+def histogram(name: str, values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """How many values lie in each bin of EDGES[name]."""
+    edges = EDGES[name]
+    return np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]
 
 
 def gist(reason: str) -> str:

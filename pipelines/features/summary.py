@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 
 import numpy as np
+import torch
 
-from pipelines.features.report import EDGES, PassReport
+from pipelines.features.recording import read_recording
+from pipelines.features.report import EDGES, PassReport, gist, histogram
 from pipelines.features.store import FeatureStore
 from pipelines.tracking import Tracker, never_fatal
-from stages.audio import AudioConfig
+from stages.audio import AudioConfig, log_mel, normalise, pad_or_cut
+from stages.errors import AudioError
 
 HEARD = 10  # random clips
 TITLES = {
     "seconds": "duration of clips (s)",
     "words": "words in a caption",
     "loudness": "loudness of recordings (dB of full scale)",
-    "silence": "silent share of recordings (20 ms below -60 dB)",
+    "silence": "silent share of recordings",
 }
 
 Clip = tuple[str, np.ndarray, np.ndarray]  # name, samples [T], log-mel [F, M]
@@ -56,8 +60,8 @@ def log_summary(
     with never_fatal("the table of reasons"):
         tracker.table("reasons", ("verdict", "reason", "clips"), reasons)
     with never_fatal("the table of licences"):
-        rows = [(licence or "not stated", int(n), round(seconds / 3600, 4)) for licence, (n, seconds) in sorted(licences.items())]
-        tracker.table("licences", ("licence", "clips", "hours"), rows)
+        table = [(licence or "not stated", int(n), round(seconds / 3600, 4)) for licence, (n, seconds) in sorted(licences.items())]
+        tracker.table("licences", ("licence", "clips", "hours"), table)
     with never_fatal("the histograms"):
         panels = {TITLES[kind]: (EDGES[kind], histograms[kind]) for kind in TITLES if kind in histograms}
         if panels:
@@ -81,3 +85,50 @@ def random_clips(store: FeatureStore, shards: Sequence[int], count: int = HEARD)
         for clip_id in rng.choice(reader.clip_ids, min(count, len(reader.clip_ids)), replace=False).tolist():
             features = reader.read(clip_id)
             yield clip_id, features["waveform"], features["mel"]
+
+
+def log_ingest(tracker: Tracker, store: FeatureStore, totals: Mapping[str, float]) -> None:
+    """Log what an ingest found. MLflow out of reach is warned of and no error.
+
+    Args:
+        totals: how many recordings were "listed", used ("recordings"), "rejected" and "filtered"; they must add up.
+    """
+    counts = {
+        "kept": int(totals["recordings"]),
+        "rejected": int(totals["rejected"]),
+        "filtered": int(totals.get("filtered", 0)),
+        "failed": 0,
+    }
+    counts = {"in": int(totals.get("listed", sum(counts.values()))), **counts}
+    if counts["in"] * 2 != sum(counts.values()):
+        raise AssertionError(f"the counts of the ingest do not add up: {counts}")
+    clips, rejected = store.clips(), store.rejected()
+    seconds = clips["seconds"].groupby(clips["licence"]).agg(["size", "sum"])
+    histograms = {
+        "seconds": histogram("seconds", clips["seconds"].to_numpy()),
+        "words": histogram("words", [len(caption.split()) for captions in clips["captions"] for caption in captions]),
+    }
+    kinds = rejected["reason"].map(gist).value_counts()
+    log_summary(
+        tracker,
+        "ingest",
+        counts,
+        [("rejected", str(reason), int(count)) for reason, count in kinds.items()],
+        {str(licence): (int(n), float(total)) for licence, n, total in seconds.itertuples()},
+        histograms,
+        lambda: _recorded(store),
+        store.audio,
+    )
+
+
+def _recorded(store: FeatureStore) -> Iterable[Clip]:
+    """Clips drawn at random from the recordings themselves, as the mel pass will make them."""
+    audio, rng = store.audio, np.random.default_rng(store.seed)
+    rows = store.shard_rows(int(rng.integers(store.num_shards)))
+    for number in rng.permutation(len(rows))[:HEARD].tolist():
+        row = rows[number]
+        with suppress(AudioError, OSError):  # for the mel pass to say
+            waveform = pad_or_cut(
+                normalise(read_recording(row["path"], audio.sample_rate, row["start"], row["seconds"])), audio.clip_samples
+            )
+            yield row["clip_id"], waveform, log_mel(torch.from_numpy(waveform)[None], audio)[0].numpy()
