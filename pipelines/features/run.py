@@ -53,11 +53,12 @@ class ShardWorker:
                 torch.set_num_threads(self.threads)
                 self.work.load(torch.device("cuda" if torch.cuda.is_available() and self.work.encoder else "cpu"))
                 self.loaded = True
-            return self._make(unit).to_row()
+            return self.make(unit).to_row()
         except Exception as error:
             return {"shard": unit.shard, "result": "", "sentence": plain_sentence(error) or "", "failure": traceback.format_exc()}
 
-    def _make(self, unit: Unit) -> ShardResult:
+    def make(self, unit: Unit) -> ShardResult:
+        """Make a shard, once this node has proved that it reads what the driver could."""
         try:
             self.work.prove()
         except (OSError, AudioError) as error:
