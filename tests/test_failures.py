@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from click.testing import CliRunner
 from test_preprocess import RATE, VARIANT, clip, make_store, tars, tone
 
+from pipelines import cluster
 from pipelines.features import recording, run
 from pipelines.features.passes import MelPass
 from pipelines.features.run import ShardWorker, execute, select
 from pipelines.features.store import FeatureStore
-from pipelines.preprocess import run_pass
+from pipelines.preprocess import main, run_pass
 from stages.errors import UserError
 
 
@@ -235,3 +237,25 @@ def test_recordings_behind_urls_are_read_by_range(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError):
         recording.read_recording("memory://ranges/absent.wav", RATE, 0.0, 1.0)
     fsspec.filesystem("memory").rm("/ranges", recursive=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- the command
+
+
+def test_the_command_ends_with_status_1_and_what_to_do(here, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "connect", lambda: None)
+    monkeypatch.setattr(execute, "__kwdefaults__", {**execute.__kwdefaults__, "retry_waits": ()})
+    store = make_store(tmp_path / "store", [clip(path) for path in sounds(tmp_path, 10)])
+    names = dict(list(away(store, 1).items())[:1])
+    move(names)
+    arguments = ["mel", "--work", str(tmp_path), "--tiny", "--tracking-uri", "sqlite:////proc/nowhere/mlflow.db"]
+    result = CliRunner().invoke(main, [*arguments, "--shards", "0-1"])
+    assert result.exit_code == 1 and "4 clips in 1 shards failed" in result.output
+    assert f"`loa preprocess mel --work {tmp_path} --tiny --reject-failed` gives up" in result.output.replace("\n", " ")
+    assert store.missing_shards("mel") == [1, 2]
+    result = CliRunner().invoke(main, [*arguments, "--reject-failed"])
+    assert result.exit_code == 0 and "6 clips in = 5 kept + 1 rejected + 0 filtered + 0 failed" in result.output
+    move({new: old for old, new in names.items()})
+    result = CliRunner().invoke(main, [*arguments, "--retry-rejected", "No such file"])
+    assert result.exit_code == 0 and "4 clips in = 4 kept" in result.output
+    assert "expected numbers and ranges such as 0-99,120" in CliRunner().invoke(main, [*arguments, "--shards", "x"]).output
