@@ -95,17 +95,18 @@ class Demo:
         return f"{made} in {shown(folder)}"
 
     def _ingest(self, tracker: Tracker) -> str:
+        from pipelines.features.store import FeatureStore
+        from pipelines.features.summary import log_ingest
         from pipelines.ingest import ingest
 
         report = ingest([self.data or self.work / "recordings"], str(self.work / "store"), self.variant.audio, seed=self.seed)
-        tracker.metrics({f"ingest/{k}": float(v) for k, v in report.counts().items()}, 0)
+        log_ingest(tracker, FeatureStore.open(report.store), report.counts())
         return report.summary()
 
     def _pass(self, name: str, tracker: Tracker) -> str:
         from pipelines.preprocess import run_pass
 
-        report = run_pass(name, str(self.work / "store"), variant=self.variant, work=self.work)
-        tracker.metrics({f"{name}/clips": report.clips, f"{name}/rejected": report.rejected, f"{name}/seconds": report.seconds}, 0)
+        report = run_pass(name, str(self.work / "store"), variant=self.variant, work=self.work, tracker=lambda: tracker)
         return f"{report.clips} clips, {report.rejected} rejected"
 
     def _train(self, stage: str, tracker: Tracker) -> str:

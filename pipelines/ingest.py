@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
-from options import friendly, next_step, tiny_option, variant_option, work_option
+from options import friendly, next_step, tiny_option, tracking_option, variant_option, work_option
 from pipelines import corpora
 from pipelines.corpora.records import Record, Recording, Rejected
 from pipelines.features import DEFAULT_SHARD_SIZE
@@ -393,6 +393,7 @@ def _names(folders: Sequence[Path]) -> str:
 @click.option(
     "--workers", type=click.IntRange(min=0), metavar="N", help="CPUs that read headers; 0 reads in this process.  [default: all free ones]"
 )
+@tracking_option
 @friendly
 def main(
     folders: tuple[Path, ...],
@@ -407,6 +408,7 @@ def main(
     seed: int,
     shard_size: int,
     workers: int | None,
+    tracking_uri: str | None,
 ) -> None:
     """Make the clip table in --work from the corpora or recordings in DIR.
 
@@ -415,6 +417,9 @@ def main(
     """
     if not folders + data:
         raise UserError("name the folder that holds the recordings: `loa ingest DIR`")
+    from pipelines.features.store import FeatureStore
+    from pipelines.features.summary import log_ingest
+    from pipelines.tracking import opened_when_needed
     from stages.variants import resolve
 
     audio = resolve(variant, tiny=tiny).audio
@@ -432,6 +437,9 @@ def main(
         workers=workers,
         say=click.echo,
     )
+    if not report.already:
+        with opened_when_needed(tracking_uri, work=work, job="ingest", variant=variant) as tracker:
+            log_ingest(tracker(), FeatureStore.open(report.store), report.counts())
     click.echo(report.table())
     click.echo(f"\n{report.summary()}\n{report.store}\n{next_step('ingest')}")
 

@@ -13,7 +13,7 @@ import re
 import tempfile
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -285,6 +285,49 @@ class Tracker:
             version = client.create_model_version(name, source, run_id=self._handle.run_id, tags=version_tags)
         client.set_registered_model_alias(name, alias, version.version)
         return str(version.version)
+
+
+@contextmanager
+def opened_when_needed(uri: str | None = None, **run: Any) -> Iterator[Callable[[], Tracker]]:
+    """A function that opens a job's run at its first call, for work that is worth more than its record.
+
+    Importing MLflow takes seconds, and a server may be away: a run that cannot be opened or ended is warned of, once.
+
+    Args:
+        uri: see `tracking_uri`.
+        run: other arguments of `Tracker.open`.
+    """
+    opened: list[Tracker] = []
+
+    def tracker() -> Tracker:
+        if not opened:
+            try:
+                opened.append(Tracker.open(uri, **run))
+            except Exception as error:
+                log.warning("nothing of this run is logged: %s", error)
+                opened.append(Tracker.off())
+        return opened[0]
+
+    status = "FAILED"
+    try:
+        yield tracker
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        for each in opened:
+            with never_fatal("how the run ended"):
+                each.close(status)
+
+
+@contextmanager
+def never_fatal(what: str) -> Iterator[None]:
+    """Within the block an error of MLflow's is warned of and goes no further."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("MLflow did not take %s: %s", what, str(error).splitlines()[0] if str(error) else type(error).__name__)
 
 
 class _Waiting:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.features.run import Unit, make_shard
+from pipelines.features.shard_work import Unit, make_shard
 from pipelines.features.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore
 from pipelines.preprocess import build_pass
 from stages.audio import AudioConfig, write_wav
