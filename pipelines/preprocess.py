@@ -12,7 +12,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from options import again, friendly, next_step, set_option, tiny_option, variant_option, with_option, work_option
+from options import (
+    AS_NEEDED,
+    Reservation,
+    WorkerRange,
+    again,
+    friendly,
+    in_this_process,
+    next_step,
+    set_option,
+    tiny_option,
+    variant_option,
+    with_option,
+    work_option,
+    worker_options,
+)
 from pipelines import cluster
 from pipelines.weights import released_folders, require_used
 from stages.errors import UserError
@@ -48,7 +62,8 @@ def run_pass(
     *,
     work: Path | None = None,
     poolings: Sequence[int] | None = None,
-    workers: int | None = None,
+    workers: WorkerRange = None,
+    reserve: Reservation = AS_NEEDED,
     limit_shards: int | None = None,
     progress: bool = True,
 ) -> PassReport:
@@ -60,7 +75,8 @@ def run_pass(
         released: folders of weights by stage; every pass but mel needs one.
         work: the project folder whose trained stages serve where `released` names none.
         poolings: λ of the loa pass; by default what the variant's stages read.
-        workers: shards at once; by default what the cluster has room for.
+        workers: shards at once, or the smallest and largest number (`cluster.pool`); by default what there is room for.
+        reserve: what each worker reserves, in place of what the pass needs.
         limit_shards: stop after this many shards.
         progress: show a bar on stderr.
     """
@@ -70,8 +86,9 @@ def run_pass(
     opened = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
     folders = (released_folders(work, {}) if work else {}) | dict(released or {})
     chosen = build_pass(name, variant, folders, poolings)
-    cluster.connect()
-    return execute(chosen, opened, workers=workers, limit_shards=limit_shards, progress=progress)
+    if not in_this_process(workers):
+        cluster.connect()
+    return execute(chosen, opened, workers=workers, reserve=reserve, limit_shards=limit_shards, progress=progress)
 
 
 def build_pass(name: str, variant: Variant, released: Mapping[str, Path] | None = None, poolings: Sequence[int] | None = None) -> Pass:
@@ -135,7 +152,8 @@ def _pass_command(name: str) -> click.Command:
         tiny: bool,
         settings: dict[str, str],
         store_url: str | None,
-        workers: int | None,
+        workers: WorkerRange,
+        reserve: Reservation,
         limit_shards: int | None,
         verify: bool,
         released: dict[str, str] | None = None,
@@ -152,8 +170,9 @@ def _pass_command(name: str) -> click.Command:
         if verify:
             for series in chosen.series:
                 store.verify(series)
-        cluster.connect()
-        report = execute(chosen, store, workers=workers, limit_shards=limit_shards)
+        if not in_this_process(workers):
+            cluster.connect()
+        report = execute(chosen, store, workers=workers, reserve=reserve, limit_shards=limit_shards)
         if report.rejected and not report.clips:
             raise UserError(f"no clip was usable. {report.sentence()}")
         click.echo(report.sentence())
@@ -177,9 +196,7 @@ def _pass_command(name: str) -> click.Command:
         options.append(with_option)
     options += [
         click.option("--store", "store_url", metavar="DIR", help="Feature store, a folder or URL.  [default: store in --work]"),
-        click.option(
-            "--workers", type=click.IntRange(1), help="Shards computed in parallel.  [default: as many as the cluster has room for]"
-        ),
+        worker_options,
         click.option("--limit-shards", type=click.IntRange(1), help="Stop after this many shards, for a first try.  [default: all]"),
         click.option("--verify", is_flag=True, help="Verify the checksums of existing shards first; corrupt ones are recomputed."),
     ]

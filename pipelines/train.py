@@ -11,7 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from options import friendly, next_step, set_option, shown, tiny_option, tracking_option, variant_option, with_option, work_option
+from options import (
+    AS_NEEDED,
+    Reservation,
+    WorkerRange,
+    friendly,
+    in_this_process,
+    next_step,
+    set_option,
+    shown,
+    tiny_option,
+    tracking_option,
+    variant_option,
+    with_option,
+    work_option,
+    worker_options,
+)
 from pipelines import cluster
 from pipelines.corpora import PUBLISHED
 from pipelines.tracking import Tracker
@@ -36,7 +51,8 @@ def train_stage(
     *,
     store: str | None = None,
     given: Mapping[str, str] | None = None,
-    workers: int | None = None,
+    workers: WorkerRange = None,
+    reserve: Reservation = AS_NEEDED,
     tracker: Tracker | None = None,
     seed: int = 0,
     precision: str = "auto",
@@ -49,6 +65,7 @@ def train_stage(
     Args:
         given: folders of weights that replace stages of `work`, by stage name.
         workers: Ray Train workers; 0 trains in this process, None takes one per GPU or a single one.
+        reserve: what each worker reserves, in place of a GPU where there is one.
         fresh: throw an earlier run of this stage away.
 
     Returns:
@@ -96,12 +113,12 @@ def train_stage(
         corpora=corpora,
         card=card,
     )
-    _fit(job, cls, dataset, workers, max_failures)
+    _fit(job, cls, dataset, workers, reserve, max_failures)
     read_card(output, stage)
     return output
 
 
-def _fit(job: TrainJob, cls: type[Stage], dataset: ClipDataset, workers: int | None, max_failures: int) -> None:
+def _fit(job: TrainJob, cls: type[Stage], dataset: ClipDataset, workers: WorkerRange, reserve: Reservation, max_failures: int) -> None:
     """Prepare what the stage needs once, then train it in this process or on Ray."""
     for earlier in cls.builds_on(job.variant):
         job.folder(earlier)  # refuses now, not on a worker
@@ -110,10 +127,10 @@ def _fit(job: TrainJob, cls: type[Stage], dataset: ClipDataset, workers: int | N
         with whole_folder(prepared) as folder:
             cls.prepare(job.variant, job.folder, dataset, folder)
     with _progress_bar(job):
-        if workers == 0:
+        if in_this_process(workers):
             _fit_here(job)
         else:
-            _fit_on_ray(job, workers, max_failures)
+            _fit_on_ray(job, workers, reserve, max_failures)
 
 
 def _provenance(
@@ -166,8 +183,10 @@ def _fit_here(job: TrainJob) -> None:
         world.close()
 
 
-def _fit_on_ray(job: TrainJob, workers: int | None, max_failures: int) -> None:
+def _fit_on_ray(job: TrainJob, workers: WorkerRange, reserve: Reservation, max_failures: int) -> None:
     cluster.connect()
+    pool = cluster.worker_group(workers, reserve)
+    cluster.await_room(pool, f"training {job.stage}")
     from ray import cloudpickle
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -175,13 +194,6 @@ def _fit_on_ray(job: TrainJob, workers: int | None, max_failures: int) -> None:
 
     from pipelines.training.ray_worker import ray_worker
     from pipelines.training.rendezvous import OneMachine
-
-    have = cluster.cluster_resources()
-    count = workers or max(1, have.gpus)
-    if have.gpus and count > have.gpus:
-        raise UserError(f"{count} workers were asked for and the cluster has {have.gpus} GPUs; choose at most {have.gpus}")
-    cores = cluster.local_resources().cpus
-    threads = max(1, cores // count) if not have.gpus else max(1, have.cpus // max(1, have.gpus))
 
     class Trainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
@@ -201,10 +213,10 @@ def _fit_on_ray(job: TrainJob, workers: int | None, max_failures: int) -> None:
 
     trainer = Trainer(
         ray_worker,
-        train_loop_config={"job": cloudpickle.dumps(job), "threads": threads},  # opened by the workers alone
+        train_loop_config={"job": cloudpickle.dumps(job)},  # opened by the workers alone
         torch_config=OneMachine() if cluster.ends_with_us() else None,
         scaling_config=ScalingConfig(
-            num_workers=count, use_gpu=have.gpus > 0, resources_per_worker={"CPU": 1} | ({"GPU": 1} if have.gpus else {})
+            num_workers=pool.largest, use_gpu=pool.num_gpus > 0, resources_per_worker={k: v for k, v in pool.resources().items() if v}
         ),
         run_config=RunConfig(
             name=Path(job.run).name,
@@ -314,7 +326,7 @@ def _input_hashes(stage: str, folders: Mapping[str, Path]) -> dict[str, str]:
 @with_option
 @tracking_option
 @click.option("--store", metavar="DIR", help="Feature store to read.  [default: store in --work]")
-@click.option("--workers", type=click.IntRange(min=0), help="Ray Train workers; 0 trains in this process.  [default: one per GPU, else 1]")
+@worker_options
 @click.option("--seed", default=0, show_default=True, help="Seed of weights, data order and dropout.")
 @click.option(
     "--precision",
@@ -349,7 +361,8 @@ def main(
     released: dict[str, str],
     tracking_uri: str | None,
     store: str | None,
-    workers: int | None,
+    workers: WorkerRange,
+    reserve: Reservation,
     seed: int,
     precision: str,
     loader_workers: int,
@@ -382,6 +395,7 @@ def main(
             store=store,
             given=released,
             workers=workers,
+            reserve=reserve,
             tracker=tracker,
             seed=seed,
             precision=precision,

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from options import Reservation
 from pipelines.features.shards import Member
 from stages.audio import AudioConfig, encode_flac, fbank, load_audio, log_mel, normalise, pad_or_cut
 from stages.errors import AudioError
@@ -40,6 +41,7 @@ class Pass:
     encoder: ClassVar[str] = ""  # the stage whose weights it needs; without one it runs as stateless CPU tasks
     weights: ClassVar[tuple[str, ...]] = ("",)  # folders of that stage's release that the pass reads
     batch: int = 1  # clips per call of `encode`
+    needs: ClassVar[Reservation] = Reservation(cpus=4, gpus=1)  # of one worker
 
     def __init__(self, audio: AudioConfig, folder: Path | None = None) -> None:
         self.audio, self.folder = audio, folder
@@ -81,6 +83,7 @@ class MelPass(Pass):
     """Recordings → normalised waveform (FLAC) and log-mel spectrogram of every clip."""
 
     name = "mel"
+    needs = Reservation(cpus=1, gpus=0)
 
     @property
     def series(self) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from options import plain_sentence
+from options import AS_NEEDED, Reservation, WorkerRange, in_this_process, plain_sentence
 from pipelines import cluster
 from pipelines.features.passes import Features, Outcome, Pass, Row, T, chunks
 from pipelines.features.shards import ShardWriter
@@ -95,15 +95,17 @@ class ShardWorker:
     it comes back as text, and the driver raises it.
     """
 
-    def __init__(self, store: FeatureStore, work: Pass, threads: int) -> None:
-        self.store, self.work, self.threads, self.loaded = store, work, threads, False
+    def __init__(self, store: FeatureStore, work: Pass) -> None:
+        self.store, self.work, self.loaded = store, work, False
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         unit = Unit(row["shard"], tuple(json.loads(row["series"])), row["clips"])
         try:
             if not self.loaded:
-                torch.set_num_threads(self.threads)
-                self.work.load(torch.device("cuda" if torch.cuda.is_available() and self.work.encoder else "cpu"))
+                # What it was given, not what its node has; without an encoder one thread, and so the same sums and bytes everywhere.
+                threads, device = cluster.given() if self.work.encoder else (1, "cpu")
+                torch.set_num_threads(threads)
+                self.work.load(torch.device(device))
                 self.loaded = True
             return make_shard(self.store, self.work, unit, self.work.encode)
         except Exception as error:
@@ -145,12 +147,19 @@ class PassReport:
 
 
 def execute(
-    work: Pass, store: FeatureStore, *, workers: int | None = None, limit_shards: int | None = None, progress: bool = True
+    work: Pass,
+    store: FeatureStore,
+    *,
+    workers: WorkerRange = None,
+    reserve: Reservation = AS_NEEDED,
+    limit_shards: int | None = None,
+    progress: bool = True,
 ) -> PassReport:
     """Make the shards of a pass that the store lacks, on the joined Ray cluster.
 
     Args:
-        workers: how many shards at once; by default what the cluster has room for.
+        workers: how many shards at once, or the smallest and largest number (`cluster.pool`); 0 for this process, without Ray.
+        reserve: what each worker reserves, in place of what the pass needs.
         limit_shards: make at most this many shards, the first missing ones.
         progress: show a bar on stderr.
 
@@ -172,7 +181,7 @@ def execute(
     if work.reads and units:
         store.reader(work.reads, [unit.shard for unit in units])  # refuses now, not on a worker
     with _bar(work, units, progress) as bar:
-        for outcome in _outcomes(store, work, units, workers):
+        for outcome in _outcomes(store, work, units, workers, reserve):
             _raise_failure(outcome)
             reasons = json.loads(outcome["reasons"])
             report.shards_done += 1
@@ -185,12 +194,17 @@ def execute(
     return report
 
 
-def _outcomes(store: FeatureStore, work: Pass, units: Sequence[Unit], workers: int | None) -> Iterator[dict[str, Any]]:
+def _outcomes(
+    store: FeatureStore, work: Pass, units: Sequence[Unit], workers: WorkerRange, reserve: Reservation
+) -> Iterator[dict[str, Any]]:
     """What became of every unit, as they finish. Without an encoder, units whose worker keeps dying are done under guard."""
     if not units:
         return
-    resources = cluster.cluster_resources()
-    pool = (cluster.encoder_pool if work.encoder else cluster.cpu_pool)(resources, len(units), workers)
+    if in_this_process(workers):
+        yield from _here(store, work, units, reserve)
+        return
+    pool = cluster.pool(work.needs, len(units), workers, reserve)
+    cluster.await_room(pool, f"the {work.name} pass")
     finished = set()
     for outcome in _on_ray_data(store, work, units, pool):
         finished.add(outcome["shard"])
@@ -200,6 +214,18 @@ def _outcomes(store: FeatureStore, work: Pass, units: Sequence[Unit], workers: i
             yield make_shard(store, work, unit, _guarded(work))
 
 
+def _here(store: FeatureStore, work: Pass, units: Sequence[Unit], reserve: Reservation) -> Iterator[dict[str, Any]]:
+    """The same in this process, without Ray."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if not work.encoder else int(reserve.cpus or threads) or 1)
+    try:
+        work.load(torch.device("cuda" if work.encoder and reserve.gpus != 0 and torch.cuda.is_available() else "cpu"))
+        for unit in units:
+            yield make_shard(store, work, unit, work.encode)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _on_ray_data(store: FeatureStore, work: Pass, units: Sequence[Unit], pool: cluster.Pool) -> Iterator[dict[str, Any]]:
     import ray
     from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
@@ -207,7 +233,7 @@ def _on_ray_data(store: FeatureStore, work: Pass, units: Sequence[Unit], pool: c
     from ray.exceptions import RayError
 
     rows = [{"shard": unit.shard, "series": json.dumps(unit.series), "clips": unit.clips} for unit in units]
-    worker = ShardWorker(store, work, pool.threads)
+    worker = ShardWorker(store, work)
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -221,26 +247,27 @@ def _on_ray_data(store: FeatureStore, work: Pass, units: Sequence[Unit], pool: c
         if work.encoder:
             dataset = dataset.map(
                 ShardWorker,
-                fn_constructor_args=(store, work, pool.threads),
-                compute=ActorPoolStrategy(size=pool.size),
-                num_cpus=pool.num_cpus,
-                num_gpus=pool.num_gpus,
+                fn_constructor_args=(store, work),
+                compute=ActorPoolStrategy(min_size=pool.smallest, max_size=pool.largest),
+                **pool.reserves(),
                 max_restarts=ATTEMPTS - 1,
                 max_task_retries=ATTEMPTS - 1,
             )
         else:
-            dataset = dataset.map(lambda row: worker(row), compute=TaskPoolStrategy(size=pool.size), num_cpus=1, max_retries=ATTEMPTS - 1)
+            dataset = dataset.map(
+                lambda row: worker(row), compute=TaskPoolStrategy(size=pool.largest), **pool.reserves(), max_retries=ATTEMPTS - 1
+            )
     try:
         yield from dataset.iter_rows()
     except ExecutionTimeoutError as error:
         raise UserError(
-            f"the {work.name} pass is stalled: {pool.size} workers of {pool.num_cpus:g} CPUs and {pool.num_gpus:g} GPUs never started, or "
-            "a shard takes longer than RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S; free the cluster, or give --workers or a longer time"
+            f"the {work.name} pass is stalled: no worker with {pool.worker()} came to start, or a shard takes longer than "
+            "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S; free the cluster, or give --workers or a longer time"
         ) from error
     except RayError as error:
         raise UserError(
             f"a worker of the {work.name} pass died {ATTEMPTS} times ({type(error).__name__}), most often for lack of memory; "
-            f"finished shards are kept: try again with --workers {max(1, pool.size // 2)} or a larger machine"
+            f"finished shards are kept: try again with --workers {max(1, pool.largest // 2)}, --memory or a larger machine"
         ) from error
 
 
