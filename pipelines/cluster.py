@@ -6,6 +6,7 @@ was joined is asked, whatever nodes it has at the moment: it may start from none
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -17,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,10 @@ class Pool:
         """What a worker reserves, in the words of Ray's options."""
         return {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus} | ({"memory": self.memory} if self.memory else {})
 
-    def fits(self, node: Mapping[str, float]) -> bool:
-        """Whether a node of these resources could hold a worker, were it idle. A type that does not tell its memory is believed."""
-        there = {"CPU": 0, "GPU": 0, "memory": math.inf} | dict(node)
-        return all(there[name] >= amount for name, amount in self.resources().items())
+    def fit(self, node: Mapping[str, float]) -> int:
+        """How many workers a node of these resources holds, were it idle. A type that does not tell its memory is believed."""
+        there = {"CPU": 0.0, "GPU": 0.0, "memory": math.inf} | dict(node)
+        return int(min((there[name] / amount for name, amount in self.resources().items() if amount), default=0))
 
     def worker(self) -> str:
         """What a worker reserves, for people."""
@@ -149,7 +150,7 @@ def pool(needs: Reservation, units: int, workers: WorkerRange = None, reserve: R
     Args:
         needs: what the job's own property is: a worker's CPUs (more than one are a wish where the machine is small), GPUs and memory.
         workers: how many at once, or the smallest and the largest number. By default as many as fit on a Ray of this machine; on a
-            cluster from one up to `MOST_WORKERS`.
+            cluster from one up to what its autoscaler may bring up for them, or `MOST_WORKERS`.
         reserve: what the user wants in place of `needs`.
     """
     import ray
@@ -157,8 +158,10 @@ def pool(needs: Reservation, units: int, workers: WorkerRange = None, reserve: R
     smallest, largest = _bounds(workers)
     if not ends_with_us():
         wanted = reserve.over(needs)
-        largest = max(1, min(largest or MOST_WORKERS, units))
-        return Pool(min(smallest, largest), largest, wanted.cpus or 1, wanted.gpus or 0, wanted.memory or 0)
+        each = Pool(1, 1, wanted.cpus or 1, wanted.gpus or 0, wanted.memory or 0)
+        room = sum(kind["max_workers"] * each.fit(kind["resources"]) for kind in _suitable(each).values())
+        largest = min(largest or MOST_WORKERS, units, room or MOST_WORKERS)
+        return replace(each, smallest=min(smallest, largest), largest=largest)
     total = ray.cluster_resources()  # of this machine alone, and for good
     return divide(Machine(int(total.get("CPU", 1)), int(total.get("GPU", 0))), needs, units, largest, reserve)
 
@@ -224,8 +227,7 @@ def await_room(wanted: Pool, job: str, say: Callable[[str], None] = lambda line:
         return
     if ends_with_us():
         raise UserError(_too_much(wanted, job, {}))
-    types = _node_types()
-    suitable = [name for name, kind in types.items() if kind["max_workers"] and wanted.fits(kind["resources"])]
+    types, suitable = _node_types(), _suitable(wanted)
     if types and not suitable:
         raise UserError(_too_much(wanted, job, types))
 
@@ -234,7 +236,7 @@ def await_room(wanted: Pool, job: str, say: Callable[[str], None] = lambda line:
         """Nothing; while it waits for its place, the autoscaler sees what is wanted."""
 
     waiting = [room.remote() for _ in range(wanted.largest)]
-    say(f"{job}: waiting for a node with {wanted.worker()}" + (f", of type {' or '.join(suitable)}" if suitable else ""))
+    say(f"{job}: waiting for a node with {wanted.worker()}" + (f", of type {' or '.join(sorted(suitable))}" if suitable else ""))
     began = time.monotonic()
     try:
         while not _holds(wanted):
@@ -272,7 +274,7 @@ def _bounds(workers: WorkerRange) -> tuple[int, int | None]:
 def _holds(wanted: Pool) -> bool:
     import ray
 
-    return any(node["Alive"] and wanted.fits(node["Resources"]) for node in ray.nodes())
+    return any(node["Alive"] and wanted.fit(node["Resources"]) for node in ray.nodes())
 
 
 def _too_much(wanted: Pool, job: str, types: Mapping[str, Mapping[str, Any]]) -> str:
@@ -298,15 +300,31 @@ def _words(node: Mapping[str, float]) -> str:
     return ", ".join(words[:-1]) + (" and " if len(words) > 1 else "") + words[-1]
 
 
-def _node_types() -> dict[str, dict[str, Any]]:
-    """Types of nodes that the cluster's autoscaler may start: name → `resources` and `max_workers`; {} if they cannot be known.
+def _suitable(wanted: Pool) -> dict[str, dict[str, Any]]:
+    """Those of the autoscaler's types of nodes that are for such workers.
 
-    Ray tells nobody, but the autoscaler runs on the head with its configuration's path in its command line.
+    Nodes with GPUs are not for workers without, unless there are no others: a demand beyond what the others can hold would start
+    them, the dearest ones, for a work that never uses them.
     """
+    kinds = {name: kind for name, kind in _node_types().items() if kind["max_workers"] and wanted.fit(kind["resources"])}
+    plain = {name: kind for name, kind in kinds.items() if not kind["resources"].get("GPU")}
+    return plain if plain and not wanted.num_gpus else kinds
+
+
+def _node_types() -> dict[str, dict[str, Any]]:
+    """Types of nodes that the cluster's autoscaler may start: name → `resources` and `max_workers`; {} if they cannot be known."""
+    import ray
+
+    return _declared_types(ray.get_runtime_context().gcs_address)
+
+
+@functools.cache
+def _declared_types(address: str) -> dict[str, dict[str, Any]]:
+    """Ray tells nobody, but the autoscaler runs on the head with the path of its configuration in its command line."""
     import ray
 
     @ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001}, max_retries=0)
-    def read(address: str) -> dict[str, dict[str, Any]]:
+    def read() -> dict[str, dict[str, Any]]:
         import psutil
         import yaml
 
@@ -324,9 +342,10 @@ def _node_types() -> dict[str, dict[str, Any]]:
         return {}
 
     try:
-        return ray.get(read.remote(ray.get_runtime_context().gcs_address), timeout=30)
+        types: dict[str, dict[str, Any]] = ray.get(read.remote(), timeout=30)
     except (ray.exceptions.RayError, OSError):
         return {}
+    return types
 
 
 # --------------------------------------------------------------------------------------------------- a Ray of our own

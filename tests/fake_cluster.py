@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -69,6 +70,22 @@ class FakeCluster:
         infos = GcsClient(address=self.address).get_all_node_info(timeout=30)
         return {node.hex(): dict(info.resources_total) for node, info in infos.items() if info.state == 0}
 
+    def at_work(self) -> set[tuple[str, str]]:
+        """(node id, name) of every task and actor that is there now."""
+        names = [(node, " ".join(_words(worker)).strip()) for node, raylet in self._raylets() for worker in _children(raylet)]
+        return {(node, name.removeprefix("ray::")) for node, name in names if name.startswith("ray::") and name != "ray::IDLE"}
+
+    def lose(self, node: str) -> None:
+        """Let a node fail: its daemon is killed, and what runs there ends with it."""
+        for name, raylet in self._raylets():
+            if name == node:
+                raylet.kill()
+
+    def _raylets(self) -> list[tuple[str, psutil.Process]]:
+        """(node id, the daemon of that node)."""
+        flag = "--node_id="
+        return [(word.removeprefix(flag), p) for p in _naming(self.folder) for word in _words(p) if word.startswith(flag)]
+
     def logs(self) -> str:
         """What the autoscaler said, for the message of a failed test."""
         return "\n".join(path.read_text(errors="replace")[-3000:] for path in self.folder.glob("session_*/logs/monitor.*"))
@@ -79,7 +96,7 @@ def autoscaling(node_types: Mapping[str, Mapping[str, Any]], address: str, idle_
     head = {"resources": {"CPU": 0}, "max_workers": 0, "node_config": {}}
     workers = {
         name: {
-            "resources": dict(kind["resources"]),
+            "resources": {"object_store_memory": 100_000_000} | dict(kind["resources"]),
             "min_workers": 0,
             "max_workers": kind["max_workers"],
             "node_config": {},
@@ -126,17 +143,43 @@ def fake_cluster(node_types: Mapping[str, Mapping[str, Any]], idle_minutes: floa
         "RAY_FAKE_CLUSTER": "1",
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD,
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "AUTOSCALER_HEARTBEAT_TIMEOUT_S": "10",  # until a node that was lost is replaced
         "RAY_worker_niceness": "0",
         "PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests'}",
     }
     environment.pop("RAY_ADDRESS", None)
     try:
-        started = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-        assert started.returncode == 0, started.stdout + started.stderr
+        with (folder / "start.log").open("w+") as log:  # a file: the daemons inherit it, and the end of a pipe would never come
+            started = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=60)
+        assert started.returncode == 0, (folder / "start.log").read_text()
         yield FakeCluster(address, folder)
     finally:
         _end_processes(folder)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+class Watch:
+    """Who works where on a cluster, looked at every half second in a `with` block."""
+
+    def __init__(self, cluster: FakeCluster) -> None:
+        self.cluster, self.seen, self._end = cluster, set[tuple[str, str]](), threading.Event()
+
+    def __enter__(self) -> Watch:
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._end.wait(0.5):
+            self.seen |= self.cluster.at_work()
+
+    def nodes(self, name: str) -> set[str]:
+        """Nodes on which a task or actor was seen whose name begins so."""
+        return {node for node, task in self.seen if task.startswith(name)}
 
 
 def wait_until(condition: Callable[[], bool], seconds: float, what: Callable[[], str] = lambda: "") -> None:
@@ -156,25 +199,31 @@ def _free_port() -> int:
 
 
 def _end_processes(folder: Path) -> None:
-    """Kill what names the session's folder in its command line or environment, and what these have started."""
-
-    def ours(process: psutil.Process) -> bool:
-        with contextlib.suppress(psutil.Error):
-            return str(folder) in " ".join([*process.cmdline(), *process.environ().values()])
-        return False
-
-    for _ in range(3):  # some start others while they end
-        processes = [p for p in psutil.process_iter() if p.pid != os.getpid() and ours(p)]
-        processes += [child for p in processes for child in _children(p)]
-        for process in processes:
+    deadline = time.monotonic() + 20
+    while (daemons := _naming(folder)) and time.monotonic() < deadline:  # some start others while they end
+        for process in daemons + [child for daemon in daemons for child in _children(daemon)]:
             with contextlib.suppress(psutil.Error):
                 process.kill()
-        psutil.wait_procs(processes, timeout=5)
-        if not processes:
-            break
+        time.sleep(0.2)
+
+
+def _naming(folder: Path) -> list[psutil.Process]:
+    """Processes that name a folder in their command line or environment: Ray's, and what they have started."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if str(folder) in " ".join([*process.cmdline(), *process.environ().values()]):
+                found.append(process)
+    return found
+
+
+def _words(process: psutil.Process) -> list[str]:
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline()
+    return []
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:
     with contextlib.suppress(psutil.Error):
-        return process.children(recursive=True)
+        return process.children()
     return []

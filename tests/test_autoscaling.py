@@ -1,0 +1,108 @@
+"""Passes on clusters that grow from nothing and lose nodes, simulated on this machine by Ray's own autoscaler."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from fake_cluster import HEAD, REPO, FakeCluster, Watch, fake_cluster, wait_until
+from tiny_store import make_store, run_here, small
+
+from pipelines.features.store import FeatureStore
+
+pytestmark = pytest.mark.slow
+VARIANT = small()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[FakeCluster]:
+    """CPU and GPU nodes as they are asked for; none at first."""
+    types = {
+        "cpu_worker": {"resources": {"CPU": 1}, "max_workers": 2},
+        "gpu_worker": {"resources": {"CPU": 1, "GPU": 1}, "max_workers": 1},
+    }
+    with fake_cluster(types) as running:
+        yield running
+
+
+def series(store: FeatureStore) -> dict[str, bytes]:
+    """Every shard and ledger row of a store."""
+    root = Path(store.root)
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.glob("*/*"))}
+
+
+def test_mel_brings_up_cpu_nodes_from_none_and_computes_nothing_on_the_head(cluster: FakeCluster, tmp_path: Path) -> None:
+    store = make_store(tmp_path, VARIANT, clips=160, passes=())
+    wait_until(lambda: set(cluster.nodes()) == {HEAD}, 60, cluster.logs)
+    with Watch(cluster) as watch:
+        done = cluster.run("pipelines.preprocess", "mel", "--work", str(tmp_path), "--tiny")
+        nodes = cluster.nodes()
+    assert done.returncode == 0, done.stderr + cluster.logs()
+    assert "160 clips in 20 shards" in done.stdout and store.missing_shards("mel") == []
+    assert "the mel pass: waiting for a node with 1 CPU, of type cpu_worker" in done.stderr
+    assert watch.nodes("Map") and watch.nodes("Map") <= set(nodes) - {HEAD}
+    assert not any("GPU" in resources for resources in nodes.values()), "a GPU node was started for work that has no use of it"
+    assert len(nodes) == 3, "the second node never came"
+
+
+def test_an_encoder_takes_gpu_nodes_and_nothing_else(cluster: FakeCluster, tmp_path: Path) -> None:
+    from stages.audiomae.model import AudioMAE
+
+    store = make_store(tmp_path, VARIANT, clips=16)
+    AudioMAE(VARIANT.audiomae).save(tmp_path / "stages" / "audiomae")
+    loa = ["pipelines.preprocess", "loa", "--work", str(tmp_path), "--tiny", "--with", f"audiomae={tmp_path / 'stages' / 'audiomae'}"]
+    began = time.monotonic()
+    refused = cluster.run(*loa, "--gpu", "2", "--cpu", "1")
+    assert (
+        refused.returncode == 1 and "a worker of the loa pass needs 1 CPU and 2 GPUs, and the cluster's nodes have 0 CPUs" in refused.stderr
+    )
+    assert "gpu_worker: 1 CPU and 1 GPU, at most 1" in refused.stderr and "`--gpu 0`" in refused.stderr
+    assert time.monotonic() - began < 60 and store.missing_shards("loa-1") == [0, 1]
+
+    with Watch(cluster) as watch:
+        done = cluster.run(*loa, "--cpu", "1")
+        gpu_nodes = {node for node, resources in cluster.nodes().items() if "GPU" in resources}
+    assert watch.nodes("MapWorker") == gpu_nodes and len(gpu_nodes) == 1, (watch.seen, done.stderr)
+    # The simulated GPU is none that PyTorch could use, and nothing takes its place.
+    if not torch.cuda.is_available():
+        assert done.returncode == 1 and f"was given a GPU of node {gpu_nodes.pop()}, and PyTorch" in done.stderr, done.stderr
+        assert store.missing_shards("loa-1") == [0, 1]
+
+    with Watch(cluster) as watch:
+        done = cluster.run(*loa, "--gpu", "0", "--cpu", "1")
+    assert done.returncode == 0 and "16 clips in 2 shards" in done.stdout, done.stderr
+    assert watch.nodes("MapWorker") and HEAD not in watch.nodes("MapWorker")
+
+
+def test_four_nodes_one_lost_and_one_added_write_the_bytes_of_one_process(tmp_path: Path) -> None:
+    store = make_store(tmp_path, VARIANT, clips=480, shard_size=4, passes=())
+    shutil.copytree(tmp_path / "store", tmp_path / "alone" / "store")
+    with fake_cluster({"cpu_worker": {"resources": {"CPU": 1}, "max_workers": 4}}) as cluster, Watch(cluster) as watch:
+        command = [sys.executable, "-m", "pipelines.preprocess", "mel", "--work", str(tmp_path), "--tiny"]
+        with (tmp_path / "pass.log").open("w") as log:
+            running = subprocess.Popen(command, env=cluster.environment, cwd=REPO, stdout=log, stderr=log)
+
+        def said() -> str:
+            return (tmp_path / "pass.log").read_text() + cluster.logs()
+
+        try:
+            wait_until(lambda: len(cluster.nodes()) == 5 and len(watch.nodes("Map")) >= 3, 90, said)
+            lost = sorted(watch.nodes("Map"))[0]
+            cluster.lose(lost)
+            before = set(cluster.nodes())
+            assert running.poll() is None, said()
+            assert running.wait(120) == 0, said()
+        finally:
+            running.kill()
+        assert lost not in cluster.nodes()
+        assert watch.nodes("Map") - before, "no node came for the one that was lost"
+    assert store.missing_shards("mel") == []
+    alone = FeatureStore.open(tmp_path / "alone" / "store")
+    run_here("mel", alone, VARIANT)
+    assert series(store) == series(alone)
