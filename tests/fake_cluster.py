@@ -143,7 +143,7 @@ def fake_cluster(node_types: Mapping[str, Mapping[str, Any]], idle_minutes: floa
         "RAY_FAKE_CLUSTER": "1",
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD,
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-        "AUTOSCALER_HEARTBEAT_TIMEOUT_S": "10",  # until a node that was lost is replaced
+        "AUTOSCALER_HEARTBEAT_TIMEOUT_S": "5",  # until a node that was lost is replaced
         "RAY_worker_niceness": "0",
         "PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests'}",
     }

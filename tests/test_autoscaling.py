@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,11 @@ import torch
 from fake_cluster import HEAD, REPO, FakeCluster, Watch, fake_cluster, wait_until
 from tiny_store import make_store, run_here, small
 
+from pipelines.cluster import connect
+from pipelines.features.passes import Features, MelPass, Outcome, Row
+from pipelines.features.run import execute
 from pipelines.features.store import FeatureStore
+from stages.audio import AudioConfig
 
 pytestmark = pytest.mark.slow
 VARIANT = small()
@@ -80,11 +84,32 @@ def test_an_encoder_takes_gpu_nodes_and_nothing_else(cluster: FakeCluster, tmp_p
     assert watch.nodes("MapWorker") and HEAD not in watch.nodes("MapWorker")
 
 
+class HeldMelPass(MelPass):
+    """One that stops within a shard as long as a file is there, so that a test decides what happens meanwhile."""
+
+    def __init__(self, audio: AudioConfig, hold: Path) -> None:
+        super().__init__(audio)
+        self.hold = hold
+
+    def encode(self, rows: Sequence[Row], clips: Sequence[Features]) -> list[Outcome]:
+        while self.hold.exists() and int(rows[0]["clip_id"][-1]) % 2:
+            time.sleep(0.1)
+        return super().encode(rows, clips)
+
+
+def held(root: str, hold: str) -> None:
+    """The pass in a process of its own."""
+    store = FeatureStore.open(root)
+    connect()
+    execute(HeldMelPass(store.audio, Path(hold)), store, progress=False)
+
+
 def test_four_nodes_one_lost_and_one_added_write_the_bytes_of_one_process(tmp_path: Path) -> None:
-    store = make_store(tmp_path, VARIANT, clips=480, shard_size=4, passes=())
+    store = make_store(tmp_path, VARIANT, clips=96, shard_size=4, passes=())
     shutil.copytree(tmp_path / "store", tmp_path / "alone" / "store")
-    with fake_cluster({"cpu_worker": {"resources": {"CPU": 1}, "max_workers": 4}}) as cluster, Watch(cluster) as watch:
-        command = [sys.executable, "-m", "pipelines.preprocess", "mel", "--work", str(tmp_path), "--tiny"]
+    (hold := tmp_path / "hold").touch()
+    with fake_cluster({"cpu_worker": {"resources": {"CPU": 1}, "max_workers": 4}}, idle_minutes=5) as cluster, Watch(cluster) as watch:
+        command = [sys.executable, "-c", f"from test_autoscaling import held; held({store.root!r}, {str(hold)!r})"]
         with (tmp_path / "pass.log").open("w") as log:
             running = subprocess.Popen(command, env=cluster.environment, cwd=REPO, stdout=log, stderr=log)
 
@@ -92,16 +117,16 @@ def test_four_nodes_one_lost_and_one_added_write_the_bytes_of_one_process(tmp_pa
             return (tmp_path / "pass.log").read_text() + cluster.logs()
 
         try:
-            wait_until(lambda: len(cluster.nodes()) == 5 and len(watch.nodes("Map")) >= 3, 90, said)
-            lost = sorted(watch.nodes("Map"))[0]
-            cluster.lose(lost)
-            before = set(cluster.nodes())
-            assert running.poll() is None, said()
-            assert running.wait(120) == 0, said()
+            wait_until(lambda: len(watch.nodes("Map")) >= 4, 90, said)
+            first = watch.nodes("Map")
+            assert HEAD not in first and store.missing_shards("mel") and running.poll() is None, said()
+            cluster.lose(min(first))
+            wait_until(lambda: bool(watch.nodes("Map") - first), 90, said)  # the one that came for it has work
+            assert min(first) not in cluster.nodes()
+            hold.unlink()
+            assert running.wait(90) == 0, said()
         finally:
             running.kill()
-        assert lost not in cluster.nodes()
-        assert watch.nodes("Map") - before, "no node came for the one that was lost"
     assert store.missing_shards("mel") == []
     alone = FeatureStore.open(tmp_path / "alone" / "store")
     run_here("mel", alone, VARIANT)

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from options import Reservation
 from pipelines import cluster
 from pipelines.features.passes import MelPass, Pass
-from pipelines.features.run import execute
+from pipelines.features.run import Unit, execute, make_shard
 from pipelines.features.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore, StoreWarning
 from pipelines.preprocess import build_pass, main, run_pass
 from stages.audio import fbank, load_audio, log_mel, normalise, pad_or_cut
@@ -70,8 +70,13 @@ def tars(store: FeatureStore) -> dict[str, bytes]:
 
 
 def run_here(name: str, store: FeatureStore, variant=VARIANT, released=None, **settings) -> None:
-    """A pass without Ray."""
-    execute(build_pass(name, variant, released, **settings), store, workers=0, progress=False)
+    """A pass in this process, without Ray."""
+    work = build_pass(name, variant, released, **settings)
+    for series in work.series:
+        store.begin_series(series, work.recipe(series))
+    work.load(torch.device("cpu"))
+    for shard in range(store.num_shards):
+        make_shard(store, work, Unit(shard, tuple(work.series), store.shard_count(shard)), work.encode)
 
 
 @pytest.fixture(scope="session")
@@ -153,6 +158,15 @@ def test_only_missing_shards_are_made(ray_cluster, tones):
     assert again.shards_done == 0 and "nothing to do" in again.sentence()
 
 
+def test_without_ray_the_bytes_are_the_same(ray_cluster, tones, tmp_path):
+    run_pass("mel", tones, VARIANT, progress=False)
+    calm = make_store(tmp_path / "calm", [clip(tone(tmp_path / "sounds", i)) for i in range(10)])
+    threads = torch.get_num_threads()
+    report = run_pass("mel", calm, VARIANT, workers=0, progress=False)
+    assert (report.clips, report.shards_done, torch.get_num_threads()) == (10, 3, threads)
+    assert tars(calm) == tars(tones)
+
+
 def test_other_audio_settings_are_refused(ray_cluster, tones):
     with pytest.raises(UserError, match=r"clip_seconds: was 2\.56, now 10\.24.*--tiny"):
         run_pass("mel", tones, resolve("audioldm2-full"), progress=False)
@@ -211,7 +225,7 @@ DRIVER = """
 import sys
 from pipelines import cluster
 from pipelines.features.passes import MelPass
-from pipelines.features.run import execute
+from pipelines.features.run import Unit, execute, make_shard
 from pipelines.features.store import FeatureStore
 store = FeatureStore.open(sys.argv[1])
 cluster.connect(num_cpus=2)
@@ -422,7 +436,7 @@ def test_what_a_machine_gives_to_workers(cpus, gpus, needs, reserve, expected):
 def test_a_worker_that_this_machine_cannot_hold_is_refused_at_once(ray_cluster, tones, encoders):
     run_here("mel", tones)
     began = time.monotonic()
-    with pytest.raises(UserError, match=r"a worker of the loa pass needs .*1 GPU, and this machine has 4 CPUs.* --gpu 0"):
+    with pytest.raises(UserError, match=r"a worker of the loa pass needs .*1 GPU, and this machine has 4 CPUs.* `--gpu 0`"):
         run_pass("loa", tones, VARIANT, encoders, reserve=Reservation(gpus=1), progress=False)
     other = make_store(Path(tones.root) / "other", [clip("a.wav")])
     with pytest.raises(UserError, match=r"needs 1 CPU and 9000000\.0 GB of memory, .* --memory"):
