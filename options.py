@@ -27,7 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar, cast
@@ -235,8 +235,7 @@ class Reservation:
 
     def over(self, default: Reservation) -> Reservation:
         """This one, and `default` for what it leaves open."""
-        mine, theirs = (self.cpus, self.gpus, self.memory), (default.cpus, default.gpus, default.memory)
-        return Reservation(*(there if here is None else here for here, there in zip(mine, theirs, strict=True)))
+        return replace(default, **{name: value for name, value in vars(self).items() if value is not None})
 
 
 AS_NEEDED = Reservation()  # by the job

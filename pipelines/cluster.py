@@ -55,8 +55,8 @@ class Machine:
 class Pool:
     """Workers of a job: how many, and what each of them reserves."""
 
-    smallest: int  # it begins with these, and waits for them
-    largest: int  # and takes more as there is room
+    smallest: int  # are asked for at once
+    largest: int  # as there is room
     num_cpus: float
     num_gpus: float = 0.0
     memory: int = 0  # bytes

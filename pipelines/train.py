@@ -361,7 +361,7 @@ def main(
     released: dict[str, str],
     tracking_uri: str | None,
     store: str | None,
-    workers: WorkerRange,
+    workers: tuple[int, int] | None,
     reserve: Reservation,
     seed: int,
     precision: str,
@@ -382,7 +382,7 @@ def main(
     if dry_run:
         from pipelines.plan import describe
 
-        click.echo(describe(resolved, stage, workers))
+        click.echo(describe(resolved, stage, workers[1] if workers else None))
         return
     before = not fresh and is_finished(work.absolute() / "stages" / stage, stage, getattr(resolved.recipes, stage))
     tags = {"loa.stage": stage, "loa.variant": resolved.name}

@@ -145,6 +145,7 @@ def fake_cluster(node_types: Mapping[str, Mapping[str, Any]], idle_minutes: floa
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "AUTOSCALER_HEARTBEAT_TIMEOUT_S": "5",  # until a node that was lost is replaced
         "RAY_worker_niceness": "0",
+        "RAY_prestart_worker_first_driver": "0",  # a process per CPU that a node claims to have
         "PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests'}",
     }
     environment.pop("RAY_ADDRESS", None)

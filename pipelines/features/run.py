@@ -250,7 +250,7 @@ def _on_ray_data(store: FeatureStore, work: Pass, units: Sequence[Unit], pool: c
                 fn_constructor_args=(store, work),
                 compute=ActorPoolStrategy(min_size=pool.smallest, max_size=pool.largest),
                 **pool.reserves(),
-                max_restarts=ATTEMPTS - 1,
+                max_restarts=len(rows),  # a worker outlives nodes that are lost; what ends it for good is a shard that kills it again
                 max_task_retries=ATTEMPTS - 1,
             )
         else:
