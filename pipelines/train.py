@@ -64,8 +64,7 @@ def train_stage(
 
     Args:
         given: folders of weights that replace stages of `work`, by stage name.
-        workers: Ray Train workers; 0 trains in this process, None takes one per GPU or a single one.
-        reserve: what each worker reserves, in place of a GPU where there is one.
+        workers, reserve: Ray Train's workers (`cluster.worker_group`); 0 trains in this process.
         fresh: throw an earlier run of this stage away.
 
     Returns:
@@ -90,8 +89,7 @@ def train_stage(
     if fresh:
         _discard(run, output)
     _check_same(run, identity)
-    recipe = getattr(variant.recipes, stage)
-    if is_finished(output, stage, recipe):
+    if is_finished(output, stage, getattr(variant.recipes, stage)):
         return output
     series = cls.reads(variant)
     corpora = () if cls.any_corpus else _corpora_of(variant, opened)

@@ -57,7 +57,7 @@ class FakeCluster:
         """For commands that shall use it."""
         return os.environ | {"RAY_ADDRESS": self.address, "PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests'}"}
 
-    def run(self, *command: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """`python -m COMMAND` on this cluster, to its end."""
         return subprocess.run(
             [sys.executable, "-m", *command], env=self.environment, cwd=REPO, capture_output=True, text=True, timeout=timeout
@@ -151,7 +151,7 @@ def fake_cluster(node_types: Mapping[str, Mapping[str, Any]], idle_minutes: floa
     environment.pop("RAY_ADDRESS", None)
     try:
         with (folder / "start.log").open("w+") as log:  # a file: the daemons inherit it, and the end of a pipe would never come
-            started = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=60)
+            started = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=180)
         assert started.returncode == 0, (folder / "start.log").read_text()
         yield FakeCluster(address, folder)
     finally:
