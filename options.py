@@ -27,6 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar, cast
@@ -216,6 +217,96 @@ tracking_option = click.option(
     metavar="URI",
     help="MLflow server or database to log to.  [default: mlflow.db in --work]",
 )
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """What one worker of a job reserves of its node; None where nothing is said of it.
+
+    Attributes:
+        cpus: CPUs; encoders use as many threads.
+        gpus: GPUs, or a share of one.
+        memory: bytes.
+    """
+
+    cpus: float | None = None
+    gpus: float | None = None
+    memory: int | None = None
+
+    def over(self, default: Reservation) -> Reservation:
+        """This one, and `default` for what it leaves open."""
+        return replace(default, **{name: value for name, value in vars(self).items() if value is not None})
+
+
+AS_NEEDED = Reservation()  # by the job
+WorkerRange = int | tuple[int, int] | None  # so many, or from the smallest to the largest number; None: nothing said
+
+
+def in_this_process(workers: WorkerRange) -> bool:
+    """Whether `--workers 0` was given: no Ray."""
+    return workers in (0, (0, 0))
+
+
+class _WorkersType(click.ParamType):
+    """N or MIN-MAX, as a pair."""
+
+    name = "MIN-MAX"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        low, dash, high = str(value).strip().partition("-")
+        if not (low.isdecimal() and (high.isdecimal() if dash else not high)):
+            self.fail(f"{value!r} is neither a number of workers nor a range such as 1-16", parameter, context)
+        smallest, largest = int(low), int(high or low)
+        if largest < smallest or (dash and not smallest):
+            self.fail(f"{value!r} is no range: write the smaller number first, at least 1", parameter, context)
+        return smallest, largest
+
+
+def _gpus(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    if value is not None and value > 1 and value != int(value):
+        raise click.BadParameter(f"{value:g} is neither a whole number of GPUs nor a share of one")
+    return value
+
+
+def worker_options(function: Function) -> Function:
+    """`--workers --cpu --gpu --memory`: the workers of a job on Ray, in the same words for every command.
+
+    They arrive as two arguments: `workers`, a pair of the smallest and largest number, (0, 0) for this process without Ray, or
+    None; and `reserve`, a Reservation.
+    """
+
+    @functools.wraps(function)
+    def given(*args: Any, cpu: float | None, gpu: float | None, memory: float | None, **kwargs: Any) -> Any:
+        return function(*args, reserve=Reservation(cpu, gpu, None if memory is None else int(memory * 1e9)), **kwargs)
+
+    command: Any = given
+    positive = click.FloatRange(min=0, min_open=True)
+    for option in reversed(
+        (
+            click.option(
+                "--workers",
+                type=_WorkersType(),
+                help="Workers at once: N, or from MIN up to MAX as the cluster has room; 0 works in this process, without Ray.  "
+                "[default: as many as there is work and room for; training: one per GPU, or one]",
+            ),
+            click.option("--cpu", type=positive, metavar="N", help="CPUs that each worker reserves.  [default: what the job needs]"),
+            click.option(
+                "--gpu",
+                type=click.FloatRange(min=0),
+                callback=_gpus,
+                metavar="N",
+                help="GPUs that each worker reserves; 0 does without, 0.5 shares one.  [default: what the job needs]",
+            ),
+            click.option(
+                "--memory", type=positive, metavar="GB", help="Memory that each worker reserves, in GB.  [default: what the job needs]"
+            ),
+        )
+    ):
+        command = option(command)
+    return cast(Function, command)
+
 
 _SAMPLING: dict[str, Any] = {
     "num_inference_steps": (("--steps",), click.IntRange(1), "Number of denoising steps; more are slower and sound better."),

@@ -18,7 +18,19 @@ from typing import TYPE_CHECKING, Any
 import click
 import psutil
 
-from options import friendly, require_disk, require_memory, set_option, shown, tracking_option, works_on
+from options import (
+    AS_NEEDED,
+    Reservation,
+    WorkerRange,
+    friendly,
+    require_disk,
+    require_memory,
+    set_option,
+    shown,
+    tracking_option,
+    worker_options,
+    works_on,
+)
 from pipelines import cluster
 from pipelines.tracking import Tracker
 from stages.config import to_dict
@@ -56,10 +68,18 @@ class Demo:
     """The line from recordings to report in one project folder."""
 
     def __init__(
-        self, work: Path, data: Path | None, variant: Variant, preset: Preset, workers: int, tracking_uri: str | None, seed: int
+        self,
+        work: Path,
+        data: Path | None,
+        variant: Variant,
+        preset: Preset,
+        workers: WorkerRange,
+        tracking_uri: str | None,
+        seed: int,
+        reserve: Reservation = AS_NEEDED,
     ) -> None:
         self.work, self.data, self.variant, self.preset = work, data, variant, preset
-        self.workers, self.tracking_uri, self.seed = workers, tracking_uri, seed
+        self.workers, self.reserve, self.tracking_uri, self.seed = workers, reserve, tracking_uri, seed
 
     # ------------------------------------------------------------------------------------------------- the steps
 
@@ -106,7 +126,9 @@ class Demo:
     def _pass(self, name: str, tracker: Tracker) -> str:
         from pipelines.preprocess import run_pass
 
-        report = run_pass(name, str(self.work / "store"), variant=self.variant, work=self.work, tracker=lambda: tracker)
+        report = run_pass(
+            name, str(self.work / "store"), variant=self.variant, work=self.work, reserve=self.reserve, tracker=lambda: tracker
+        )
         return f"{report.clips} clips, {report.rejected} rejected"
 
     def _train(self, stage: str, tracker: Tracker) -> str:
@@ -116,8 +138,8 @@ class Demo:
         if stage == "classifier" and not self._has_labels():
             return "skipped: the recordings have no labels; CLAP scores remain"
         # The judge learns in half a minute, less than Ray Train takes to start.
-        workers = 0 if stage == "classifier" else self.workers
-        folder = train_stage(stage, self.variant, self.work, workers=workers, tracker=tracker, seed=self.seed)
+        workers = 0 if stage == "classifier" else self.workers if self.workers is not None else 1
+        folder = train_stage(stage, self.variant, self.work, workers=workers, reserve=self.reserve, tracker=tracker, seed=self.seed)
         card = read_card(folder, stage)
         measures = ", ".join(f"{k} {v:.3g}" for k, v in card["validation"].items())
         return f"{card['steps']} steps, held out: {measures}"
@@ -356,7 +378,7 @@ PRESETS = {
     show_default=True,
     help="; ".join(f"{k}: {p.summary}" for k, p in PRESETS.items()),
 )
-@click.option("--workers", type=click.IntRange(min=0), default=1, show_default=True, help="Ray Train workers; 0 trains in this process.")
+@worker_options
 @click.option("--seed", default=0, show_default=True, help="Seed of the corpus, of training and of generation.")
 @set_option
 @tracking_option
@@ -366,7 +388,8 @@ def main(
     data: Path | None,
     variant: str,
     preset: str,
-    workers: int,
+    workers: WorkerRange,
+    reserve: Reservation,
     seed: int,
     settings: dict[str, str],
     tracking_uri: str | None,
@@ -385,7 +408,7 @@ def main(
     require_memory(MEMORY_GB)
     cluster.connect()
     began = time.monotonic()
-    demo = Demo(work, data.absolute() if data else None, resolved, chosen, workers, tracking_uri, seed)
+    demo = Demo(work, data.absolute() if data else None, resolved, chosen, workers, tracking_uri, seed, reserve)
     demo.run()
     folder = shown(work)
     click.echo()

@@ -17,7 +17,18 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
-from options import friendly, next_step, tiny_option, tracking_option, variant_option, work_option
+from options import (
+    AS_NEEDED,
+    Reservation,
+    WorkerRange,
+    friendly,
+    next_step,
+    tiny_option,
+    tracking_option,
+    variant_option,
+    work_option,
+    worker_options,
+)
 from pipelines import corpora
 from pipelines.corpora.records import Record, Recording, Rejected
 from pipelines.features import DEFAULT_SHARD_SIZE
@@ -189,7 +200,8 @@ def ingest(
     keep_blacklisted: bool = False,
     seed: int = 0,
     shard_size: int = DEFAULT_SHARD_SIZE,
-    workers: int | None = None,
+    workers: WorkerRange = None,
+    reserve: Reservation = AS_NEEDED,
     say: Callable[[str], None] = lambda line: None,
 ) -> IngestReport:
     """Make the clip table of a new feature store, or add to one the recordings that it lacks.
@@ -203,7 +215,8 @@ def ingest(
         limit: most recordings per corpus, chosen by a hash of their ids; None takes all.
         keep_blacklisted: use what WavCaps' blacklists name.
         seed: of the shuffle that deals clips to shards.
-        workers: CPUs that read headers; 0 reads them in this process.
+        workers: how many read headers, or the smallest and largest number; 0 reads them in this process.
+        reserve: what each of them reserves, in place of one CPU.
         say: is told what happens, line by line.
 
     Raises:
@@ -233,7 +246,7 @@ def ingest(
         sources = _unknown(store, sources)
     paths = sorted({r.path for _, records in sources for r in records if isinstance(r, Recording)})
     say(f"{', '.join(corpus for (corpus, _), _ in listed)}: reading the headers of {len(paths):,} recordings")
-    clips, rejected, counts = _clips_of_all(sources, probe_headers(paths, workers), audio, max_windows)
+    clips, rejected, counts = _clips_of_all(sources, probe_headers(paths, workers, reserve), audio, max_windows)
     if not clips and store is None:
         raise UserError(_nothing_usable(folders, [corpus for (corpus, _), _ in listed], rejected))
     splits = Counter(clip.recording.split for clip in clips)
@@ -390,9 +403,7 @@ def _names(folders: Sequence[Path]) -> str:
 @click.option(
     "--shard-size", type=click.IntRange(min=1), default=DEFAULT_SHARD_SIZE, show_default=True, metavar="N", help="Clips per shard."
 )
-@click.option(
-    "--workers", type=click.IntRange(min=0), metavar="N", help="CPUs that read headers; 0 reads in this process.  [default: all free ones]"
-)
+@worker_options
 @tracking_option
 @friendly
 def main(
@@ -407,7 +418,8 @@ def main(
     keep_blacklisted: bool,
     seed: int,
     shard_size: int,
-    workers: int | None,
+    workers: WorkerRange,
+    reserve: Reservation,
     tracking_uri: str | None,
 ) -> None:
     """Make the clip table in --work from the corpora or recordings in DIR.
@@ -435,6 +447,7 @@ def main(
         seed=seed,
         shard_size=shard_size,
         workers=workers,
+        reserve=reserve,
         say=click.echo,
     )
     if not report.already:

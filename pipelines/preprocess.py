@@ -12,7 +12,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from options import again, friendly, next_step, set_option, tiny_option, tracking_option, variant_option, with_option, work_option
+from options import (
+    AS_NEEDED,
+    again,
+    friendly,
+    in_this_process,
+    next_step,
+    set_option,
+    tiny_option,
+    tracking_option,
+    variant_option,
+    with_option,
+    work_option,
+    worker_options,
+)
 from pipelines import cluster
 from pipelines.weights import released_folders, require_used
 from stages.errors import UserError
@@ -83,7 +96,7 @@ def make_missing(
         precision: of the encoder, for a new series; by default what suits the device, and what a series began with.
         reject_failed: reject clips that fail, which are otherwise tried again.
         tracker: opens the run that is told of progress and result; by default none.
-        settings: of `pipelines.features.run.execute`: workers, limit_shards, shards, retry_rejected, progress, ...
+        settings: of `pipelines.features.run.execute`: workers, reserve, limit_shards, shards, retry_rejected, progress, ...
 
     Raises:
         UserError: shards are left that could not be made, or what `execute` refuses.
@@ -92,9 +105,10 @@ def make_missing(
     from pipelines.features.summary import log_pass
     from pipelines.tracking import Tracker
 
-    cluster.connect()
+    if not in_this_process(settings.get("workers")):
+        cluster.connect()
     chosen.reject_failed = reject_failed
-    choose_precision(chosen, store, precision)
+    choose_precision(chosen, store, precision, settings.get("workers"), settings.get("reserve", AS_NEEDED))
     report = execute(chosen, store, tracker=tracker or Tracker.off, **settings)
     if tracker is not None and (report.made or report.failing):
         log_pass(tracker(), report, store)
@@ -236,9 +250,7 @@ def _options(name: str) -> list[Callable[[Any], Any]]:
     return [
         *options,
         click.option("--store", "store_url", metavar="DIR", help="Feature store, a folder or URL.  [default: store in --work]"),
-        click.option(
-            "--workers", type=click.IntRange(1), help="Shards computed in parallel.  [default: as many as the cluster has room for]"
-        ),
+        worker_options,
         click.option("--shards", callback=_shard_numbers, metavar="N-M,…", help="Only these shards, such as 0-99,120.  [default: all]"),
         click.option("--limit-shards", type=click.IntRange(1), help="Stop after this many shards, for a first try.  [default: all]"),
         click.option("--verify", is_flag=True, help="Verify the checksums of existing shards first; corrupt ones are recomputed."),

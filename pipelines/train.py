@@ -11,7 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from options import friendly, next_step, set_option, shown, tiny_option, tracking_option, variant_option, with_option, work_option
+from options import (
+    AS_NEEDED,
+    Reservation,
+    WorkerRange,
+    friendly,
+    in_this_process,
+    next_step,
+    set_option,
+    shown,
+    tiny_option,
+    tracking_option,
+    variant_option,
+    with_option,
+    work_option,
+    worker_options,
+)
 from pipelines import cluster
 from pipelines.corpora import PUBLISHED
 from pipelines.tracking import Tracker
@@ -36,7 +51,8 @@ def train_stage(
     *,
     store: str | None = None,
     given: Mapping[str, str] | None = None,
-    workers: int | None = None,
+    workers: WorkerRange = None,
+    reserve: Reservation = AS_NEEDED,
     tracker: Tracker | None = None,
     seed: int = 0,
     precision: str = "auto",
@@ -48,7 +64,7 @@ def train_stage(
 
     Args:
         given: folders of weights that replace stages of `work`, by stage name.
-        workers: Ray Train workers; 0 trains in this process, None takes one per GPU or a single one.
+        workers, reserve: Ray Train's workers (`cluster.worker_group`); 0 trains in this process.
         fresh: throw an earlier run of this stage away.
 
     Returns:
@@ -73,8 +89,7 @@ def train_stage(
     if fresh:
         _discard(run, output)
     _check_same(run, identity)
-    recipe = getattr(variant.recipes, stage)
-    if is_finished(output, stage, recipe):
+    if is_finished(output, stage, getattr(variant.recipes, stage)):
         return output
     series = cls.reads(variant)
     corpora = () if cls.any_corpus else _corpora_of(variant, opened)
@@ -96,12 +111,12 @@ def train_stage(
         corpora=corpora,
         card=card,
     )
-    _fit(job, cls, dataset, workers, max_failures)
+    _fit(job, cls, dataset, workers, reserve, max_failures)
     read_card(output, stage)
     return output
 
 
-def _fit(job: TrainJob, cls: type[Stage], dataset: ClipDataset, workers: int | None, max_failures: int) -> None:
+def _fit(job: TrainJob, cls: type[Stage], dataset: ClipDataset, workers: WorkerRange, reserve: Reservation, max_failures: int) -> None:
     """Prepare what the stage needs once, then train it in this process or on Ray."""
     for earlier in cls.builds_on(job.variant):
         job.folder(earlier)  # refuses now, not on a worker
@@ -110,10 +125,10 @@ def _fit(job: TrainJob, cls: type[Stage], dataset: ClipDataset, workers: int | N
         with whole_folder(prepared) as folder:
             cls.prepare(job.variant, job.folder, dataset, folder)
     with _progress_bar(job):
-        if workers == 0:
+        if in_this_process(workers):
             _fit_here(job)
         else:
-            _fit_on_ray(job, workers, max_failures)
+            _fit_on_ray(job, workers, reserve, max_failures)
 
 
 def _provenance(
@@ -169,8 +184,10 @@ def _fit_here(job: TrainJob) -> None:
         world.close()
 
 
-def _fit_on_ray(job: TrainJob, workers: int | None, max_failures: int) -> None:
+def _fit_on_ray(job: TrainJob, workers: WorkerRange, reserve: Reservation, max_failures: int) -> None:
     cluster.connect()
+    pool = cluster.worker_group(workers, reserve)
+    cluster.await_room(pool, f"training {job.stage}")
     from ray import cloudpickle
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -178,13 +195,6 @@ def _fit_on_ray(job: TrainJob, workers: int | None, max_failures: int) -> None:
 
     from pipelines.training.ray_worker import ray_worker
     from pipelines.training.rendezvous import OneMachine
-
-    have = cluster.cluster_resources()
-    count = workers or max(1, have.gpus)
-    if have.gpus and count > have.gpus:
-        raise UserError(f"{count} workers were asked for and the cluster has {have.gpus} GPUs; choose at most {have.gpus}")
-    cores = cluster.local_resources().cpus
-    threads = max(1, cores // count) if not have.gpus else max(1, have.cpus // max(1, have.gpus))
 
     class Trainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
@@ -204,10 +214,10 @@ def _fit_on_ray(job: TrainJob, workers: int | None, max_failures: int) -> None:
 
     trainer = Trainer(
         ray_worker,
-        train_loop_config={"job": cloudpickle.dumps(job), "threads": threads},  # opened by the workers alone
+        train_loop_config={"job": cloudpickle.dumps(job)},  # opened by the workers alone
         torch_config=OneMachine() if cluster.ends_with_us() else None,
         scaling_config=ScalingConfig(
-            num_workers=count, use_gpu=have.gpus > 0, resources_per_worker={"CPU": 1} | ({"GPU": 1} if have.gpus else {})
+            num_workers=pool.largest, use_gpu=pool.num_gpus > 0, resources_per_worker={k: v for k, v in pool.resources().items() if v}
         ),
         run_config=RunConfig(
             name=Path(job.run).name,
@@ -317,7 +327,7 @@ def _input_hashes(stage: str, folders: Mapping[str, Path]) -> dict[str, str]:
 @with_option
 @tracking_option
 @click.option("--store", metavar="DIR", help="Feature store to read.  [default: store in --work]")
-@click.option("--workers", type=click.IntRange(min=0), help="Ray Train workers; 0 trains in this process.  [default: one per GPU, else 1]")
+@worker_options
 @click.option("--seed", default=0, show_default=True, help="Seed of weights, data order and dropout.")
 @click.option(
     "--precision",
@@ -352,7 +362,8 @@ def main(
     released: dict[str, str],
     tracking_uri: str | None,
     store: str | None,
-    workers: int | None,
+    workers: tuple[int, int] | None,
+    reserve: Reservation,
     seed: int,
     precision: str,
     loader_workers: int,
@@ -372,7 +383,7 @@ def main(
     if dry_run:
         from pipelines.plan import describe
 
-        click.echo(describe(resolved, stage, workers))
+        click.echo(describe(resolved, stage, workers[1] if workers else None))
         return
     before = not fresh and is_finished(work.absolute() / "stages" / stage, stage, getattr(resolved.recipes, stage))
     tags = {"loa.stage": stage, "loa.variant": resolved.name}
@@ -385,6 +396,7 @@ def main(
             store=store,
             given=released,
             workers=workers,
+            reserve=reserve,
             tracker=tracker,
             seed=seed,
             precision=precision,

@@ -20,6 +20,7 @@ from click.testing import CliRunner
 
 import loa
 import options as cli
+from options import Reservation, worker_options
 from stages import STAGES
 from stages.errors import AudioError, UserError
 
@@ -95,6 +96,44 @@ def test_every_option_says_its_default(name: str) -> None:
         if not (option.show_default or "[default: " in (option.help or ""))
     ]
     assert silent == []
+
+
+def test_all_commands_on_ray_ask_for_workers_in_the_same_words() -> None:
+    found = {}
+    for name in ("demo", "ingest", "preprocess", "train"):
+        command = loa.main.get_command(click.Context(loa.main), name)
+        for each in command.commands.values() if isinstance(command, click.Group) else [command]:
+            options = {p.opts[0]: (p.help, p.default) for p in each.params if p.name in ("workers", "cpu", "gpu", "memory")}
+            assert list(options) == ["--workers", "--cpu", "--gpu", "--memory"], each.name
+            found[name, each.name] = options
+    assert len({str(options) for options in found.values()}) == 1 and len(found) == 8
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], (None, Reservation())),
+        (["--workers", "0"], ((0, 0), Reservation())),
+        (["--workers", "3", "--gpu", "0"], ((3, 3), Reservation(gpus=0))),
+        (["--workers", "2-16", "--cpu", "2", "--gpu", "0.5", "--memory", "1.5"], ((2, 16), Reservation(2, 0.5, 1_500_000_000))),
+        (["--workers", "16-2"], "'16-2' is no range"),
+        (["--workers", "0-2"], "'0-2' is no range"),
+        (["--workers", "-1"], "'-1' is neither a number of workers nor a range such as 1-16"),
+        (["--workers", "two"], "'two' is neither"),
+        (["--workers", "2-"], "'2-' is neither"),
+        (["--gpu", "1.5"], "1.5 is neither a whole number of GPUs nor a share of one"),
+        (["--cpu", "0"], "0.0 is not in the range x>0"),
+    ],
+)
+def test_how_workers_are_asked_for(given: list[str], expected: tuple[object, Reservation] | str) -> None:
+    @click.command()
+    @worker_options
+    def command(workers: object, reserve: Reservation) -> None:
+        click.echo((workers, reserve))
+
+    result = CliRunner().invoke(command, given)
+    assert str(expected) in " ".join(result.output.split())
+    assert (result.exit_code == 0) == (not isinstance(expected, str))
 
 
 @pytest.mark.parametrize("name", [name for name, job in loa.JOBS.items() if job.target.startswith("pipelines.")])

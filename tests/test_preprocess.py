@@ -1,6 +1,5 @@
 """The passes on a local cluster: what they write, what they reject, and what a crash costs."""
 
-import json
 import os
 import re
 import signal
@@ -18,9 +17,10 @@ import soundfile
 import torch
 from click.testing import CliRunner
 
+from options import Reservation
 from pipelines import cluster
-from pipelines.features.passes import MelPass
-from pipelines.features.run import ShardWorker, Unit, execute, make_shard
+from pipelines.features.passes import MelPass, Pass
+from pipelines.features.run import Unit, execute, make_shard
 from pipelines.features.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore, StoreWarning
 from pipelines.preprocess import build_pass, main, run_pass
 from stages.audio import fbank, load_audio, log_mel, normalise, pad_or_cut
@@ -73,13 +73,13 @@ def tars(store: FeatureStore) -> dict[str, bytes]:
 
 
 def run_here(name: str, store: FeatureStore, variant=VARIANT, released=None, **settings) -> None:
-    """A pass as a worker runs it, in this process."""
+    """A pass in this process, without Ray."""
     work = build_pass(name, variant, released, **settings)
-    worker = ShardWorker(store, work, threads=1)
     for series in work.series:
         store.begin_series(series, work.recipe(series))
+    work.load(torch.device("cpu"))
     for shard in range(store.num_shards):
-        assert worker({"shard": shard, "series": json.dumps(work.series), "clips": 0})["failure"] == ""
+        make_shard(store, work, Unit(shard, tuple(work.series), store.shard_count(shard)), work.encode)
 
 
 @pytest.fixture(scope="session")
@@ -182,6 +182,15 @@ def test_passes_at_once_share_the_shards(ray_cluster, tones, monkeypatch):
     assert tones.missing_shards("mel") == [] and Place.of(tones.root + "/jobs").list() == {}
 
 
+def test_without_ray_the_bytes_are_the_same(ray_cluster, tones, tmp_path):
+    run_pass("mel", tones, VARIANT, progress=False)
+    calm = make_store(tmp_path / "calm", [clip(tone(tmp_path / "sounds", i)) for i in range(10)])
+    threads = torch.get_num_threads()
+    report = run_pass("mel", calm, VARIANT, workers=0, progress=False)
+    assert (report.clips, report.shards_done, torch.get_num_threads()) == (10, 3, threads)
+    assert tars(calm) == tars(tones)
+
+
 def test_other_audio_settings_are_refused(ray_cluster, tones):
     with pytest.raises(UserError, match=r"clip_seconds: was 2\.56, now 10\.24.*--tiny"):
         run_pass("mel", tones, resolve("audioldm2-full"), progress=False)
@@ -240,7 +249,7 @@ DRIVER = """
 import sys
 from pipelines import cluster
 from pipelines.features.passes import MelPass
-from pipelines.features.run import execute
+from pipelines.features.run import Unit, execute, make_shard
 from pipelines.features.store import FeatureStore
 store = FeatureStore.open(sys.argv[1])
 cluster.connect(num_cpus=2)
@@ -415,12 +424,62 @@ def test_whose_cluster_it_is(ray_cluster, monkeypatch):
     assert not cluster.ends_with_us()
 
 
+NEEDS = {"mel": MelPass.needs, "encoder": Pass.needs}
+
+
 @pytest.mark.parametrize("cpus", [1, 2, 3, 16, 200])
 @pytest.mark.parametrize("gpus", [0, 1, 8])
 @pytest.mark.parametrize("workers", [None, 1, 3, 64])
-def test_pools_leave_a_cpu_and_fit_the_cluster(cpus, gpus, workers):
-    resources = cluster.Resources(cpus, gpus, largest_node_cpus=min(cpus, 32))
-    for pool in (cluster.cpu_pool(resources, 50, workers), cluster.encoder_pool(resources, 50, workers)):
-        assert 1 <= pool.size <= 50 and pool.threads >= 1 and pool.num_cpus <= resources.largest_node_cpus
-        assert pool.size * pool.num_cpus <= max(1, cpus - 1) + 1e-9
-        assert pool.size * pool.num_gpus <= gpus + 1e-9
+@pytest.mark.parametrize("needs", NEEDS.values(), ids=NEEDS)
+def test_a_machine_is_divided_so_that_a_cpu_is_left(cpus, gpus, workers, needs):
+    pool = cluster.divide(cluster.Machine(cpus, gpus), needs, 50, workers)
+    assert 1 <= pool.smallest == pool.largest <= 50 and pool.num_cpus > 0
+    assert pool.largest * pool.num_cpus <= max(1, cpus - 1) + 1e-9
+    assert pool.largest * pool.num_gpus <= gpus + 1e-9
+    assert (pool.num_gpus > 0) == (needs is Pass.needs and gpus > 0)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "needs", "reserve", "expected"),  # expected: workers, CPUs and GPUs of each
+    [
+        (17, 0, MelPass.needs, Reservation(), (16, 1, 0)),
+        (17, 0, Pass.needs, Reservation(), (4, 4, 0)),
+        (3, 0, Pass.needs, Reservation(), (1, 2, 0)),
+        (33, 4, Pass.needs, Reservation(), (4, 4, 1)),
+        (33, 4, Pass.needs, Reservation(gpus=0), (8, 4, 0)),  # as told, not on the GPUs that are there
+        (33, 4, Pass.needs, Reservation(gpus=0.5), (8, 4, 0.5)),
+        (17, 0, MelPass.needs, Reservation(cpus=2), (8, 2, 0)),
+        (17, 0, Pass.needs, Reservation(gpus=1), (1, 4, 1)),  # a GPU that is not there is not replaced: `await_room` refuses
+    ],
+)
+def test_what_a_machine_gives_to_workers(cpus, gpus, needs, reserve, expected):
+    pool = cluster.divide(cluster.Machine(cpus, gpus), needs, 50, None, reserve)
+    assert (pool.largest, pool.num_cpus, pool.num_gpus) == expected
+
+
+def test_a_worker_that_this_machine_cannot_hold_is_refused_at_once(ray_cluster, tones, encoders):
+    run_here("mel", tones)
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"a worker of the loa pass needs .*1 GPU, and this machine has 4 CPUs.* `--gpu 0`"):
+        run_pass("loa", tones, VARIANT, encoders, reserve=Reservation(gpus=1), progress=False)
+    other = make_store(Path(tones.root) / "other", [clip("a.wav")])
+    with pytest.raises(UserError, match=r"needs 1 CPU and 9000000\.0 GB of memory, .* --memory"):
+        run_pass("mel", other, VARIANT, reserve=Reservation(memory=9 * 10**15), progress=False)
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("kind", [Exception, RuntimeError, ConnectionError])
+def test_a_ray_that_does_not_start_is_told_in_a_sentence(monkeypatch, kind):
+    """Of a node that takes too long to start, Ray raises a bare Exception."""
+    import ray
+
+    def init(**settings):
+        raise kind("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(UserError, match="Ray cannot start .* timed out during startup"):
+        cluster.connect("local")
+    monkeypatch.setattr(ray, "init", lambda **settings: {}["a fault of ours"])
+    with pytest.raises(KeyError):
+        cluster.connect("local")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,10 @@ def sound(kind: str, rng: np.random.Generator, audio: AudioConfig) -> np.ndarray
     return clicks
 
 
-def make_store(root: Path, variant: Variant, clips: int = 24, shard_size: int = 8, **columns: Any) -> FeatureStore:
-    """A store with `clips` clips whose mel pass is done; `columns` stand in place of what the clip table says of each."""
+def make_store(
+    root: Path, variant: Variant, clips: int = 24, shard_size: int = 8, passes: Sequence[str] = ("mel",), **columns: Any
+) -> FeatureStore:
+    """A store with `clips` clips whose mel pass (or `passes`) is done; `columns` stand in place of what the clip table says of each."""
     rng = np.random.default_rng(0)
     rows = []
     for i in range(clips):
@@ -63,7 +66,8 @@ def make_store(root: Path, variant: Variant, clips: int = 24, shard_size: int = 
         seed=0,
         shard_size=shard_size,
     )
-    run_here("mel", store, variant)
+    for name in passes:
+        run_here(name, store, variant)
     return store
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from options import AS_NEEDED, Reservation, WorkerRange, in_this_process
 from pipelines.corpora.files import MISSING
 from stages.audio import probe
 from stages.errors import AudioError
@@ -39,18 +40,18 @@ def probe_header(path: str) -> tuple[float, str]:
         return 0.0, f"unreadable: {error.strerror or error}"
 
 
-def probe_headers(paths: Sequence[str], workers: int | None = None) -> dict[str, tuple[float, str]]:
+def probe_headers(paths: Sequence[str], workers: WorkerRange = None, reserve: Reservation = AS_NEEDED) -> dict[str, tuple[float, str]]:
     """Path → (seconds, problem) of every recording.
 
-    `workers` CPUs of the Ray cluster share the work; None takes what is free, or this process when there is little
+    `workers` of the Ray cluster share the work; None takes what there is room for, or this process when there is little
     to do; 0 is always this process.
     """
-    if workers == 0 or (workers is None and len(paths) < FEW):
+    if in_this_process(workers) or (workers is None and len(paths) < FEW):
         return {path: probe_header(path) for path in paths}
-    return dict(_probe_with_ray(paths, workers))
+    return dict(_probe_with_ray(paths, workers, reserve))
 
 
-def _probe_with_ray(paths: Sequence[str], workers: int | None) -> Iterator[tuple[str, tuple[float, str]]]:
+def _probe_with_ray(paths: Sequence[str], workers: WorkerRange, reserve: Reservation) -> Iterator[tuple[str, tuple[float, str]]]:
     import pyarrow as pa
     import ray.data
 
@@ -61,9 +62,10 @@ def _probe_with_ray(paths: Sequence[str], workers: int | None) -> Iterator[tuple
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     blocks = [pa.table({"path": paths[first : first + _BLOCK]}) for first in range(0, len(paths), _BLOCK)]
-    pool = cluster.cpu_pool(cluster.cluster_resources(), len(blocks), workers)
+    pool = cluster.pool(Reservation(cpus=1, gpus=0), len(blocks), workers, reserve)
+    cluster.await_room(pool, "reading headers")
     headers = ray.data.from_arrow(blocks).map_batches(
-        probe_batch, batch_size=None, batch_format="numpy", num_cpus=1, compute=ray.data.TaskPoolStrategy(size=pool.size)
+        probe_batch, batch_size=None, batch_format="numpy", compute=ray.data.TaskPoolStrategy(size=pool.largest), **pool.reserves()
     )
     for batch in headers.iter_batches(batch_size=None, batch_format="numpy"):
         for path, seconds, problem in zip(batch["path"], batch["seconds"], batch["problem"], strict=True):

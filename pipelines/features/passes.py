@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from options import Reservation
 from pipelines.features import precision
 from pipelines.features.outcomes import Failed, Kept, Outcome, Rejected, describe, is_failure
 from pipelines.features.recording import measures, read_recording
@@ -42,6 +43,7 @@ class Pass:
     weights: ClassVar[tuple[str, ...]] = ("",)  # folders of that stage's release that the pass reads
     fp16: ClassVar[bool] = False  # whether GPUs without native bf16 may use fp16: where the golden values hold
     batch: int = 1  # clips per call of `encode`
+    needs: ClassVar[Reservation] = Reservation(cpus=4, gpus=1)  # of one worker
 
     def __init__(self, audio: AudioConfig, folder: Path | None = None) -> None:
         self.audio, self.folder = audio, folder
@@ -94,6 +96,7 @@ class MelPass(Pass):
     """Recordings → normalised waveform (FLAC) and log-mel spectrogram of every clip."""
 
     name = "mel"
+    needs = Reservation(cpus=1, gpus=0)
 
     @property
     def series(self) -> tuple[str, ...]:

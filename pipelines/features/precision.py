@@ -23,9 +23,9 @@ class Device:
     bf16: bool  # computes bf16 itself; T4 and V100 only emulate it
 
     @classmethod
-    def here(cls) -> Device:
-        """The device of this process."""
-        if not torch.cuda.is_available():
+    def here(cls, gpu: bool = True) -> Device:
+        """The device of this process: its GPU, where it has one and may use it."""
+        if not gpu or not torch.cuda.is_available():
             return cls("cpu", torch.backends.cpu.get_cpu_capability(), True)
         return cls("cuda", torch.cuda.get_device_name(), torch.cuda.is_bf16_supported(including_emulation=False))
 

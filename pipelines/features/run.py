@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from options import plain_sentence
+from options import AS_NEEDED, Reservation, WorkerRange, in_this_process, plain_sentence
 from pipelines import cluster
 from pipelines.features import precision
 from pipelines.features.outcomes import Failed, Outcome, Rejected, describe
@@ -46,15 +46,17 @@ class ShardWorker:
     it comes back as text, and the driver raises it.
     """
 
-    def __init__(self, store: FeatureStore, work: Pass, threads: int) -> None:
-        self.store, self.work, self.threads, self.loaded = store, work, threads, False
+    def __init__(self, store: FeatureStore, work: Pass) -> None:
+        self.store, self.work, self.loaded = store, work, False
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         unit = Unit(row["shard"], tuple(json.loads(row["series"])), row["clips"], row["remake"])
         try:
             if not self.loaded:
-                torch.set_num_threads(self.threads)
-                self.work.load(torch.device("cuda" if torch.cuda.is_available() and self.work.encoder else "cpu"))
+                # What it was given, not what its node has; without an encoder one thread, and so the same sums and bytes everywhere.
+                threads, device = cluster.given() if self.work.encoder else (1, "cpu")
+                torch.set_num_threads(threads)
+                self.work.load(torch.device(device))
                 self.loaded = True
             return self.make(unit).to_row()
         except Exception as error:
@@ -88,7 +90,8 @@ def execute(
     work: Pass,
     store: FeatureStore,
     *,
-    workers: int | None = None,
+    workers: WorkerRange = None,
+    reserve: Reservation = AS_NEEDED,
     limit_shards: int | None = None,
     shards: Iterable[int] | None = None,
     retry_rejected: str | None = None,
@@ -101,7 +104,8 @@ def execute(
     A shard with a clip that fails is not made, and tried again after a wait. The report says what is left in the end.
 
     Args:
-        workers: how many shards at once; by default what the cluster has room for.
+        workers: how many shards at once, or the smallest and largest number (`cluster.pool`); 0 for this process, without Ray.
+        reserve: what each worker reserves, in place of what the pass needs.
         limit_shards: make at most this many shards, the first missing ones.
         shards: only these; by default all.
         retry_rejected: make shards again that rejected a clip for a reason with this part; "" takes every reason.
@@ -114,13 +118,14 @@ def execute(
             workers of an encoder keep dying.
     """
     with store.working(f"loa preprocess {work.name}") as own:
-        return _execute(work, own, workers, limit_shards, shards, retry_rejected, retry_waits, progress, tracker)
+        return _execute(work, own, workers, reserve, limit_shards, shards, retry_rejected, retry_waits, progress, tracker)
 
 
 def _execute(
     work: Pass,
     store: FeatureStore,
-    workers: int | None,
+    workers: WorkerRange,
+    reserve: Reservation,
     limit_shards: int | None,
     shards: Iterable[int] | None,
     retry_rejected: str | None,
@@ -140,7 +145,7 @@ def _execute(
     with Progress(report, units, progress, tracker) as shown:
         pending, attempt = units, 0
         while pending:
-            made, pending, elsewhere = _round(store, work, pending, workers, shown)
+            made, pending, elsewhere = _round(store, work, pending, workers, reserve, shown)
             if elsewhere and not pending:  # left to another job: is it through, or gone?
                 pending = [unit for unit in select(store, work, elsewhere) if unit.shard in elsewhere]
                 time.sleep(OTHERS if pending else 0)
@@ -157,7 +162,9 @@ def _execute(
     return report
 
 
-def choose_precision(work: Pass, store: FeatureStore, given: str | None) -> None:
+def choose_precision(
+    work: Pass, store: FeatureStore, given: str | None, workers: WorkerRange = None, reserve: Reservation = AS_NEEDED
+) -> None:
     """Settle in which precision the encoder computes: as given, as its series began, or as suits the workers' device.
 
     Another one than the series began with is refused when the series is continued.
@@ -166,23 +173,26 @@ def choose_precision(work: Pass, store: FeatureStore, given: str | None) -> None
         return
     recipes = store.recipes()
     known = next((recipes[name]["precision"] for name in work.series if "precision" in recipes.get(name, {})), None)
-    device = _workers_device()
+    device = _workers_device(work, workers, reserve)
     work.precision = given or known or precision.choose(device, work.fp16)
     work.made_on = str(device)
 
 
-def _workers_device() -> precision.Device:
-    """The kind of device that encoders will get on the joined cluster."""
+def _workers_device(work: Pass, workers: WorkerRange, reserve: Reservation) -> precision.Device:
+    """The kind of device that encoders get, asked of a worker like theirs."""
+    if in_this_process(workers):
+        return precision.Device.here(reserve.gpus != 0)
     import ray
 
-    if not cluster.cluster_resources().gpus:
-        return precision.Device.here()
-    answer: precision.Device = ray.get(ray.remote(num_cpus=0, num_gpus=0.01)(precision.Device.here).remote())
+    pool = cluster.pool(work.needs, 1, None, reserve)
+    cluster.await_room(pool, f"the {work.name} pass")
+    ask = ray.remote(num_cpus=0, num_gpus=pool.num_gpus, memory=pool.memory or None)(precision.Device.here)
+    answer: precision.Device = ray.get(ask.remote(bool(pool.num_gpus)))
     return answer
 
 
 def _round(
-    store: FeatureStore, work: Pass, units: Sequence[Unit], workers: int | None, shown: Progress
+    store: FeatureStore, work: Pass, units: Sequence[Unit], workers: WorkerRange, reserve: Reservation, shown: Progress
 ) -> tuple[int, list[Unit], dict[int, Unit]]:
     """Try units once, but stop when too many of the latest fail; how many were made, which are left, and which other jobs are at."""
     made: set[int] = set()
@@ -190,7 +200,7 @@ def _round(
     elsewhere: dict[int, Unit] = {}
     by_shard = {unit.shard: unit for unit in units}
     latest: collections.deque[bool] = collections.deque(maxlen=LATEST)
-    for row in _outcomes(store, work, units, workers):
+    for row in _outcomes(store, work, units, workers, reserve):
         _raise_failure(row)
         result = ShardResult.from_row(row)
         if result.elsewhere:
@@ -250,12 +260,17 @@ def _find_known(store: FeatureStore, work: Pass, units: Sequence[Unit]) -> None:
                 work.known = None
 
 
-def _outcomes(store: FeatureStore, work: Pass, units: Sequence[Unit], workers: int | None) -> Iterator[dict[str, Any]]:
+def _outcomes(
+    store: FeatureStore, work: Pass, units: Sequence[Unit], workers: WorkerRange, reserve: Reservation
+) -> Iterator[dict[str, Any]]:
     """What became of every unit, as they finish. Without an encoder, units whose worker keeps dying are done under guard."""
     if not units:
         return
-    resources = cluster.cluster_resources()
-    pool = (cluster.encoder_pool if work.encoder else cluster.cpu_pool)(resources, len(units), workers)
+    if in_this_process(workers):
+        yield from _here(store, work, units, reserve)
+        return
+    pool = cluster.pool(work.needs, len(units), workers, reserve)
+    cluster.await_room(pool, f"the {work.name} pass")
     finished = set()
     for outcome in _on_ray_data(store, work, units, pool):
         finished.add(outcome["shard"])
@@ -265,6 +280,18 @@ def _outcomes(store: FeatureStore, work: Pass, units: Sequence[Unit], workers: i
             yield _claimed(store, work, unit, _guarded(work)).to_row()
 
 
+def _here(store: FeatureStore, work: Pass, units: Sequence[Unit], reserve: Reservation) -> Iterator[dict[str, Any]]:
+    """The same in this process, without Ray."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if not work.encoder else int(reserve.cpus or threads) or 1)
+    try:
+        work.load(torch.device("cuda" if work.encoder and reserve.gpus != 0 and torch.cuda.is_available() else "cpu"))
+        for unit in units:
+            yield _claimed(store, work, unit, work.encode).to_row()
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _on_ray_data(store: FeatureStore, work: Pass, units: Sequence[Unit], pool: cluster.Pool) -> Iterator[dict[str, Any]]:
     import ray
     from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
@@ -272,7 +299,7 @@ def _on_ray_data(store: FeatureStore, work: Pass, units: Sequence[Unit], pool: c
     from ray.exceptions import RayError
 
     rows = [{"shard": unit.shard, "series": json.dumps(unit.series), "clips": unit.clips, "remake": unit.remake} for unit in units]
-    worker = ShardWorker(store, work, pool.threads)
+    worker = ShardWorker(store, work)
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -286,26 +313,27 @@ def _on_ray_data(store: FeatureStore, work: Pass, units: Sequence[Unit], pool: c
         if work.encoder:
             dataset = dataset.map(
                 ShardWorker,
-                fn_constructor_args=(store, work, pool.threads),
-                compute=ActorPoolStrategy(size=pool.size),
-                num_cpus=pool.num_cpus,
-                num_gpus=pool.num_gpus,
-                max_restarts=ATTEMPTS - 1,
+                fn_constructor_args=(store, work),
+                compute=ActorPoolStrategy(min_size=pool.smallest, max_size=pool.largest),
+                **pool.reserves(),
+                max_restarts=len(rows),  # a worker outlives nodes that are lost; what ends it for good is a shard that kills it again
                 max_task_retries=ATTEMPTS - 1,
             )
         else:
-            dataset = dataset.map(lambda row: worker(row), compute=TaskPoolStrategy(size=pool.size), num_cpus=1, max_retries=ATTEMPTS - 1)
+            dataset = dataset.map(
+                lambda row: worker(row), compute=TaskPoolStrategy(size=pool.largest), **pool.reserves(), max_retries=ATTEMPTS - 1
+            )
     try:
         yield from dataset.iter_rows()
     except ExecutionTimeoutError as error:
         raise UserError(
-            f"the {work.name} pass is stalled: {pool.size} workers of {pool.num_cpus:g} CPUs and {pool.num_gpus:g} GPUs never started, or "
-            "a shard takes longer than RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S; free the cluster, or give --workers or a longer time"
+            f"the {work.name} pass is stalled: no worker with {pool.worker()} came to start, or a shard takes longer than "
+            "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S; free the cluster, or give --workers or a longer time"
         ) from error
     except RayError as error:
         raise UserError(
             f"a worker of the {work.name} pass died {ATTEMPTS} times ({type(error).__name__}), most often for lack of memory; "
-            f"finished shards are kept: try again with --workers {max(1, pool.size // 2)} or a larger machine"
+            f"finished shards are kept: try again with --workers {max(1, pool.largest // 2)}, --memory or a larger machine"
         ) from error
 
 
