@@ -83,7 +83,12 @@ class IngestReport:
             rejected = f"{self.counts()['rejected']:,.0f}" if counts is total else reasons or "0"
             numbers = (f"{counts.recordings:,.0f}", f"{counts.clips:,.0f}", f"{counts.hours:,.2f}", f"{counts.captions:,.0f}")
             rows.append([counts.corpus, *numbers, rejected])
-        return aligned(rows, remarks=1)
+        return "\n".join([aligned(rows, remarks=1), *self.coverage()])
+
+    def coverage(self) -> list[str]:
+        """A sentence per published corpus: what is found, missing and broken of its published recordings."""
+        sentences = (corpora.coverage(c.corpus, c.recordings, c.rejected) for c in self.corpora)
+        return [sentence for sentence in sentences if sentence]
 
 
 # ------------------------------------------------------------------------------------------- recordings become clips
@@ -183,6 +188,7 @@ def ingest(
     max_windows: int = MAX_WINDOWS,
     limit: int | None = None,
     keep_blacklisted: bool = False,
+    include: Sequence[str] = (),
     seed: int = 0,
     shard_size: int = DEFAULT_SHARD_SIZE,
     workers: int | None = None,
@@ -196,6 +202,7 @@ def ingest(
         max_windows: most clips of one recording.
         limit: most recordings per corpus, chosen by a hash of their ids; None takes all.
         keep_blacklisted: use what WavCaps' blacklists name.
+        include: corpora to read that are read only when asked for (`corpora.OPT_IN`).
         seed: of the shuffle that deals clips to shards.
         workers: CPUs that read headers; 0 reads them in this process.
         say: is told what happens, line by line.
@@ -209,7 +216,10 @@ def ingest(
     from pipelines.features.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore
 
     folders = [Path(os.path.abspath(folder)) for folder in data_dirs]
-    listed = _listed(folders, keep_blacklisted, limit)
+    roots, left_out = corpora.wanted(folders, include)
+    for sentence in left_out:
+        say(sentence)
+    listed = [(root, _limited(corpora.read(*root, keep_blacklisted=keep_blacklisted), limit)) for root in roots]
     made_from = {
         "data": [str(folder) for folder in folders],
         "audio": audio.to_dict(),
@@ -239,15 +249,6 @@ def ingest(
     content = {"made_from": made_from, "corpora": [asdict(c) for c in counts], "splits": report.splits}
     store.write(json.dumps(content, indent=1, ensure_ascii=False).encode(), REPORT)
     return report
-
-
-def _listed(folders: Sequence[Path], keep_blacklisted: bool, limit: int | None) -> list[tuple[tuple[str, Path], list[Record]]]:
-    """What the readers find: (corpus, root) with its records. Raises UserError when there is no corpus and no recording."""
-    roots = list(dict.fromkeys(source for folder in folders for source in corpora.discover(folder)))
-    if not roots:
-        layouts = "; ".join(corpora.LAYOUTS.values())
-        raise UserError(f"{_names(folders)} contains no recordings; searched it and the folders directly below for {layouts}")
-    return [(source, _limited(corpora.read(*source, keep_blacklisted=keep_blacklisted), limit)) for source in roots]
 
 
 def _nothing_usable(folders: Sequence[Path], names: Sequence[str], rejected: Sequence[Rejected]) -> str:
@@ -383,6 +384,12 @@ def _names(folders: Sequence[Path]) -> str:
 @click.option(
     "--keep-blacklisted", is_flag=True, help="Keep the recordings on WavCaps' blacklists, which occur in test sets of other corpora."
 )
+@click.option(
+    "--include",
+    type=click.Choice(corpora.OPT_IN),
+    multiple=True,
+    help="Read this corpus, too, which is left out otherwise. May be repeated.  [default: none]",
+)
 @click.option("--seed", default=0, show_default=True, help="Seed of the shuffle that assigns clips to shards.")
 @click.option(
     "--shard-size", type=click.IntRange(min=1), default=DEFAULT_SHARD_SIZE, show_default=True, metavar="N", help="Clips per shard."
@@ -401,14 +408,16 @@ def main(
     max_windows: int,
     limit: int | None,
     keep_blacklisted: bool,
+    include: tuple[str, ...],
     seed: int,
     shard_size: int,
     workers: int | None,
 ) -> None:
     """Make the clip table in --work from the corpora or recordings in DIR.
 
-    DIR contains any mix of corpora in their published layouts (AudioSet, AudioCaps, WavCaps, Million Song Dataset,
-    LJSpeech, GigaSpeech), in it or one folder below, or simply recordings, with or without captions.
+    DIR contains any mix of corpora in their published layouts (AudioSet, AudioCaps, WavCaps, VGGSound, Million Song Dataset,
+    FMA, LJSpeech, GigaSpeech; MusicCaps and Clotho for evaluation alone), in it or one folder below, or simply recordings, with or
+    without captions: as files, in WebDataset tars, or as a Hugging Face data set.
     """
     if not folders + data:
         raise UserError("name the folder that holds the recordings: `loa ingest DIR`")
@@ -424,6 +433,7 @@ def main(
         max_windows=max_windows,
         limit=limit,
         keep_blacklisted=keep_blacklisted,
+        include=include,
         seed=seed,
         shard_size=shard_size,
         workers=workers,

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stages.errors import AudioError
+from stages.recordings import open_recording, parse_address
 
 Waveform = NDArray[np.float32]
 Source = str | PathLike[str] | bytes | BinaryIO
@@ -103,7 +104,7 @@ def load_audio(source: Source, sample_rate: int, start: float = 0.0, seconds: fl
     """Decode (part of) one channel of a recording, or their mean, and resample it.
 
     Args:
-        source: a path, the bytes of a whole file, or a seekable binary file.
+        source: a path, an address (`stages.recordings`), the bytes of a whole file, or a seekable binary file.
         sample_rate: wanted rate in Hz.
         start: where to begin, in seconds.
         seconds: how much to read at most; None reads to the end.
@@ -114,6 +115,7 @@ def load_audio(source: Source, sample_rate: int, start: float = 0.0, seconds: fl
 
     Raises:
         AudioError: the recording is missing, unreadable, empty, ends before `start`, or holds non-finite samples.
+        OSError: the file of an address that is more than a path cannot be read.
     """
     name = _name(source)
     with _open(source) as file:
@@ -165,12 +167,13 @@ def _to_int16(waveform: Waveform) -> NDArray[np.int16]:
 
 def _open(source: Source) -> soundfile.SoundFile:
     name = _name(source)
+    readable = _readable(source)
     try:
-        file = soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else source)
+        file = soundfile.SoundFile(readable)
     except (soundfile.SoundFileError, TypeError) as error:  # TypeError: ".raw", which soundfile reads only with a format
-        if isinstance(source, (str, PathLike)):
+        if isinstance(readable, (str, PathLike)):
             try:
-                with open(source, "rb"):
+                with open(readable, "rb"):
                     pass
             except OSError as reason:
                 raise AudioError(f"{name} cannot be opened: {reason.strerror}") from error
@@ -179,6 +182,16 @@ def _open(source: Source) -> soundfile.SoundFile:
         file.close()
         raise AudioError(f"{name} is empty: it has no samples")
     return file
+
+
+def _readable(source: Source) -> str | PathLike[str] | BinaryIO:
+    """What libsndfile opens: a plain path by itself, anything else through a file object."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    if not isinstance(source, (str, PathLike)):
+        return source
+    address = parse_address(source)
+    return source if address.whole and not address.remote else open_recording(source)
 
 
 def _name(source: Source) -> str:

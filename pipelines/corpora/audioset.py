@@ -11,6 +11,7 @@ from pipelines.corpora.records import Record, Recording, Rejected
 LAYOUT = "AudioSet (balanced_train_, unbalanced_train_ or eval_segments.csv beside class_labels_indices.csv)"
 LICENCE = "labels CC BY 4.0"
 CORPUS = "audioset"
+PUBLISHED_COUNTS = {"evaluation": 20_371, "balanced": 22_160, "unbalanced": 2_041_789}  # lines of the segment lists
 CLASSES = "class_labels_indices.csv"
 
 

@@ -13,6 +13,7 @@ from pipelines.corpora.records import Record, Recording, Rejected
 LAYOUT = "GigaSpeech (GigaSpeech.json beside audio/)"
 LICENCE = "GigaSpeech, non-commercial research"
 CORPUS = "gigaspeech"
+PUBLISHED_COUNTS = {"XL": 8_282_988, "DEV": 6_750, "TEST": 25_619}  # segments, rows of the hub's copy
 PUNCTUATION = {"<COMMA>": ",", "<PERIOD>": ".", "<QUESTIONMARK>": "?", "<EXCLAMATIONPOINT>": "!"}
 GARBAGE = ("<SIL>", "<MUSIC>", "<NOISE>", "<OTHER>")
 

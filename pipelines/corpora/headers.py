@@ -11,6 +11,7 @@ import numpy as np
 from pipelines.corpora.files import MISSING
 from stages.audio import probe
 from stages.errors import AudioError
+from stages.recordings import parse_address
 
 # Fewer headers than this are read sooner than a Ray cluster starts.
 FEW = 4096
@@ -25,16 +26,19 @@ def probe_batch(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def probe_header(path: str) -> tuple[float, str]:
-    """(seconds, "") of a recording, or (0, the reason why it cannot be used)."""
-    if not os.path.isfile(path):  # also a pipe or a device, which would be waited for without end
-        return 0.0, "unreadable: it is no regular file" if os.path.exists(path) else MISSING
+    """(seconds, "") of a recording at a path or address, or (0, the reason why it cannot be used)."""
+    address = parse_address(path)
+    if not address.remote and not os.path.isfile(address.file):  # also a pipe or a device, which would be waited for without end
+        return 0.0, "unreadable: it is no regular file" if os.path.exists(address.file) else MISSING
     try:
-        if os.path.getsize(path) == 0:
+        if not address.remote and os.path.getsize(address.file) == 0:
             return 0.0, "empty: the file has no bytes"
         return probe(path).seconds, ""
     except AudioError as error:
         kind = "empty" if "is empty" in str(error) else "unreadable"
         return 0.0, f"{kind}: {str(error).removeprefix(path).strip()}"
+    except FileNotFoundError:
+        return 0.0, MISSING
     except OSError as error:
         return 0.0, f"unreadable: {error.strerror or error}"
 

@@ -13,6 +13,7 @@ from pipelines.corpora.records import Record, Recording, Rejected
 LAYOUT = "Million Song Dataset (ecals_annotation/annotation.json, lastfm_annotation/*.pkl beside audio/)"
 LICENCE = "research use"
 CORPUS = "msd"
+PUBLISHED_COUNTS = {"tracks": 517_022}  # ECALS, arXiv 2211.14558: the tracks with tags and a preview
 ANNOTATION = Path("ecals_annotation") / "annotation.json"
 TRACK_SPLIT = Path("ecals_annotation") / "ecals_track_split.json"
 TRACK_TO_PREVIEW = Path("lastfm_annotation") / "MSD_id_to_7D_id.pkl"

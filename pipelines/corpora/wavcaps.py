@@ -22,6 +22,7 @@ from pipelines.corpora.records import Record, Recording, Rejected
 LAYOUT = "WavCaps (json_files/<source>/*.json beside audio/<source>/)"
 LICENCE = "WavCaps, academic use"
 CORPUS = "wavcaps"
+PUBLISHED_COUNTS = {"recordings": 403_050}  # arXiv 2303.17395, table 1
 BLACKLISTED = "blacklisted"
 # A source's part of the blacklists is not always called like the source.
 _BLACKLIST_KEYS = {"AudioSet_SL": ("AudioSet_SL", "AudioSet")}

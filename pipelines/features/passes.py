@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-import fsspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -230,8 +229,7 @@ def read_recording(path: str, sample_rate: int, start: float, seconds: float) ->
         return load_audio(path, sample_rate, start, seconds)
     for attempt in range(1, REMOTE_ATTEMPTS + 1):
         try:
-            with fsspec.open(path, "rb") as file:
-                return load_audio(file.read(), sample_rate, start, seconds)
+            return load_audio(path, sample_rate, start, seconds)
         except FileNotFoundError:
             raise AudioError(f"{path} does not exist") from None
         except OSError:
