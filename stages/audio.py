@@ -29,6 +29,7 @@ from stages.recordings import open_recording, parse_address
 Waveform = NDArray[np.float32]
 Source = str | PathLike[str] | bytes | BinaryIO
 
+SILENCE = 1e-4  # a clip whose samples all lie below holds no sound
 PEAK = 0.5  # level of every training waveform
 LOG_FLOOR = 1e-5  # the log-mel spectrogram bottoms out at ln 1e-5 = -11.5129
 
@@ -138,6 +139,30 @@ def load_audio(source: Source, sample_rate: int, start: float = 0.0, seconds: fl
     if rate != sample_rate:
         waveform = soxr.resample(waveform, rate, sample_rate, quality="HQ")
     return waveform if seconds is None else waveform[: round(seconds * sample_rate)]
+
+
+def check_audio(source: Source) -> float:
+    """Decode a whole recording piece by piece, in bounded memory, and return its seconds.
+
+    Raises AudioError as `load_audio` does, also when it ends before its header says or is silent throughout; OSError likewise.
+    """
+    name = _name(source)
+    decoded, peak = 0, 0.0
+    with _open(source) as file:
+        try:
+            for block in file.blocks(1 << 16, dtype="float32", always_2d=True):
+                loudest = float(np.abs(block).max(initial=0.0))  # NaN where a sample is
+                if not math.isfinite(loudest):
+                    raise AudioError(f"{name} contains samples that are not finite numbers")
+                decoded, peak = decoded + len(block), max(peak, loudest)
+        except soundfile.SoundFileError as error:
+            raise AudioError(f"{name} is damaged: decoding failed at {decoded / file.samplerate:.2f} s ({_reason(error)})") from error
+        seconds, promised = decoded / file.samplerate, file.frames / file.samplerate
+        if decoded < file.frames:
+            raise AudioError(f"{name} is truncated: its header promises {promised:.2f} s and {seconds:.2f} s can be decoded")
+        if peak <= SILENCE:
+            raise AudioError(f"{name} is silent: no sample is louder than {SILENCE:g} of full scale")
+        return seconds
 
 
 def write_wav(target: str | PathLike[str] | BinaryIO, waveform: Waveform, sample_rate: int) -> None:

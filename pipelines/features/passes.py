@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from pipelines.features.shards import Member
-from stages.audio import AudioConfig, encode_flac, fbank, load_audio, log_mel, normalise, pad_or_cut
+from stages.audio import SILENCE, AudioConfig, encode_flac, fbank, load_audio, log_mel, normalise, pad_or_cut
 from stages.errors import AudioError
 from stages.files import code_version, weights_hash
 from stages.text import clip_texts
 
-SILENCE = 1e-4  # a clip whose samples all lie below is rejected
 REMOTE_ATTEMPTS = 3  # at a recording behind a URL
 
 Row = Mapping[str, Any]
