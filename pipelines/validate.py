@@ -222,16 +222,16 @@ def _check_shard(store: FeatureStore, series: str, row: LedgerRow) -> tuple[int,
 
 def _list_problems(store: FeatureStore, kept: Sequence[str], row: LedgerRow) -> Iterator[str]:
     """Where the clips of a shard do not agree with the clip table, which has its share of them in order."""
-    dealt = [clip["clip_id"] for clip in store.shard_rows(row.shard)]
+    dealt = {clip["clip_id"]: position for position, clip in enumerate(store.shard_rows(row.shard))}
     rejected = [rejection.clip_id for rejection in row.rejected]
-    strangers = [clip_id for clip_id in [*kept, *rejected] if clip_id not in set(dealt)]
+    strangers = [clip_id for clip_id in [*kept, *rejected] if clip_id not in dealt]
     if strangers:
         yield f"stranger: {strangers[0]} is not among the {len(dealt)} clips that the clip table deals to this shard"
     if len(dealt) != store.shard_count(row.shard):
         yield f"wrong count: the clip table has {len(dealt)} clips of this shard, store.json says {store.shard_count(row.shard)}"
     if len(kept) != row.count or len({*kept, *rejected}) != len(kept) + len(rejected):
         yield f"wrong count: {len(kept)} clips kept and {len(rejected)} rejected, the ledger says {row.count} kept"
-    if not strangers and sorted(kept, key=dealt.index) != list(kept):
+    if not strangers and sorted(kept, key=dealt.__getitem__) != list(kept):
         yield "wrong order: the clips are not in the order of the clip table"
 
 

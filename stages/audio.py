@@ -215,8 +215,7 @@ def _readable(source: Source) -> str | PathLike[str] | BinaryIO:
         return io.BytesIO(source)
     if not isinstance(source, (str, PathLike)):
         return source
-    address = parse_address(source)
-    return source if address.whole and not address.remote else open_recording(source)
+    return source if parse_address(source).plain else open_recording(source)
 
 
 def _name(source: Source) -> str:

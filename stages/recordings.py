@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import re
+import threading
 from functools import lru_cache
 from os import PathLike, fspath
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -38,9 +39,9 @@ class Address(NamedTuple):
         return "://" in self.file
 
     @property
-    def whole(self) -> bool:
-        """Whether the recording is a file of its own."""
-        return self.length is None and self.column is None
+    def plain(self) -> bool:
+        """Whether it is just the path of a file here, which any library can open."""
+        return self.length is None and self.column is None and not self.remote
 
 
 def stretch_of(file: str, offset: int, length: int) -> str:
@@ -121,7 +122,9 @@ def _parquet_value(address: Address) -> bytes:
     group = next((i for i, start in enumerate(starts[:-1]) if start <= address.row < starts[i + 1]), None)
     if group is None:
         raise AudioError(f"{address.file} has {starts[-1]} rows, so there is no row {address.row} (they count from 0)")
-    value = _row_group(address.file, group, address.column)[address.row - starts[group]].as_py()
+    with _ONE_GROUP:
+        sounds = _row_group(address.file, group, address.column)
+    value = sounds[address.row - starts[group]].as_py()
     if value is None:
         raise AudioError(f"row {address.row} of {address.file} holds no sound")
     return bytes(value)
@@ -137,7 +140,10 @@ def _row_groups(file: str) -> tuple[int, ...]:
         return tuple(starts)
 
 
-@lru_cache(maxsize=1)  # of some 100 rows: whoever reads in order decompresses each group once
+_ONE_GROUP = threading.Lock()  # threads that want the same group wait for the first one's
+
+
+@lru_cache(maxsize=2)  # of some 100 rows each: whoever reads in order, in a few threads, decompresses each group once
 def _row_group(file: str, group: int, column: str) -> Any:
     """The sounds of a row group as an Arrow array of binaries."""
     import pyarrow as pa

@@ -215,6 +215,20 @@ def test_clotho_is_for_evaluation_and_says_each_licence(tmp_path):
     assert len(good) == 6 and kinds(bad)["missing file"] == 4 and good[-1].licence == clotho.LICENCE
 
 
+def test_every_row_of_a_published_corpus_has_its_licence(tmp_path):
+    make_vggsound(tmp_path / "vggsound")
+    make_fma(tmp_path / "fma")
+    make_clotho(tmp_path / "clotho")
+    ingest([tmp_path], tmp_path / "store", AUDIO, include=["fma"], workers=0)
+    clips = FeatureStore.open(tmp_path / "store").clips()
+    licences = {corpus: set(rows["licence"]) for corpus, rows in clips.groupby("corpus")}
+    assert licences == {
+        "vggsound": {"labels CC BY 4.0"},
+        "fma": {"Attribution 3.0 International", "Public Domain", "CC0", fma.LICENCE},
+        "clotho": {"http://licences/by", *(f"http://licences/{name}" for name in ("development", "validation", "evaluation"))},
+    }
+
+
 def test_what_is_for_evaluation_is_never_training(tmp_path, monkeypatch):
     assert corpora.EVALUATION_ONLY == ["musiccaps", "clotho"]
     careless = Recording("clotho", "a", "/a.wav", split="train")

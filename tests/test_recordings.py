@@ -2,6 +2,7 @@
 
 import io
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import numpy as np
@@ -34,10 +35,11 @@ def memory():
 
 
 def test_addresses_are_taken_apart():
-    assert parse_address("/a/b.wav") == Address("/a/b.wav") and parse_address("/a/b.wav").whole
+    assert parse_address("/a/b.wav") == Address("/a/b.wav") and parse_address("/a/b.wav").plain
     assert parse_address(stretch_of("s3://x/0.tar", 512, 88)) == Address("s3://x/0.tar", 512, 88)
     assert parse_address(row_of("/a/x.parquet", "my audio", 17)) == Address("/a/x.parquet", column="my audio", row=17)
-    assert parse_address("/a/song #1.wav").whole and parse_address("/a#bytes=1-2.wav").whole
+    assert parse_address("/a/song #1.wav").plain and parse_address("/a#bytes=1-2.wav").plain
+    assert not any(parse_address(path).plain for path in ("s3://x/a.wav", "/a.tar#bytes=1-2", "/a.parquet#column=a&row=1"))
     assert sorted([row_of("x", "a", 10), row_of("x", "a", 9)]) == [row_of("x", "a", 9), row_of("x", "a", 10)]
 
 
@@ -100,3 +102,20 @@ def test_rows_of_parquet_files(tmp_path, memory, nested):
         assert "holds no sound" in probe_header(row_of(file, "sound", 3))[1]
         with pytest.raises(AudioError, match="has 10 rows, so there is no row 10"):
             open_recording(row_of(file, "sound", 10))
+
+
+def test_rows_in_order_decompress_each_group_once(tmp_path, monkeypatch):
+    """Also when threads read them, as for headers: a row alone would cost its whole row group each time."""
+    file = str(tmp_path / "x.parquet")
+    pq.write_table(pa.table({"audio": pa.array([encoded("FLAC")] * 40, pa.binary())}), file, row_group_size=10)
+    groups = []
+    read_row_group = pq.ParquetFile.read_row_group
+
+    def noted(parquet, group, **options):
+        groups.append(group)
+        return read_row_group(parquet, group, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", noted)
+    with ThreadPoolExecutor(4) as threads:
+        headers = list(threads.map(probe_header, sorted(row_of(file, "audio", i) for i in range(40))))
+    assert headers == [(1.0, "")] * 40 and sorted(groups) == [0, 1, 2, 3]

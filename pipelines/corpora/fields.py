@@ -29,12 +29,12 @@ def words(row: Mapping[str, Any]) -> Words:
     A label that is a number says nothing to anybody and is left out.
     """
     cells = {name.strip().lower(): value for name, value in row.items()}
-    for name in COLUMNS["label"]:
-        value = cells.get(name)
+    for name in cells.keys() & COLUMNS["label"]:
+        value = cells[name]
         cells[name] = [label for label in (value if isinstance(value, list) else [value]) if isinstance(label, str)]
 
     def of(column: str) -> tuple[str, ...]:
-        return texts([text for name in COLUMNS[column] for text in texts(cells.get(name))])
+        return texts([text for name in COLUMNS[column] if name in cells for text in texts(cells[name])])
 
     numbered = [cells[name] for name in sorted(cells) if _CAPTION.fullmatch(name)]
     labels = [part for label in of("label") for part in label.split(";")]
@@ -68,6 +68,13 @@ def is_part(child: Path) -> bool:
 
 
 def shards(root: Path, *suffixes: str) -> list[Path]:
-    """The files that end so in a folder and in its parts."""
-    folders = [root, *filter(is_part, sorted(root.iterdir()))]
-    return [path for folder in folders for path in sorted(folder.iterdir()) if path.name.endswith(suffixes) and path.is_file()]
+    """The files that end so in a folder and in its parts; what of them is not ours to read is left out."""
+    folders = [root, *filter(is_part, _inside(root))]
+    return [path for folder in folders for path in _inside(folder) if path.name.endswith(suffixes) and path.is_file()]
+
+
+def _inside(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:  # vanished, or not ours to read
+        return []
