@@ -9,7 +9,7 @@ shows how to add one.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -30,9 +30,11 @@ from pipelines.corpora import (
     webdataset_tars,
 )
 from pipelines.corpora.fields import is_part
-from pipelines.corpora.files import MALFORMED, MISSING
-from pipelines.corpora.records import Record, Recording, Rejected
+from pipelines.corpora.files import MALFORMED, MISSING, Links, link_outside
+from pipelines.corpora.records import NOT_STATED, Record, Recording, Rejected
+from pipelines.corpora.words import caption_problem, class_name
 from stages.errors import UserError
+from stages.recordings import parse_address
 
 __all__ = ["LAYOUTS", "OPT_IN", "PUBLISHED", "READERS", "Record", "Recording", "Rejected", "coverage", "discover", "read", "wanted"]
 
@@ -64,30 +66,30 @@ def known(root: Path) -> list[str]:
     return published or [name for name in OWN if name != "folder" and READERS[name].detect(root)]
 
 
-def discover(data_dir: Path) -> list[tuple[str, Path]]:
+def discover(data_dir: Path, follow_links: bool = False) -> list[tuple[str, Path]]:
     """(corpus, root) of everything in a folder: published layouts at it or one level below, in any mix.
 
-    Sound that belongs to none of them is a corpus of its own, read as `folder`. Raises UserError when there is no
-    such folder; returns [] when it holds no corpus and no sound.
+    Sound that belongs to none of them is a corpus of its own, read as `folder`, and so are links that lead out of the folder:
+    reading it counts them. Raises UserError when there is no such folder; returns [] when it holds no corpus and no sound.
     """
     data_dir = Path(os.path.abspath(data_dir))
     if not data_dir.is_dir():
         raise UserError(f"{data_dir} {'is a file' if data_dir.exists() else 'does not exist'}; --data takes a folder of recordings")
     at_root = known(data_dir)
-    children = _children(data_dir)
+    children = _folders(data_dir, follow_links)
     below = [(name, child) for child in children for name in known(child) if not (name in OWN and name in at_root and is_part(child))]
     sources = [(name, data_dir) for name in at_root] + below
-    if not set(at_root) & set(PUBLISHED) and folder.detect(data_dir, skip=_published_below(data_dir)):
+    if not set(at_root) & set(PUBLISHED) and folder.detect(data_dir, _apart(children, follow_links), follow_links):
         sources.append(("folder", data_dir))
     return sources
 
 
-def wanted(folders: Sequence[Path], include: Sequence[str] = ()) -> tuple[list[tuple[str, Path]], list[str]]:
+def wanted(folders: Sequence[Path], include: Sequence[str] = (), follow_links: bool = False) -> tuple[list[tuple[str, Path]], list[str]]:
     """(corpus, root) of everything in the folders that is to be read, and a sentence on each that is read only when `include` names it.
 
     Raises UserError when nothing is left to read.
     """
-    sources = list(dict.fromkeys(source for folder_path in folders for source in discover(folder_path)))
+    sources = list(dict.fromkeys(source for folder_path in folders for source in discover(folder_path, follow_links)))
     if not sources:
         names = " and ".join(map(str, folders)) or "no folder"
         layouts = "; ".join(LAYOUTS.values())
@@ -99,18 +101,27 @@ def wanted(folders: Sequence[Path], include: Sequence[str] = ()) -> tuple[list[t
     return [source for source in sources if source not in asleep], sentences
 
 
-def read(corpus: str, root: Path, keep_blacklisted: bool = False) -> Iterator[Record]:
-    """Everything a corpus lists, in a fixed order.
+def read(corpus: str, root: Path, keep_blacklisted: bool = False, follow_links: bool = False) -> Iterator[Record]:
+    """Everything a corpus lists, in a fixed order, with labels and captions in the form all corpora share (`words`).
 
-    `folder` leaves out what lies below it in a published layout. `keep_blacklisted` ignores WavCaps' blacklists. A corpus that is
-    for evaluation alone has no training recordings, whatever its reader says.
+    `folder` leaves out what lies below it in a published layout. `keep_blacklisted` ignores WavCaps' blacklists. Recordings to which
+    links lead out of `root` are rejected unless `follow_links` says otherwise. A corpus that is for evaluation alone has no training
+    recordings, whatever its reader says.
     """
+    options = {"follow_links": follow_links}
     if corpus == "folder":
-        return folder.read(root, skip=_published_below(Path(root)))
+        options["skip"] = _apart(_folders(Path(root), follow_links), follow_links)  # type: ignore[assignment]
     if corpus == "wavcaps":
-        return wavcaps.read(root, keep_blacklisted=keep_blacklisted)
-    records: Iterator[Record] = READERS[corpus].read(root)
-    return map(_held_out, records) if corpus in EVALUATION_ONLY else records
+        options["keep_blacklisted"] = keep_blacklisted
+    links = None if follow_links else Links(root)
+    for record in READERS[corpus].read(root, **options):
+        if isinstance(record, Rejected):
+            yield record
+        elif links and links.lead_outside(file := parse_address(record.path).file):
+            yield link_outside(corpus, file, record.clip_id)
+        else:
+            held_out = replace(record, split="test") if corpus in EVALUATION_ONLY and record.split == "train" else record
+            yield from _in_common_words(held_out)
 
 
 def coverage(corpus: str, found: int, rejected: Mapping[str, int]) -> str:
@@ -131,14 +142,26 @@ def coverage(corpus: str, found: int, rejected: Mapping[str, int]) -> str:
 BROKEN = (MALFORMED, "unreadable", "empty", "outside the recording", "duplicate id")  # kinds of rejection that are damage, not choice
 
 
-def _held_out(record: Record) -> Record:
-    return replace(record, split="test") if isinstance(record, Recording) and record.split == "train" else record
+def _folders(root: Path, follow_links: bool) -> list[Path]:
+    """The folders directly below `root`, without hidden ones and those to which links lead out of it."""
+    links = Links(root)
+    folders = [child for child in sorted(root.iterdir()) if child.is_dir() and not child.name.startswith(".")]
+    return [child for child in folders if follow_links or not links.lead_outside(str(child))]
 
 
-def _children(folder_path: Path) -> list[Path]:
-    return sorted(child for child in folder_path.iterdir() if child.is_dir() and not child.name.startswith("."))
+def _apart(folders: Iterable[Path], follow_links: bool) -> list[Path]:
+    """Those of the folders that have nothing for the reader of loose sound: a published corpus, or shards and no sound beside them."""
+    layouts = ((path, known(path)) for path in folders)
+    return [path for path, names in layouts if set(names) & set(PUBLISHED) or (names and not folder.detect(path, (), follow_links))]
 
 
-def _published_below(root: Path) -> list[Path]:
-    """The folders below `root` that are a published corpus each."""
-    return [child for child in _children(root) if set(known(child)) & set(PUBLISHED)]
+def _in_common_words(recording: Recording) -> Iterator[Record]:
+    """A recording with the common names of its classes, and its unusable captions as rejected."""
+    problems = {caption: problem for caption in recording.captions if (problem := caption_problem(caption))}
+    yield from (recording.rejected(problem) for problem in problems.values())
+    yield replace(
+        recording,
+        captions=tuple(caption for caption in recording.captions if caption not in problems),
+        labels=tuple(dict.fromkeys(filter(None, map(class_name, recording.labels)))),
+        licence=recording.licence or NOT_STATED,
+    )

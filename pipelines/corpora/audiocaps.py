@@ -30,12 +30,12 @@ def detect(root: Path) -> bool:
     return any(_is_table(root / name) for name in TABLES)
 
 
-def read(root: Path) -> Iterator[Record]:
+def read(root: Path, follow_links: bool = False) -> Iterator[Record]:
     """The captioned clips, the captions of a clip together (validation and test have five).
 
     Sound files are named as in AudioSet, or by the id of one of their captions.
     """
-    files = AudioFiles(root)
+    files = AudioFiles(root, follow_links=follow_links)
     for name, split in TABLES.items():
         table = root / name
         if not _is_table(table):

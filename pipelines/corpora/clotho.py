@@ -22,7 +22,7 @@ def detect(root: Path) -> bool:
     return any(_table(root, "captions", name) is not None for name in SPLITS)
 
 
-def read(root: Path) -> Iterator[Record]:
+def read(root: Path, follow_links: bool = False) -> Iterator[Record]:
     """The recordings with their captions and each one's own licence.
 
     Clotho's evaluation split is test, as in published scores. Its development and validation splits are held out, too.
@@ -42,7 +42,7 @@ def read(root: Path) -> Iterator[Record]:
                     yield row.rejected(CORPUS)
                 else:
                     facts[row["file_name"]] = row
-        files = AudioFiles(*_audio_folders(root, name))
+        files = AudioFiles(*_audio_folders(root, name), root=root, follow_links=follow_links)
         for row in _rows(table, ("file_name",)):
             yield row.rejected(CORPUS) if isinstance(row, BadLine) else _recording(root, name, split, row, files, facts)
         yield from files.unlisted(CORPUS)

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipelines.corpora.captions import COLUMNS
 from pipelines.corpora.files import hash_split, split_named, texts, tidy
-from pipelines.corpora.folder import COLUMNS
 
 _CAPTION = re.compile(r"caption_?\d+")
 

@@ -24,14 +24,14 @@ def detect(root: Path) -> bool:
     return (root / "fma_metadata" / "tracks.csv").is_file()
 
 
-def read(root: Path) -> Iterator[Record]:
+def read(root: Path, follow_links: bool = False) -> Iterator[Record]:
     """The tracks of the largest subset whose folder is there, with their genres, each under its own licence.
 
     The splits are the published ones, which keep an artist's tracks together.
     """
     table = root / "fma_metadata" / "tracks.csv"
     folders = {name: root / f"fma_{name}" for name in SUBSETS if (root / f"fma_{name}").is_dir()}
-    files = AudioFiles(*folders.values())
+    files = AudioFiles(*folders.values(), root=root, follow_links=follow_links)
     listed = {subset for name in folders or SUBSETS for subset in SUBSETS[name]}
     genres: dict[str, str] = {}
     for genre in _genres(table.with_name("genres.csv")):

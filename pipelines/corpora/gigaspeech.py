@@ -27,10 +27,11 @@ def detect(root: Path) -> bool:
     return (root / "GigaSpeech.json").is_file()
 
 
-def read(root: Path) -> Iterator[Record]:
+def read(root: Path, follow_links: bool = False) -> Iterator[Record]:
     """The transcribed segments. Those of silence, music, noise or other sound are rejected.
 
-    The subsets DEV and TEST are validation and test. A copy without them is dealt by a hash of the segment ids.
+    The subsets DEV and TEST are validation and test. A copy without them is dealt by a hash of the recordings'
+    ids: segments of one recording share their speakers, and so their split.
     """
     table = root / "GigaSpeech.json"
     official = _has_official_split(table)
@@ -73,7 +74,7 @@ def _segment(
     if official:
         split = "test" if "TEST" in subsets else "validation" if "DEV" in subsets else "train"
     else:
-        split = hash_split(recording_id)
+        split = hash_split(str(audio.get("aid") or path))
     return Recording(
         CORPUS,
         recording_id,

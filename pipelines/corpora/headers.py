@@ -1,28 +1,43 @@
-"""How long recordings are, from their headers alone. Runs on Ray Data's workers, so it lives apart from the job."""
+"""How long recordings are, from their headers, and what they hold, from a hash of their bytes.
+
+Runs on Ray Data's workers, so it lives apart from the job.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 
 from pipelines.corpora.files import MISSING
 from stages.audio import probe
 from stages.errors import AudioError
-from stages.recordings import parse_address
+from stages.recordings import open_recording, parse_address
 
 # Fewer headers than this are read sooner than a Ray cluster starts.
 FEW = 4096
 _BLOCK = 256  # headers per task
+_THREADS = 4  # reading and hashing leave Python's lock
+
+
+class Probed(NamedTuple):
+    """What is known of a recording's file."""
+
+    seconds: float  # 0 where unknown
+    problem: str  # why it cannot be used; "" where there is none
+    content: str  # hash of its bytes; "" where they could not be read
 
 
 def probe_batch(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The column `path` with `seconds` (0 where unknown) and `problem` ("" where there is none). Never raises."""
-    headers = [probe_header(path) for path in batch["path"]]
-    seconds, problems = zip(*headers, strict=True)
-    return {"path": batch["path"], "seconds": np.array(seconds), "problem": np.array(problems, dtype=object)}
+    """The column `path` with those of `Probed`. Never raises."""
+    seconds, problems, contents = zip(*_probe_here(batch["path"].tolist()), strict=True)
+    text = {"problem": np.array(problems, dtype=object), "content": np.array(contents, dtype=object)}
+    return {"path": batch["path"], "seconds": np.array(seconds), **text}
 
 
 def probe_header(path: str) -> tuple[float, str]:
@@ -43,18 +58,39 @@ def probe_header(path: str) -> tuple[float, str]:
         return 0.0, f"unreadable: {error.strerror or error}"
 
 
-def probe_headers(paths: Sequence[str], workers: int | None = None) -> dict[str, tuple[float, str]]:
-    """Path → (seconds, problem) of every recording.
+def content_hash(path: str) -> str:
+    """A hash of a recording's bytes, equal for exact copies under any name or address; "" when they cannot be read."""
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        with open_recording(path) as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+    except (OSError, AudioError):
+        return ""
+
+
+def _probe_here(paths: Sequence[str]) -> list[Probed]:
+    def probe_one(path: str) -> Probed:
+        seconds, problem = probe_header(path)
+        return Probed(seconds, problem, "" if problem else content_hash(path))
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(probe_one, paths))
+
+
+def probe_headers(paths: Sequence[str], workers: int | None = None) -> dict[str, Probed]:
+    """What is known of every recording's file, by path.
 
     `workers` CPUs of the Ray cluster share the work; None takes what is free, or this process when there is little
     to do; 0 is always this process.
     """
     if workers == 0 or (workers is None and len(paths) < FEW):
-        return {path: probe_header(path) for path in paths}
+        return dict(zip(paths, _probe_here(paths), strict=True))
     return dict(_probe_with_ray(paths, workers))
 
 
-def _probe_with_ray(paths: Sequence[str], workers: int | None) -> Iterator[tuple[str, tuple[float, str]]]:
+def _probe_with_ray(paths: Sequence[str], workers: int | None) -> Iterator[tuple[str, Probed]]:
     import pyarrow as pa
     import ray.data
 
@@ -70,5 +106,6 @@ def _probe_with_ray(paths: Sequence[str], workers: int | None) -> Iterator[tuple
         probe_batch, batch_size=None, batch_format="numpy", num_cpus=1, compute=ray.data.TaskPoolStrategy(size=pool.size)
     )
     for batch in headers.iter_batches(batch_size=None, batch_format="numpy"):
-        for path, seconds, problem in zip(batch["path"], batch["seconds"], batch["problem"], strict=True):
-            yield str(path), (float(seconds), str(problem))
+        columns = (batch[name] for name in ("path", *Probed._fields))
+        for path, seconds, problem, content in zip(*columns, strict=True):
+            yield str(path), Probed(float(seconds), str(problem), str(content))

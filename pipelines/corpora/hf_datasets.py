@@ -35,7 +35,7 @@ def detect(root: Path) -> bool:
     return False
 
 
-def read(root: Path) -> Iterator[Record]:
+def read(root: Path, follow_links: bool = False) -> Iterator[Record]:
     """Every row with its sound, which stays where it is: bytes of an Arrow file, or a row of a Parquet file.
 
     Columns are named as in a folder's table; a number in a column of classes becomes the class's name. Splits are those of the

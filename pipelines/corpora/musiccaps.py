@@ -24,13 +24,13 @@ def detect(root: Path) -> bool:
     return (root / TABLE).is_file()
 
 
-def read(root: Path) -> Iterator[Record]:
+def read(root: Path, follow_links: bool = False) -> Iterator[Record]:
     """The captioned clips, all of them test.
 
     Sound files are named as in AudioSet, or `[<id>]-[<start>-<end>]`.
     """
     table = root / TABLE
-    files = AudioFiles(root)
+    files = AudioFiles(root, follow_links=follow_links)
     order: list[str] | None = None
     for record in csv_records(table):
         if isinstance(record, BadLine):

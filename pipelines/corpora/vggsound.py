@@ -22,13 +22,13 @@ def detect(root: Path) -> bool:
     return (root / TABLE).is_file()
 
 
-def read(root: Path) -> Iterator[Record]:
+def read(root: Path, follow_links: bool = False) -> Iterator[Record]:
     """The clips with their label. The published splits are train and test: 5 % of train are validation, by a hash of their ids.
 
     Sound files are called `<id>_<start>` with six digits, as the authors' scripts do, or as in AudioSet.
     """
     table = root / TABLE
-    files = AudioFiles(root)
+    files = AudioFiles(root, follow_links=follow_links)
     for line in csv_lines(table):
         if isinstance(line, BadLine):
             yield line.rejected(CORPUS)

@@ -38,7 +38,7 @@ def detect(root: Path) -> bool:
     return False
 
 
-def read(root: Path) -> Iterator[Record]:
+def read(root: Path, follow_links: bool = False) -> Iterator[Record]:
     """Every sound of every tar with the texts of its sample. The sounds stay where they are, addressed by their bytes.
 
     A .json holds the columns of a folder's table, a .txt one caption per line, a .cls the class. Splits come from "split" in the
