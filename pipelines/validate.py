@@ -86,13 +86,14 @@ class Findings:
         return asdict(self) | {"repairs": self.repairs}
 
 
-def validate(target: str | Path, threads: int | None = None, progress: bool = True) -> Findings:
+def validate(target: str | Path, threads: int | None = None, progress: bool = True, follow_links: bool = False) -> Findings:
     """Check the feature store or the recordings at `target`, whichever is there. Nothing is written.
 
     Args:
         target: a feature store (folder or URL), a work folder with a store, or a folder of recordings.
         threads: how many share the work; None takes one per CPU of this process.
         progress: show a bar on stderr.
+        follow_links: check recordings to which links lead out of their corpus, too.
 
     Raises UserError when there is neither a store nor a recording.
     """
@@ -106,23 +107,23 @@ def validate(target: str | Path, threads: int | None = None, progress: bool = Tr
             continue
     if "://" in str(target):
         raise UserError(f"{target} holds no feature store; recordings are checked in a folder, not behind a URL")
-    return check_recordings(Path(target), workers, progress)
+    return check_recordings(Path(target), workers, progress, follow_links)
 
 
 # ------------------------------------------------------------------------------------------------------- recordings
 
 
-def check_recordings(folder: Path, threads: int, progress: bool = True) -> Findings:
+def check_recordings(folder: Path, threads: int, progress: bool = True, follow_links: bool = False) -> Findings:
     """Read the metadata of every corpus in a folder, and decode every recording that it lists from beginning to end."""
     from pipelines import corpora
     from pipelines.corpora.records import Recording
 
-    sources = corpora.wanted([folder], corpora.OPT_IN)[0]
+    sources = corpora.wanted([folder], corpora.OPT_IN, follow_links)[0]
     findings = Findings(str(folder), {"rows": 0, "recordings": 0})
     listed: dict[str, list[Recording]] = {}
     left_out: Counter[str] = Counter()
     for source in sources:
-        for record in corpora.read(*source):
+        for record in corpora.read(*source, follow_links=follow_links):
             findings.checked["rows"] += 1
             if isinstance(record, Recording):
                 listed.setdefault(record.path, []).append(record)
@@ -269,16 +270,17 @@ def _in_threads(call: Callable[[T], R], items: Iterable[T], threads: int, unit: 
     help="Write all failures to FILE.  [default: none]",
 )
 @click.option("--show", type=click.IntRange(0), default=20, show_default=True, metavar="N", help="Failures to print.")
+@click.option("--follow-links", is_flag=True, help="Check recordings outside of DIR to which links in it lead, too.")
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads that share the work.  [default: one per CPU]")
 @friendly
-def main(target: str | None, work: Path, json_file: Path | None, show: int, workers: int | None) -> None:
+def main(target: str | None, work: Path, json_file: Path | None, show: int, follow_links: bool, workers: int | None) -> None:
     """Check recordings or a feature store, without writing to them.
 
     DIR is a folder as `loa ingest` takes it: its metadata is read and every recording decoded from beginning to end. STORE is a
     feature store (by default the one in --work): checksums, lists of clips, and every member of every shard are checked.
     Exit code 1 says that something fails; the commands that repair it are printed.
     """
-    findings = validate(target or str(work / "store"), workers, progress=sys.stderr.isatty())
+    findings = validate(target or str(work / "store"), workers, sys.stderr.isatty(), follow_links)
     if json_file is not None:
         from stages.files import write_json
 

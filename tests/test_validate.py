@@ -164,3 +164,12 @@ def test_numbers_that_are_not_finite_are_found(damaged):
 def test_no_recordings(tmp_path):
     with pytest.raises(UserError, match="contains no recordings"):
         validate(tmp_path, progress=False)
+
+
+def test_links_that_lead_out_are_followed_on_request(tmp_path):
+    sound(tmp_path / "elsewhere" / "linked.wav")
+    sound(tmp_path / "data" / "here.wav")
+    (tmp_path / "data" / "link.wav").symlink_to(tmp_path / "elsewhere" / "linked.wav")
+    assert ["--follow-links" in failure.reason for failure in validate(tmp_path / "data", progress=False).failures] == [True]
+    followed = validate(tmp_path / "data", progress=False, follow_links=True)
+    assert followed.failures == [] and followed.checked["recordings"] == 2
