@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from pipelines.corpora import audiocaps, audioset, folder, gigaspeech, ljspeech, msd, wavcaps
 from pipelines.corpora.files import Links, link_outside
@@ -61,9 +62,9 @@ def read(corpus: str, root: Path, keep_blacklisted: bool = False, follow_links: 
     `folder` leaves out what lies below it in a published layout. `keep_blacklisted` ignores WavCaps' blacklists.
     Recordings to which links lead out of `root` are rejected unless `follow_links` says otherwise.
     """
-    options = {"follow_links": follow_links}
+    options: dict[str, Any] = {"follow_links": True} if follow_links else {}
     if corpus == "folder":
-        options["skip"] = [child for child in _folders(Path(root), follow_links) if known(child)]  # type: ignore[assignment]
+        options["skip"] = [child for child in _folders(Path(root), follow_links) if known(child)]
     if corpus == "wavcaps":
         options["keep_blacklisted"] = keep_blacklisted
     links = None if follow_links else Links(root)
