@@ -58,7 +58,7 @@ def content_hash(path: str) -> str:
     """A hash of a file's bytes, equal for exact copies under any name; "" when they cannot be read."""
     try:
         with open(path, "rb") as stream:
-            return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+            return hashlib.file_digest(stream, "sha256").hexdigest()[:32]  # the fastest on processors with SHA instructions
     except OSError:
         return ""
 
