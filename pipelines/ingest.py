@@ -95,9 +95,10 @@ def ingest(
     folders = [Path(os.path.abspath(folder)) for folder in data_dirs]
     windows = Windows(max_windows, min_seconds, seed)
     sources, left_out = _listed(folders, include, keep_blacklisted, follow_links)
+    choices = {"limit": limit, "licences": list(licences), "keep_blacklisted": keep_blacklisted, "follow_links": follow_links}
     made_from = {
         **{"data": [str(folder) for folder in folders], "audio": audio.to_dict(), "windows": asdict(windows)},
-        **{"licences": list(licences), "limit": limit, "keep_blacklisted": keep_blacklisted, "follow_links": follow_links},
+        **choices,
         **{"seed": seed, "shard_size": shard_size},
         "recordings": {f"{source.corpus} in {source.root}": _digest(source.records) for source in sources},
     }

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from pipelines.corpora import (
     audiocaps,
@@ -108,9 +109,9 @@ def read(corpus: str, root: Path, keep_blacklisted: bool = False, follow_links: 
     links lead out of `root` are rejected unless `follow_links` says otherwise. A corpus that is for evaluation alone has no training
     recordings, whatever its reader says.
     """
-    options = {"follow_links": follow_links}
+    options: dict[str, Any] = {"follow_links": True} if follow_links else {}
     if corpus == "folder":
-        options["skip"] = _apart(_folders(Path(root), follow_links), follow_links)  # type: ignore[assignment]
+        options["skip"] = _apart(_folders(Path(root), follow_links), follow_links)
     if corpus == "wavcaps":
         options["keep_blacklisted"] = keep_blacklisted
     links = None if follow_links else Links(root)

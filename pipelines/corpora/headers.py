@@ -60,12 +60,12 @@ def probe_header(path: str) -> tuple[float, str]:
 
 def content_hash(path: str) -> str:
     """A hash of a recording's bytes, equal for exact copies under any name or address; "" when they cannot be read."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.sha256()  # the fastest on processors with SHA instructions
     try:
         with open_recording(path) as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
-        return digest.hexdigest()
+        return digest.hexdigest()[:32]
     except (OSError, AudioError):
         return ""
 
