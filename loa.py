@@ -28,6 +28,7 @@ JOURNEY: dict[str, dict[str, Job]] = {
     },
     "From recordings to features": {
         "ingest": Job("pipelines.ingest:main", "Make one validated clip table from corpora or a folder of recordings."),
+        "validate": Job("pipelines.validate:main", "Check a folder of recordings or a feature store, without writing anything."),
         "preprocess": Job("pipelines.preprocess:main", "Compute mel, loa, latent, text or speech features of the clips."),
     },
     "From features to a system": {

@@ -21,12 +21,11 @@ from pipelines.features import precision
 from pipelines.features.outcomes import Failed, Kept, Outcome, Rejected, describe, is_failure
 from pipelines.features.recording import measures, read_recording
 from pipelines.features.shards import Member
-from stages.audio import AudioConfig, encode_flac, fbank, log_mel, normalise, pad_or_cut
+from stages.audio import SILENCE, AudioConfig, encode_flac, fbank, log_mel, normalise, pad_or_cut
 from stages.errors import AudioError
 from stages.files import code_version, weights_hash
 from stages.text import clip_texts
 
-SILENCE = 1e-4  # a clip whose samples all lie below is rejected
 PROOF_SECONDS = 0.1  # of a recording that a worker reads to prove that it can
 
 Row = Mapping[str, Any]

@@ -6,13 +6,12 @@ import io
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import fsspec
 import numpy as np
 
 from stages.audio import Waveform, load_audio
 from stages.errors import AudioError
+from stages.recordings import open_recording, parse_address
 
-READ_AHEAD = 1 << 20  # bytes fetched at once from a URL
 FRAME = 320  # samples over which silence is measured: 20 ms at 16 kHz
 QUIET = 1e-6  # mean square of a silent frame: -60 dB of full scale
 
@@ -26,7 +25,7 @@ def read_recording(path: str, sample_rate: int, start: float, seconds: float) ->
         AudioError: the content is no usable sound.
         OSError: the bytes cannot be had now: missing, forbidden, unreachable, or the storage failed.
     """
-    if "://" in path:
+    if not parse_address(path).plain:
         return _read_watched(path, sample_rate, start, seconds)
     open(path, "rb").close()  # raises what libsndfile would call an unknown format
     try:
@@ -40,7 +39,7 @@ def read_recording(path: str, sample_rate: int, start: float, seconds: float) ->
 
 def _read_watched(path: str, sample_rate: int, start: float, seconds: float) -> Waveform:
     """As `read_recording`, every read through Python: a few percent slower, and no error of the storage is missed."""
-    with _opened(path) as file:
+    with open_recording(path) as file:
         watched = _Watched(file, path)
         try:
             return load_audio(watched, sample_rate, start, seconds)  # type: ignore[arg-type]
@@ -55,12 +54,6 @@ def measures(waveform: Waveform) -> dict[str, float]:
     power = np.einsum("ij,ij->i", frames, frames) / frames.shape[1]
     loudness = 10 * np.log10(max(float(power.mean()), 1e-12))
     return {"loudness": round(loudness, 2), "silence": round(float((power < QUIET).mean()), 3)}
-
-
-def _opened(path: str) -> Any:
-    if "://" not in path:
-        return open(path, "rb", buffering=1 << 16)
-    return fsspec.open(path, "rb", cache_type="readahead", block_size=READ_AHEAD).open()
 
 
 class _Watched(io.RawIOBase):

@@ -197,13 +197,15 @@ class ClipTable:
                 numbers[column[i].as_py()] = start + i
         return numbers
 
-    def recordings(self) -> set[str]:
-        """`<corpus>-<recording>` of every recording that has a clip."""
-        found: set[str] = set()
-        for _, table in self.columns(["corpus", "recording"]):
-            names = pc.binary_join_element_wise(pc.cast(table["corpus"], pa.string()), table["recording"], "-")
-            found.update(pc.unique(names).to_pylist())
-        return found
+    def recordings(self, corpus: str) -> tuple[set[str], set[str]]:
+        """Ids and paths of the recordings of a corpus that have a clip."""
+        ids: set[str] = set()
+        paths: set[str] = set()
+        for _, table in self.columns(["corpus", "recording", "path"]):
+            ours = table.filter(pc.equal(pc.cast(table["corpus"], pa.string()), corpus))
+            ids.update(pc.unique(ours["recording"]).to_pylist())
+            paths.update(pc.unique(ours["path"]).to_pylist())
+        return ids, paths
 
     def _as_now(self, row: dict[str, Any], number: int) -> dict[str, Any]:
         row["number"] = number
