@@ -110,7 +110,7 @@ class PassReport:
         raise UserError(
             f"the {self.name} pass is not complete: {self.failed} clips in {self.shards_failed} shards failed{stopped}. "
             f"{some(failures)}. None of them is rejected: see to the storage, and repeat the command, which makes exactly the missing "
-            f"shards; `loa preprocess {self.name} --reject-failed` gives up clips that fail"
+            f"shards; `loa preprocess {self.name}` with --reject-failed gives up clips that fail"
         )
 
 
