@@ -275,7 +275,7 @@ class _Run:
             if steps and not self.moved[part]:
                 raise UserError(
                     f"{self.stage.name}: none of the last {steps} steps moved {part!r}, whose gradients were not finite; nothing is "
-                    f"released. Lower --set recipes.{self.stage.name}.learning_rate (now {self.recipe.learning_rate}) or use --precision fp32"
+                    f"released; lower --set recipes.{self.stage.name}.learning_rate ({self.recipe.learning_rate}) or use --precision fp32"
                 )
 
     def _share_done(self) -> float:
