@@ -52,6 +52,7 @@ class Stage(nn.Module):
     needs: ClassVar[tuple[str, ...]] = ()  # wants clips that have one of these: captions, labels, transcript; none: all clips
     otherwise: ClassVar[str] = ""  # what to do where a store has nothing to train it on
     blocks: tuple[type[nn.Module], ...] = ()  # repeated blocks, sharded one by one before their part
+    averaged: ClassVar[str] = ""  # the parameters that an average is kept of: those whose name begins so, by default all
     entries: tuple[type[nn.Module], ...] = ()  # modules inside a part that are also called alone: sharded on their own
 
     @classmethod

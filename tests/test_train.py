@@ -99,10 +99,10 @@ def test_draws_depend_on_seed_epoch_and_clip_alone() -> None:
 
 def test_learning_rate_warms_up_and_decays() -> None:
     recipe = Recipe(100, 4, 1.0, warmup_steps=10, decay="linear")
-    assert recipe.rate_at(0, 0.0) == pytest.approx(0.1)
-    assert recipe.rate_at(9, 0.09) == pytest.approx(1.0)
-    assert recipe.rate_at(50, 0.5) == pytest.approx(0.5)
-    assert replace(recipe, decay="cosine").rate_at(100, 1.0) == pytest.approx(0.0, abs=1e-12)
+    assert recipe.rate_at(0, 0.0, 0) == pytest.approx(0.1)
+    assert recipe.rate_at(9, 0.09, 0) == pytest.approx(1.0)
+    assert recipe.rate_at(50, 0.5, 0) == pytest.approx(0.5)
+    assert replace(recipe, decay="cosine").rate_at(100, 1.0, 0) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_recipes_are_the_published_ones() -> None:
@@ -519,6 +519,29 @@ def test_gradients_that_stay_infinite_end_the_run(line: tuple[Path, Variant], tm
     with pytest.raises(UserError, match="not finite for 20 steps"):
         train_stage("audiomae", longer, tmp_path, store=str(work / "store"), workers=0)
     assert not (tmp_path / "stages" / "audiomae").exists()
+
+
+@pytest.mark.parametrize(
+    ("steps", "sentence"), [(60, "'autoencoder' were not finite for 20 steps"), (3, "none of the last 3 steps moved 'autoencoder'")]
+)
+def test_a_critic_that_steps_hides_no_generator_that_does_not(
+    line: tuple[Path, Variant], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, sentence: str
+) -> None:
+    from stages.vae.training import VAEStage
+
+    work, variant = line
+    losses = VAEStage.losses
+
+    def broken(self, batch):  # type: ignore[no-untyped-def]
+        for part, loss, logs in losses(self, batch):
+            yield part, loss * (float("inf") if part == "autoencoder" else 1.0), logs
+
+    monkeypatch.setattr(VAEStage, "losses", broken)
+    recipe = replace(variant.recipes.vae, steps=steps, validate_every=1000, checkpoint_every=1000)
+    critical = replace(variant, recipes=replace(variant.recipes, vae=recipe), vae_loss=replace(variant.vae_loss, critic_start=0))
+    with pytest.raises(UserError, match=sentence):
+        train_stage("vae", critical, tmp_path, store=str(work / "store"), workers=0)
+    assert not (tmp_path / "stages" / "vae").exists()
 
 
 @pytest.mark.slow

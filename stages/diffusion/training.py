@@ -120,7 +120,9 @@ class DiffusionStage(Stage):
         rng = batch["step_rng"]
         conditions = self._conditions(batch, int(rng.choice(self.poolings)))
         noisy, target = self.process.noisy(batch)
-        predicted = self.network(noisy, batch["timestep"], *self.process.drop(rng, *conditions))
+        if self.process.drops(rng):
+            conditions = self.process.without_conditions(*conditions)
+        predicted = self.network(noisy, batch["timestep"], *conditions)
         loss = F.mse_loss(predicted.float(), target)
         yield "unet", loss, {"noise": loss}
 
