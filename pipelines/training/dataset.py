@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -58,6 +59,10 @@ class ClipDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def licences(self) -> dict[str, int]:
+        """How many clips have each licence, as their corpora state it."""
+        return dict(sorted(Counter(row["licence"] for row in self.rows).items()))
 
     def clip(self, index: int) -> dict[str, Any]:
         """Row `index` with its arrays by member name."""
