@@ -129,7 +129,7 @@ class Demo:
 
         classifier = stage_class("classifier")
         clips = ClipDataset(FeatureStore.open(str(self.work / "store")), classifier, classifier.reads(self.variant), "train")
-        return classifier.learns_from(clips.rows)
+        return classifier.learns_from(clips)
 
     def _export(self, tracker: Tracker) -> str:
         from pipelines.export import export

@@ -7,7 +7,6 @@ is kept in the table of rejected recordings with its reason.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,17 +22,18 @@ from pipelines import corpora
 from pipelines.corpora.records import Record, Recording, Rejected
 from pipelines.features import DEFAULT_SHARD_SIZE
 from pipelines.tables import aligned
-from stages.config import differences
 from stages.errors import UserError
 
 if TYPE_CHECKING:
+    from pipelines.features.store import FeatureStore
     from stages.audio import AudioConfig
+    from stages.files import Place
 
-REPORT = "ingest.json"  # in the store: what it was made from, and the report
 MAX_WINDOWS = 4
 FEWEST_SAMPLES = 100  # a shorter recording is none; the reference refuses it too
 SPEECH_TOLERANCE = 0.25  # seconds that may be missing at the end of a transcribed segment
 
+Source = tuple[str, Path]  # corpus and root
 Headers = Mapping[str, tuple[float, str]]  # path → (seconds, why it cannot be read, or "")
 
 
@@ -60,7 +60,8 @@ class IngestReport:
     store: str
     corpora: tuple[CorpusCounts, ...]
     splits: dict[str, int]  # clips by split
-    already: bool = False  # nothing was done: the store was there, made from the same recordings
+    already: bool = False  # nothing was done: the store has these recordings
+    before: int = 0  # clips that the store had
 
     def counts(self) -> dict[str, float]:
         """Totals by name."""
@@ -70,7 +71,7 @@ class IngestReport:
     def summary(self) -> str:
         """One line on what came out."""
         total = self.counts()
-        done = "already ingested: " if self.already else ""
+        done = "already ingested: " if self.already else f"added to {self.before:,} clips: " if self.before else ""
         splits = ", ".join(f"{count:,} {split}" for split, count in self.splits.items())
         return f"{done}{total['clips']:,.0f} clips ({splits}), {total['hours']:.2f} h; {total['rejected']:,.0f} rejected"
 
@@ -112,6 +113,9 @@ class Clip:
             "labels": list(r.labels),
             "split": r.split,
             "licence": r.licence,
+            "origin": r.origin,
+            "content": getattr(r, "content", ""),
+            "recording": r.recording_id,
         }
 
 
@@ -177,7 +181,7 @@ def without_leaks(recordings: Sequence[Recording]) -> list[Record]:
 
 def ingest(
     data_dirs: Iterable[str | Path],
-    store_root: str | Path,
+    store_root: str | Path | Place,
     audio: AudioConfig,
     *,
     max_windows: int = MAX_WINDOWS,
@@ -188,7 +192,9 @@ def ingest(
     workers: int | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> IngestReport:
-    """Make the clip table of a new feature store; a store made from the same recordings is left as it is.
+    """Make the clip table of a new feature store, or add to one the recordings that it lacks.
+
+    What a store has stays as it is; a store made from the same recordings is left alone.
 
     Args:
         data_dirs: folders with corpora in their published layouts, or with any sound (`corpora.discover`).
@@ -201,7 +207,7 @@ def ingest(
         say: is told what happens, line by line.
 
     Raises:
-        UserError: nothing usable was found, or the store was made from something else.
+        UserError: nothing usable was found, or the store has other settings.
     """
     import pyarrow as pa
 
@@ -212,32 +218,34 @@ def ingest(
     listed = _listed(folders, keep_blacklisted, limit)
     made_from = {
         "data": [str(folder) for folder in folders],
-        "audio": audio.to_dict(),
         "max_windows": max_windows,
         "limit": limit,
         "keep_blacklisted": keep_blacklisted,
-        "seed": seed,
-        "shard_size": shard_size,
         "recordings": {f"{corpus} in {root}": _digest(records) for (corpus, root), records in listed},
     }
-    report = _earlier_report(store_root, made_from)
-    if report is not None:
+    store = FeatureStore.find(store_root, audio, seed, shard_size)
+    if store is not None and (report := _earlier_report(store, made_from)):
         return report
 
     clean = iter(without_leaks([r for _, records in listed for r in records if isinstance(r, Recording)]))
     sources = [(source, [next(clean) if isinstance(r, Recording) else r for r in records]) for source, records in listed]
+    if store is not None:
+        sources = _unknown(store, sources)
     paths = sorted({r.path for _, records in sources for r in records if isinstance(r, Recording)})
     say(f"{', '.join(corpus for (corpus, _), _ in listed)}: reading the headers of {len(paths):,} recordings")
     clips, rejected, counts = _clips_of_all(sources, probe_headers(paths, workers), audio, max_windows)
-    if not clips:
+    if not clips and store is None:
         raise UserError(_nothing_usable(folders, [corpus for (corpus, _), _ in listed], rejected))
-    clip_table = pa.Table.from_pylist([clip.row() for clip in clips], schema=CLIP_SCHEMA)
-    rejected_table = pa.Table.from_pylist([asdict(r) for r in rejected], schema=REJECTED_SCHEMA)
-    store = FeatureStore.create(store_root, audio, clip_table, rejected_table, seed, shard_size)
     splits = Counter(clip.recording.split for clip in clips)
-    report = IngestReport(str(store_root), tuple(counts), {split: splits[split] for split in ("train", "validation", "test")})
-    content = {"made_from": made_from, "corpora": [asdict(c) for c in counts], "splits": report.splits}
-    store.write(json.dumps(content, indent=1, ensure_ascii=False).encode(), REPORT)
+    before = store.num_clips if store else 0
+    report = IngestReport(
+        str(store_root), tuple(counts), {split: splits[split] for split in ("train", "validation", "test")}, not clips, before
+    )
+    if clips:
+        clip_table = pa.Table.from_pylist([clip.row() for clip in clips], schema=CLIP_SCHEMA)
+        rejected_table = pa.Table.from_pylist([asdict(r) for r in rejected], schema=REJECTED_SCHEMA)
+        content = {"made_from": made_from, "corpora": [asdict(c) for c in counts], "splits": report.splits}
+        FeatureStore.create(store_root, audio, clip_table, rejected_table, seed, shard_size, content)
     return report
 
 
@@ -328,28 +336,23 @@ def _digest(records: Sequence[Record]) -> str:
     return f"{sum(isinstance(r, Recording) for r in records)} recordings, {digest.hexdigest()[:16]}"
 
 
-def _earlier_report(store_root: str | Path, made_from: Mapping[str, Any]) -> IngestReport | None:
-    """The report of the store at `store_root` when it was made from the same, None when there is no store.
+def _earlier_report(store: FeatureStore, made_from: Mapping[str, Any]) -> IngestReport | None:
+    """The report of the ingest that took the same recordings, None when there was none."""
+    for part in reversed(store.parts):
+        if part.report.get("made_from") == made_from:
+            counts = tuple(CorpusCounts(**c) for c in part.report["corpora"])
+            return IngestReport(store.root, counts, part.report["splits"], already=True)
+    return None
 
-    A store without a report was interrupted at the last moment; `FeatureStore.create` compares it.
-    """
-    from pipelines.features.store import FeatureStore, NoStoreError
 
-    try:
-        store = FeatureStore.open(store_root)
-    except NoStoreError:
-        return None
-    try:
-        there = json.loads(store.fs.cat_file(store.path(REPORT)))
-    except FileNotFoundError:
-        return None
-    changes = differences(there["made_from"], made_from)
-    if changes:
-        raise UserError(
-            f"{store_root} was made from something else ({changes}). Choose another folder with --work, "
-            f"or delete {store_root} to make it and all its features again"
-        )
-    return IngestReport(str(store_root), tuple(CorpusCounts(**c) for c in there["corpora"]), there["splits"], already=True)
+def _unknown(store: FeatureStore, sources: Sequence[tuple[Source, Sequence[Record]]]) -> list[tuple[Source, list[Record]]]:
+    """What of the listed recordings the store lacks; those that it has keep their clips, whatever their files hold now."""
+    known = store.table.recordings()
+
+    def lacks(record: Record) -> bool:
+        return isinstance(record, Rejected) or f"{record.corpus}-{record.recording_id}" not in known
+
+    return [(source, [record for record in records if lacks(record)]) for source, records in sources]
 
 
 def _names(folders: Sequence[Path]) -> str:

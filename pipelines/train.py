@@ -81,7 +81,7 @@ def train_stage(
     corpora = () if cls.any_corpus else _corpora_of(variant, opened)
     dataset = ClipDataset(opened, cls, series, "train", corpora)
     card = _provenance(cls, variant, dataset, opened, folders, tracker)
-    if not cls.learns_from(dataset.rows):
+    if not cls.learns_from(dataset):
         raise UserError(nothing_to_train_on(cls, variant, opened, corpora))
     job = TrainJob(
         stage=stage,
@@ -141,7 +141,7 @@ def _corpora_of(variant: Variant, store: FeatureStore) -> tuple[str, ...]:
 
     Raises UserError when the store has neither.
     """
-    there = sorted(set(store.clips()["corpus"]))
+    there = store.table.values("corpus")
     used = tuple(c for c in there if c in variant.corpora or c not in PUBLISHED)
     if not used:
         raise UserError(
@@ -153,14 +153,17 @@ def _corpora_of(variant: Variant, store: FeatureStore) -> tuple[str, ...]:
 
 def nothing_to_train_on(cls: type[Stage], variant: Variant, store: FeatureStore, corpora: Sequence[str] = ()) -> str:
     """The sentence on a store without clips for a stage: what it needs, what there is, what to do."""
-    table = store.clips()
-    table = table[(table["split"] == "train") & (table["corpus"].isin(list(corpora)) if corpora else True)]
-    there = {name: sum(len(value) > 0 for value in table[name]) for name in ("captions", "labels", "transcript")}
-    if cls.learns_from(table.to_dict("records")):
+    from pipelines.features.table import TEXTS
+
+    mask = store.table.among("split", ["train"])
+    if corpora:
+        mask &= store.table.among("corpus", corpora)
+    there = {name: int((mask & store.table.with_texts([name])).sum()) for name in TEXTS}
+    if (mask & store.table.with_texts(cls.needs)).any():
         what = f"none of those in {store.root} is in the series {', '.join(cls.reads(variant))}: see what `loa preprocess` rejected"
     else:
         what = (
-            f"of the {len(table)} training clips in {store.root} {there['captions']} have captions, {there['labels']} labels and "
+            f"of the {int(mask.sum())} training clips in {store.root} {there['captions']} have captions, {there['labels']} labels and "
             f"{there['transcript']} transcripts; add them to the recordings' table and ingest it into another folder"
         )
     return f"{cls.name} needs {cls.asks(variant)}: {what}" + (f", {cls.otherwise}" if cls.otherwise else "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -20,12 +20,18 @@ STAGE_FORMAT = 1
 
 
 class ClipSource(Protocol):
-    """Training clips as `Stage.prepare` sees them: the wanted rows of the clip table, and one clip with its arrays."""
+    """Training clips as `Stage.prepare` sees them: those that the stage wants."""
 
-    rows: list[dict[str, Any]]
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def texts(self) -> Iterator[Mapping[str, Any]]:
+        """`captions`, `labels` and `transcript` of every clip in turn; there may be millions."""
+        ...
 
     def clip(self, index: int) -> dict[str, Any]:
-        """Row `index` together with its arrays, by member name."""
+        """`clip_id`, `captions`, `labels` and `transcript` of clip `index`, together with its arrays by member name."""
         ...
 
 
@@ -43,6 +49,7 @@ class Stage(nn.Module):
     name: ClassVar[str]
     any_corpus: ClassVar[bool] = True  # learns from whatever the store holds, not from the variant's corpora alone
     series: ClassVar[tuple[str, ...]] = ()  # feature-store series it reads
+    needs: ClassVar[tuple[str, ...]] = ()  # wants clips that have one of these: captions, labels, transcript; none: all clips
     otherwise: ClassVar[str] = ""  # what to do where a store has nothing to train it on
     blocks: tuple[type[nn.Module], ...] = ()  # repeated blocks, sharded one by one before their part
     entries: tuple[type[nn.Module], ...] = ()  # modules inside a part that are also called alone: sharded on their own
@@ -74,19 +81,14 @@ class Stage(nn.Module):
         raise TypeError(f"{type(self).__name__} does not name its parts")
 
     @classmethod
-    def wants(cls, row: Mapping[str, Any]) -> bool:
-        """Whether a clip of the table (a row without arrays) is of use to this stage."""
-        return True
-
-    @classmethod
     def asks(cls, variant: Variant) -> str:
         """What it needs of a store, in words: "clips with captions or labels"."""
         return "clips"
 
     @classmethod
-    def learns_from(cls, rows: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether these training clips are enough for it."""
-        return any(cls.wants(row) for row in rows)
+    def learns_from(cls, dataset: ClipSource) -> bool:
+        """Whether these training clips, which it wants, are enough for it."""
+        return len(dataset) > 0
 
     def example(self, clip: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Tensor]:
         """One training example from a clip's row and arrays; every random choice is drawn from `rng`."""

@@ -127,18 +127,28 @@ def test_ingest_makes_a_store_once(data, tmp_path):
     assert report.counts() == {"recordings": 2, "clips": 5, "hours": pytest.approx(report.counts()["hours"]), "captions": 5, "rejected": 1}
     assert "1 unreadable" in report.table() and not report.already
 
-    before = (tmp_path / "store" / "clips.parquet").read_bytes()
+    before = {path: path.read_bytes() for path in (tmp_path / "store").rglob("*") if path.is_file()}
     again = ingest([data], tmp_path / "store", AUDIO)
     assert again.already and again.counts() == report.counts() and "already ingested" in again.summary()
-    (tmp_path / "store" / "ingest.json").unlink()  # killed just before the end
-    assert not ingest([data], tmp_path / "store", AUDIO).already
-    assert (tmp_path / "store" / "clips.parquet").read_bytes() == before
-
     with pytest.raises(UserError, match="clip_seconds: was 2.0, now 4.0.*--work"):
         ingest([data], tmp_path / "store", AudioConfig(clip_seconds=4.0))
-    sound(data / "new.wav", 1.0)
-    with pytest.raises(UserError, match="recordings.folder in .*: was 3 recordings, .*, now 4 recordings"):
-        ingest([data], tmp_path / "store", AUDIO)
+    assert {path: path.read_bytes() for path in (tmp_path / "store").rglob("*") if path.is_file()} == before
+
+
+def test_what_is_new_in_a_folder_is_added(data, tmp_path):
+    ingest([data], tmp_path / "store", AUDIO)
+    old = FeatureStore.open(tmp_path / "store").clips()
+    sound(data / "new.wav", 3.0)
+    sound(data / "broken.wav", 1.0)  # mended
+    (data / "long.wav").unlink()
+    report = ingest([data], tmp_path / "store", AUDIO)
+    assert report.summary().startswith("added to 5 clips: 3 clips") and report.corpora[0].rejected == {"missing file": 1}
+    clips = FeatureStore.open(tmp_path / "store").clips()
+    assert clips[:5].equals(old) and sorted(clips["clip_id"][5:]) == ["folder-data_broken", "folder-data_new-0", "folder-data_new-1"]
+    again = ingest([data], tmp_path / "store", AUDIO)
+    assert again.already and len(FeatureStore.open(tmp_path / "store").parts) == 2
+    (data / "new.wav").unlink()
+    assert ingest([data], tmp_path / "store", AUDIO).already  # nothing new, and nothing leaves
 
 
 def test_ids_stay_unique(data, tmp_path):

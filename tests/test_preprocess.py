@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,12 @@ from click.testing import CliRunner
 
 from pipelines import cluster
 from pipelines.features.passes import MelPass
-from pipelines.features.run import ShardWorker, execute
+from pipelines.features.run import ShardWorker, Unit, execute, make_shard
 from pipelines.features.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore, StoreWarning
 from pipelines.preprocess import build_pass, main, run_pass
 from stages.audio import fbank, load_audio, log_mel, normalise, pad_or_cut
 from stages.errors import UserError
+from stages.files import Place
 from stages.variants import resolve
 
 REPO = Path(__file__).resolve().parent.parent
@@ -58,15 +60,16 @@ def tone(folder: Path, number: int, seconds: float = 1.0) -> Path:
     return path
 
 
-def make_store(root: Path, rows: list[dict[str, object]], shard_size: int = 4) -> FeatureStore:
+def make_store(root: Path | str, rows: list[dict[str, object]], shard_size: int = 4) -> FeatureStore:
     table = pa.Table.from_pylist(rows, schema=CLIP_SCHEMA)
     return FeatureStore.create(root, VARIANT.audio, table, REJECTED_SCHEMA.empty_table(), shard_size=shard_size)
 
 
 def tars(store: FeatureStore) -> dict[str, bytes]:
-    """Every shard and ledger row of a store."""
+    """Every file of a store, and the ledgers, whose files count how often they were compacted."""
     root = Path(store.root)
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.glob("*/*"))}
+    files = {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.glob("*/*")) if path.is_file()}
+    return files | {series: b"".join(row.to_json() for row in store.ledger(series).values()) for series in store.recipes()}
 
 
 def run_here(name: str, store: FeatureStore, variant=VARIANT, released=None, **settings) -> None:
@@ -146,16 +149,52 @@ def test_only_missing_shards_are_made(ray_cluster, tones):
     report = run_pass("mel", tones, VARIANT, progress=False)
     assert (report.shards_done, report.shards_skipped, report.clips) == (2, 1, 6)
     whole, root = tars(tones), Path(tones.root)
-    tar, kept = root / "mel/000001.tar", root / "mel/000000.tar"
+    rows = tones.ledger("mel")
+    tar, kept = (root / "mel" / rows[shard].object for shard in (1, 0))
     tar.write_bytes(tar.read_bytes()[:1000])
-    (root / "waveform/000002.json").unlink()
+    (root / "waveform" / tones.ledger("waveform")[2].object).unlink()
     before = kept.stat().st_mtime_ns
-    with pytest.warns(StoreWarning, match="000001.tar has 1000 bytes"):
+    with pytest.warns(StoreWarning, match="has 1000 bytes"):
         report = run_pass("mel", tones, VARIANT, progress=False)
     assert (report.shards_done, report.shards_skipped) == (2, 1)
     assert tars(tones) == whole and kept.stat().st_mtime_ns == before
     again = run_pass("mel", tones, VARIANT, progress=False)
     assert again.shards_done == 0 and "nothing to do" in again.sentence()
+
+
+def test_a_store_on_an_object_store_is_filled_and_read(s3, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOA_CACHE", str(tmp_path / "cache"))
+    rows = [clip(tone(tmp_path / "sounds", i)) for i in range(6)]
+    here, there = make_store(tmp_path / "store", rows), make_store(f"{s3}/store", rows)
+    for store in (here, there):
+        run_here("mel", store)
+        store.compact("mel")
+        assert store.verify("mel") == []
+    assert there.ledger("mel")[1] == here.ledger("mel")[1] and there.place.tree() == here.place.tree()
+    mels = [store.reader(["mel"]) for store in (here, there)]
+    assert all(np.array_equal(*(reader.read(i)["mel"] for reader in mels)) for i in range(6))
+    assert not (tmp_path / "s3:").exists()
+
+
+def test_passes_at_once_share_the_shards(ray_cluster, tones, monkeypatch):
+    monkeypatch.setattr("pipelines.features.run.OTHERS", 0.2)
+    work = build_pass("mel", VARIANT)
+    with ThreadPoolExecutor(1) as thread, tones.working("another pass") as other:
+        for series in work.series:
+            other.begin_series(series, work.recipe(series))
+        with other.claim(work.series, 1) as mine:
+            pass_at_once = thread.submit(run_pass, "mel", tones, VARIANT, progress=False)
+            deadline = time.monotonic() + 60
+            while tones.missing_shards("mel") != [1] or tones.missing_shards("waveform") != [1]:
+                assert time.monotonic() < deadline and not pass_at_once.done()
+                time.sleep(0.05)
+            time.sleep(0.5)
+            assert not pass_at_once.done()  # it waits for the shard that another is making
+            work.load(torch.device("cpu"))
+            make_shard(other, work, Unit(1, mine, 4), work.encode)
+        assert pass_at_once.result(60).shards_done == 2
+    assert tones.missing_shards("mel") == [] and Place.of(tones.root + "/jobs").list() == {}
 
 
 def test_other_audio_settings_are_refused(ray_cluster, tones):
@@ -230,13 +269,13 @@ def test_a_killed_driver_resumes_to_the_same_bytes(ray_cluster, tmp_path, rounds
     killed, calm = make_store(tmp_path / "killed", rows, 2), make_store(tmp_path / "calm", rows, 2)
     environment = os.environ | {"PYTHONPATH": str(REPO)}
     for _ in range(rounds(1, 20)):
-        done = len(list(Path(killed.root).glob("waveform/*.json")))
+        done = len(list(Path(killed.root).glob("waveform/*.tar")))
         if done > killed.num_shards - 10:  # the last run shall find something to do
             break
         driver = subprocess.Popen([sys.executable, "-c", DRIVER, killed.root], env=environment, cwd=REPO)
         try:
             deadline = time.monotonic() + 180
-            while len(list(Path(killed.root).glob("waveform/*.json"))) == done:
+            while len(list(Path(killed.root).glob("waveform/*.tar"))) == done:
                 assert driver.poll() is None and time.monotonic() < deadline, "the driver made no shard"
                 time.sleep(0.01)
         finally:

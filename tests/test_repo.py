@@ -78,6 +78,7 @@ def test_stages_import_without_ray() -> None:
 
 COMMON = {
     "cluster",
+    "leases",
     "plots",
     "tables",
     "tracking",

@@ -60,7 +60,7 @@ def evaluate(
     selection, panel = selection or Selection(), panel or PanelOptions()
     info, opened = _matching(bundle, store or str(work / "store"))
     reader = opened.reader(["waveform"])
-    chosen = choose_clips(opened.clips(), reader, selection, info.speech)
+    chosen = choose_clips(reader, selection, info.speech)
     sounds = Sounds(folder, opened.audio, _making(bundle, opened.audio.clip_seconds, selection.seed, sampling or {}))
     _make_sounds(sounds, chosen, reader, bundle, info.speech, panel.batch, device, tracker)
 

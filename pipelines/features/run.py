@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from pipelines.features.store import FeatureStore
 from stages.errors import UserError
 
 ATTEMPTS = 2  # at a shard whose worker process dies
+OTHERS = 2.0  # seconds between looks at the shards that another job is making
 
 Encode = Callable[[Sequence[Row], Sequence[Features]], list[Outcome]]
 
@@ -68,7 +69,7 @@ def make_shard(store: FeatureStore, work: Pass, unit: Unit, encode: Encode) -> d
                 else:
                     kept += 1
                 _put(writers, row["clip_id"], outcome)
-    return {"shard": unit.shard, "kept": kept, "reasons": json.dumps(reasons), "sentence": "", "failure": ""}
+    return {"shard": unit.shard, "kept": kept, "reasons": json.dumps(reasons), "sentence": "", "failure": "", "elsewhere": False}
 
 
 def _put(writers: Iterable[ShardWriter], clip_id: str, outcome: Outcome) -> None:
@@ -105,7 +106,10 @@ class ShardWorker:
                 torch.set_num_threads(self.threads)
                 self.work.load(torch.device("cuda" if torch.cuda.is_available() and self.work.encoder else "cpu"))
                 self.loaded = True
-            return make_shard(self.store, self.work, unit, self.work.encode)
+            with self.store.claim(unit.series, unit.shard) as series:
+                if not series:  # another job is at it, or has made it meanwhile
+                    return {"shard": unit.shard, "kept": 0, "reasons": "[]", "sentence": "", "failure": "", "elsewhere": True}
+                return make_shard(self.store, self.work, replace(unit, series=series), self.work.encode)
         except Exception as error:
             return {
                 "shard": unit.shard,
@@ -113,6 +117,7 @@ class ShardWorker:
                 "reasons": "[]",
                 "sentence": plain_sentence(error) or "",
                 "failure": traceback.format_exc(),
+                "elsewhere": False,
             }
 
 
@@ -158,31 +163,50 @@ def execute(
         UserError: the store's audio settings or the recipe of a series differ, an input series is incomplete, or the
             workers of an encoder keep dying.
     """
+    with store.working(f"loa preprocess {work.name}") as own:
+        return _execute(work, own, workers, limit_shards, progress)
+
+
+def _execute(work: Pass, store: FeatureStore, workers: int | None, limit_shards: int | None, progress: bool) -> PassReport:
     started = time.monotonic()
     store.require_audio(work.audio, f"the {work.name} pass")
     for series in work.series:
         store.begin_series(series, work.recipe(series))
-    missing = {series: set(store.missing_shards(series)) for series in work.series}
-    wanted = sorted(set().union(*missing.values()))
-    report = PassReport(work.name, shards_skipped=store.num_shards - len(wanted))
-    units = [
-        Unit(shard, tuple(series for series in work.series if shard in missing[series]), store.shard_count(shard))
-        for shard in wanted[:limit_shards]
-    ]
-    if work.reads and units:
-        store.reader(work.reads, [unit.shard for unit in units])  # refuses now, not on a worker
-    with _bar(work, units, progress) as bar:
-        for outcome in _outcomes(store, work, units, workers):
-            _raise_failure(outcome)
-            reasons = json.loads(outcome["reasons"])
-            report.shards_done += 1
-            report.clips += outcome["kept"]
-            report.rejected += len(reasons)
-            report.reasons.update(_gist(reason) for reason in reasons)
-            bar.update(store.shard_count(outcome["shard"]))
-            bar.set_postfix_str(f"{report.shards_done}/{len(units)} shards, {report.rejected} rejected", refresh=False)
+    pending = _missing(store, work)
+    report = PassReport(work.name, shards_skipped=store.num_shards - len(pending))
+    pending = pending[:limit_shards]
+    if work.reads and pending:
+        store.reader(work.reads, [unit.shard for unit in pending])  # refuses now, not on a worker
+    with _bar(work, pending, progress) as bar:
+        while pending:
+            elsewhere = set()
+            for outcome in _outcomes(store, work, pending, workers):
+                _raise_failure(outcome)
+                if outcome["elsewhere"]:
+                    elsewhere.add(outcome["shard"])
+                    continue
+                reasons = json.loads(outcome["reasons"])
+                report.shards_done += 1
+                report.clips += outcome["kept"]
+                report.rejected += len(reasons)
+                report.reasons.update(_gist(reason) for reason in reasons)
+                bar.update(store.shard_count(outcome["shard"]))
+                bar.set_postfix_str(f"{report.shards_done} shards, {report.rejected} rejected", refresh=False)
+            pending = [unit for unit in _missing(store, work) if unit.shard in elsewhere] if elsewhere else []
+            if pending:
+                time.sleep(OTHERS)
+    for series in work.series:
+        store.compact(series)
     report.seconds = time.monotonic() - started
     return report
+
+
+def _missing(store: FeatureStore, work: Pass) -> list[Unit]:
+    missing = {series: set(store.missing_shards(series)) for series in work.series}
+    return [
+        Unit(shard, tuple(series for series in work.series if shard in missing[series]), store.shard_count(shard))
+        for shard in sorted(set().union(*missing.values()))
+    ]
 
 
 def _outcomes(store: FeatureStore, work: Pass, units: Sequence[Unit], workers: int | None) -> Iterator[dict[str, Any]]:

@@ -24,7 +24,6 @@ from stages.errors import UserError
 from stages.files import write_json
 from stages.frozen import SoundDecoder
 from stages.joint.model import JointConfig, System
-from stages.text import clip_texts
 from stages.translator.model import PhonemeEncoderConfig, Translator
 from stages.translator.training import build_translator, translation_loss
 from stages.variants import Variant
@@ -44,6 +43,7 @@ class JointStage(Stage):
     """Stage 2 of the paper: diffusion loss plus translation loss, LOA true with P_gt and generated otherwise."""
 
     name = "joint"
+    needs = ("captions", "labels", "transcript")
     any_corpus = False
     blocks = (GPT2Block, ResnetBlock2D, BasicTransformerBlock)
     entries = (Translator, TUNet)
@@ -97,10 +97,6 @@ class JointStage(Stage):
             variant.phonemes,
             ClapDropout.load(variant, released),
         )
-
-    @classmethod
-    def wants(cls, row: Mapping[str, Any]) -> bool:
-        return bool(clip_texts(row)[0]) or bool(row.get("transcript"))
 
     @classmethod
     def asks(cls, variant: Variant) -> str:
