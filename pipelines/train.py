@@ -380,7 +380,7 @@ def main(
 
     resolved = resolve(variant, tiny, settings)
     if dry_run:
-        from pipelines.plan import describe
+        from pipelines.variants import describe
 
         click.echo(describe(resolved, stage, workers))
         return
