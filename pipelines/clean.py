@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,10 @@ from stages.files import Place, default_cache, weights_hash
 if TYPE_CHECKING:
     from pipelines.features.space import Leftover
 
-QUIET = 24 * 3600.0  # seconds without a change after which a draft or a run is nobody's
+QUIET = 24 * 3600.0  # seconds without a change after which a draft is nobody's
+JUST_NOW = 120.0  # seconds; a training step may take as long as that
+# `whole_folder`: .vae.k3j2h1_x, .vae.k3j2h1_x.old; `replacing`: .progress.json.123.456; `OneProcess`: .step_00000100
+DRAFTS = re.compile(r"\.(?:(?P<name>[\w-]+)\.[a-z0-9_]{8}(?P<old>\.old)?|[\w.-]+\.\d+\.\d+(?:\.\w+)?|step_\d{8})")
 
 
 def leftovers(work: Path, store: str | None = None, runs: bool = False, caches: bool = False) -> list[Leftover]:
@@ -37,7 +41,9 @@ def leftovers(work: Path, store: str | None = None, runs: bool = False, caches: 
     found: list[Leftover] = []
     try:
         opened = FeatureStore.open(store or work / "store")
-        found += store_leftovers(opened, lambda series, recipe: _why_old(series, recipe, cards, current))
+        training = [run.name for run in _run_folders(work) if _in_use(run)]
+        busy = f"{training[0]} is being trained" if training else ""
+        found += store_leftovers(opened, lambda series, recipe: _why_old(series, recipe, cards, current), busy)
     except NoStoreError:
         if store is not None:
             raise
@@ -62,38 +68,50 @@ def _why_old(series: str, recipe: Any, cards: dict[str, dict[str, Any]], current
         return ""  # no encoder: mels and waveforms; an encoder that is not of this project: it cannot be told
     if any(same_recipe(card.get("store_recipes", {}).get(series, {}), recipe) for card in cards.values()):
         return ""
-    hashes = {name: weights_hash(current[encoder] / ("" if name == encoder else name)) for name in recipe["weights"]}
+    folders = {name: current[encoder] / name for name in recipe["weights"]}
+    hashes = {name: weights_hash(folder if folder.is_dir() else current[encoder]) for name, folder in folders.items()}
     return "" if hashes == recipe["weights"] else f"made with weights of {encoder} that the project no longer has; no stage learnt from it"
 
 
 def _drafts(work: Path) -> Iterator[Leftover]:
-    """Folders and files that were being written when their writer died."""
+    """Folders and files that were being written when their writer died, by the names that `stages.files` gives them."""
     from pipelines.features.space import Leftover
 
-    for folder in (work, work / "stages", *sorted((work / "runs").glob("*"))):
+    for folder in (work, work / "stages", *_run_folders(work)):
         for path in sorted(folder.glob(".*")) if folder.is_dir() else ():
+            if (match := DRAFTS.fullmatch(path.name)) is None:
+                continue  # .git and the like are nobody's draft
             size, newest = _measured(path)
             keep = "changed within a day" if time.time() - newest < QUIET else ""
-            yield Leftover(Place.of(path), "stale draft", "it was never finished", size, keep)
+            if match["old"] and not (folder / match["name"]).exists():
+                keep = f"the only copy of {match['name']}: rename it"
+            yield Leftover(Place.of(path), "stale draft", "it was never finished", size, keep, folder=path.is_dir())
+
+
+def _run_folders(work: Path) -> list[Path]:
+    return sorted(path for path in (work / "runs").glob("[!.]*") if path.is_dir())
+
+
+def _in_use(run: Path) -> bool:
+    """Whether somebody trains in a run folder: its lease lives, or something in it changed just now."""
+    from pipelines.leases import read_holder
+
+    holders = [read_holder(Place.of(path)) for path in (*run.glob("*.json"), *run.parent.glob(f"{run.name}*.json"))]
+    return any(holder is not None and holder.lives for holder in holders) or time.time() - _measured(run)[1] < JUST_NOW
 
 
 def _runs(work: Path, cards: dict[str, dict[str, Any]], wanted: bool) -> Iterator[Leftover]:
     """Checkpoints of stages that are released: needed only to train them further."""
     from pipelines.features.space import Leftover
-    from pipelines.leases import read_holder
 
-    for run in sorted(path for path in (work / "runs").glob("[!.]*") if path.is_dir()):
-        size, newest = _measured(run)
-        holders = [read_holder(Place.of(path)) for path in (*run.glob("*.json"), *run.parent.glob(f"{run.name}*.json"))]
-        if any(holder is not None and holder.lives for holder in holders):
-            keep = "a living job trains it"
+    for run in _run_folders(work):
+        if _in_use(run):
+            keep = "somebody trains it, or did a moment ago"
         elif run.name not in cards:
             keep = "not finished: `loa train` continues it"
-        elif time.time() - newest < 60:
-            keep = "changed within a minute"
         else:
             keep = "" if wanted else "continues its training; --runs counts it among what may go"
-        yield Leftover(Place.of(run), "run", f"the checkpoints of {run.name}", size, keep)
+        yield Leftover(Place.of(run), "run", f"the checkpoints of {run.name}", _measured(run)[0], keep, folder=True)
 
 
 def _caches(work: Path, wanted: bool) -> Iterator[Leftover]:
@@ -108,7 +126,7 @@ def _caches(work: Path, wanted: bool) -> Iterator[Leftover]:
     ):
         size, _ = _measured(path)
         if size:
-            yield Leftover(Place.of(path), "cache", what, size, keep)
+            yield Leftover(Place.of(path), "cache", what, size, keep, folder=True)
 
 
 def _measured(path: Path) -> tuple[int, float]:

@@ -30,29 +30,30 @@ class Leftover:
     num_bytes: int
     keep: str = ""  # why it is kept all the same; "" for what nothing refers to
 
+    folder: bool = False
+
     def remove(self) -> None:
-        """Remove the file or the folder with all it holds."""
-        if self.place.local and os.path.isdir(self.place.url):
+        """Remove the file, or the folder with all it holds."""
+        if self.folder:
             self.place.remove_tree()
-        elif self.place.local:
+        else:
             self.place.remove()
-        else:  # an object store knows no folders
-            self.place.remove_tree()
 
 
-def store_leftovers(store: FeatureStore, old: Callable[[str, Recipe], str]) -> list[Leftover]:
+def store_leftovers(store: FeatureStore, old: Callable[[str, Recipe], str], busy: str = "") -> list[Leftover]:
     """What of a store nothing refers to. While a job works on it everything is kept.
 
     Args:
+        busy: says who else reads the store now, "" for nobody: then everything is kept, too.
         old: says why nobody needs a series of this name and recipe, "" for one that is needed.
     """
     jobs = living(store.place)
-    keep = f"{len(jobs)} living job{'s' if len(jobs) > 1 else ''} at work on the store" if jobs else ""
+    keep = f"{len(jobs)} living job{'s' if len(jobs) > 1 else ''} at work on the store" if jobs else busy
     found: list[Leftover] = []
     for series, recipe in store.recipes().items():
         folder = store.series_folder(series)
         if why := old(series, recipe):
-            found.append(Leftover(folder, "old series", why, sum(folder.tree().values()), keep))
+            found.append(Leftover(folder, "old series", why, sum(folder.tree().values()), keep, folder=True))
         else:
             found += _in_series(folder, jobs, keep)
     return found + list(_unnamed_tables(store, keep))
