@@ -11,10 +11,11 @@ import click
 
 from options import friendly, next_step, shown, tracking_option, with_option, work_option, works_on
 from pipelines.tracking import Tracker
-from pipelines.weights import released_folders, require_used
+from pipelines.weights import card_beside, released_folders, require_used
 from stages.config import TINY, differences, to_dict
 from stages.errors import UserError
 from stages.files import code_version, weights_hash
+from stages.licences import inherited, warnings
 
 if TYPE_CHECKING:
     from stages.variants import Variant
@@ -62,6 +63,7 @@ def export(
         "variant": variant.name,
         "tiny": variant.name.endswith(TINY),
         "audio": variant.audio,
+        "licences": inherited({stage: card_beside(folder) for stage, folder in used.items()}),
         "provenance": {
             "code": code_version(),
             "stages": {
@@ -140,6 +142,8 @@ def main(
     size = sum(p.stat().st_size for p in bundle.rglob("*") if p.is_file()) / 1e6
     folder = shown(bundle)
     click.echo(f"{folder}: {info.variant}, {size:.0f} MB, version {version} of the model loa-{info.variant} in MLflow")
+    for sentence in warnings(info.licences.get("clips", {}), info.licences.get("unstated", ())):
+        click.echo(f"Licences: {sentence}.", err=True)
     click.echo(f'listen: loa generate "rain on a tin roof" --bundle {folder}')
     click.echo(next_step("export"))
 

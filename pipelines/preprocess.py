@@ -149,6 +149,16 @@ def default_poolings(variant: Variant) -> tuple[int, ...]:
     return tuple(sorted({1, variant.translator.pooling}))
 
 
+def dry_run_of(name: str, store: FeatureStore, variant: Variant, work: Path, poolings: Sequence[int] | None = None) -> list[str]:
+    """What a pass would do to a store, in lines, with the time that measured rates promise; it needs no weights."""
+    from pipelines.features.rates import rates_here
+    from pipelines.features.spend import series_bytes, still_to_do
+
+    chosen = build_pass(name, variant, {PASSES[name].encoder: work}, poolings)  # its folder is never opened
+    sizes = series_bytes(variant, getattr(chosen, "poolings", ()))
+    return still_to_do(chosen, store, sizes, rates_here(work, variant.name))
+
+
 def _check_pooling(variant: Variant, pooling: int) -> None:
     frames, bins = variant.loa_grid
     if pooling < 1 or frames % pooling or bins % min(pooling, bins):
@@ -193,6 +203,7 @@ def _pass_command(name: str) -> click.Command:
         store_url: str | None,
         limit_shards: int | None,
         verify: bool,
+        dry_run: bool,
         tracking_uri: str | None,
         released: dict[str, str] | None = None,
         poolings: tuple[int, ...] | None = None,
@@ -206,6 +217,9 @@ def _pass_command(name: str) -> click.Command:
         system = resolve(variant, tiny, settings)
         store = FeatureStore.open(store_url or work / "store")
         require_used(released or {}, [PASSES[name].encoder], f"the {name} pass")
+        if dry_run:
+            click.echo("\n".join(dry_run_of(name, store, system, work, poolings)))
+            return
         folders = released_folders(work, released) if released is not None else None
         chosen = build_pass(name, system, folders, poolings)
         if verify:
@@ -253,6 +267,7 @@ def _options(name: str) -> list[Callable[[Any], Any]]:
         worker_options,
         click.option("--shards", callback=_shard_numbers, metavar="N-M,…", help="Only these shards, such as 0-99,120.  [default: all]"),
         click.option("--limit-shards", type=click.IntRange(1), help="Stop after this many shards, for a first try.  [default: all]"),
+        click.option("--dry-run", is_flag=True, help="Say what would be done: shards, clips, hours, bytes, time; do nothing."),
         click.option("--verify", is_flag=True, help="Verify the checksums of existing shards first; corrupt ones are recomputed."),
         click.option(
             "--retry-rejected",

@@ -30,11 +30,12 @@ from options import (
 from pipelines import cluster
 from pipelines.corpora import PUBLISHED
 from pipelines.tracking import Tracker
-from pipelines.weights import released_folders, require_used
+from pipelines.weights import card_beside, released_folders, require_used
 from stages import STAGES, require_stage
 from stages.config import Recipe, differences, flat, to_dict
 from stages.errors import UserError
 from stages.files import weights_hash, whole_folder, write_json
+from stages.licences import inherited
 
 if TYPE_CHECKING:
     from pipelines.features.store import FeatureStore
@@ -94,7 +95,7 @@ def train_stage(
     series = cls.reads(variant)
     corpora = () if cls.any_corpus else _corpora_of(variant, opened)
     dataset = ClipDataset(opened, cls, series, "train", corpora)
-    card = _provenance(cls.name, opened, series, folders, tracker) | {"clips_in_split": len(dataset)}
+    card = _provenance(cls, variant, dataset, opened, folders, tracker)
     if not cls.learns_from(dataset):
         raise UserError(nothing_to_train_on(cls, variant, opened, corpora))
     job = TrainJob(
@@ -132,13 +133,22 @@ def _fit(job: TrainJob, cls: type[Stage], dataset: ClipDataset, workers: WorkerR
 
 
 def _provenance(
-    stage: str, store: FeatureStore, series: Sequence[str], folders: Mapping[str, Path], tracker: Tracker | None
+    cls: type[Stage], variant: Variant, dataset: ClipDataset, store: FeatureStore, folders: Mapping[str, Path], tracker: Tracker | None
 ) -> dict[str, Any]:
-    """What a stage is made from, for its card and for MLflow: the store, the recipes of its series, the weights of earlier stages."""
-    recipes = {name: recipe for name, recipe in store.recipes().items() if name in series}
+    """What a stage is made from, for its card and for MLflow: store, clips, licences, recipes of its series, weights of earlier stages."""
+    recipes = {name: recipe for name, recipe in store.recipes().items() if name in cls.reads(variant)}
+    before = inherited({name: card_beside(folders[name]) for name in cls.builds_on(variant) if name in folders})
+    licences = {"clips": dataset.licences(), "inputs": before["clips"], "unstated": before["unstated"]}
     if tracker is not None:
         tracker.tags({"loa.store": store.root} | {f"loa.store.{name}": json.dumps(recipe) for name, recipe in recipes.items()})
-    return {"store": store.root, "store_recipes": recipes, "inputs": _input_hashes(stage, folders)}
+        tracker.tags({"loa.licences": json.dumps(licences)})
+    return {
+        "store": store.root,
+        "store_recipes": recipes,
+        "inputs": _input_hashes(cls.name, folders),
+        "clips_in_split": len(dataset),
+        "licences": licences,
+    }
 
 
 def _corpora_of(variant: Variant, store: FeatureStore) -> tuple[str, ...]:
@@ -381,7 +391,7 @@ def main(
 
     resolved = resolve(variant, tiny, settings)
     if dry_run:
-        from pipelines.plan import describe
+        from pipelines.variants import describe
 
         click.echo(describe(resolved, stage, workers[1] if workers else None))
         return

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from stages import STAGES, require_stage
 from stages.errors import UserError
@@ -53,6 +55,15 @@ def require_used(given: Mapping[str, str], used: Collection[str], who: str) -> N
             reads = f"it reads those of {', '.join(used)}" if used else "it reads no other stage's"
             why = "its weights are what this command trains" if stage == who else f"{who} does not read the weights of {stage}; {reads}"
             raise UserError(f"--with {stage}={source}: {why}; --with names weights that are used as they are, so leave it out")
+
+
+def card_beside(folder: Path) -> dict[str, Any]:
+    """What weights say of themselves: the card of a released stage, or of the bundle they lie in; public weights say nothing."""
+    for path in (folder / "stage.json", folder / "loa.json", folder.parent / "loa.json"):
+        if path.is_file():
+            card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return card
+    return {}
 
 
 def _lacking(stage: str, folder: Path) -> list[str]:

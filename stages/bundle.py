@@ -83,6 +83,7 @@ class BundleInfo:
     speech: bool  # conditioned by a transcription instead of T5 states
     tiny: bool = False
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    licences: Mapping[str, Any] = field(default_factory=dict)  # of what it was trained on (`stages.licences.inherited`)
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def assemble(stages: Mapping[str, Path], out: Path, meta: Mapping[str, Any], for
     Args:
         stages: folders of `clap`, `vae`, `vocoder`, `audiomae` (optional) and `joint`, or `translator` and `diffusion`.
             Folders of a diffusers AudioLDM 2 pipeline serve as well.
-        meta: `variant`, `tiny`, `audio` (an AudioConfig or its dict), `provenance`, and optionally `unconditional`.
+        meta: `variant`, `tiny`, `audio` (an AudioConfig or its dict), `provenance`, and optionally `unconditional`, `licences`.
         force: replace another bundle at `out`.
         critics: add the discriminators of VAE and vocoder, for further training.
 
@@ -157,6 +158,7 @@ def assemble(stages: Mapping[str, Path], out: Path, meta: Mapping[str, Any], for
             "loa_tokens": tokens,
             "unconditional": meta.get("unconditional", "zeros"),
             "weights": weights_hash(draft),
+            "licences": dict(meta.get("licences", {})),
             "provenance": dict(meta.get("provenance", {})),
         }
         write_json(draft / "loa.json", card)
@@ -278,7 +280,7 @@ def _same_content(a: Path, b: Path) -> bool:
             return None
         if path.name == "loa.json":
             card = json.loads(path.read_text(encoding="utf-8"))
-            return {k: v for k, v in card.items() if k != "provenance"} | {"variant": _variant(card)}
+            return {k: v for k, v in card.items() if k not in ("licences", "provenance")} | {"variant": _variant(card)}
         return path.read_bytes()
 
     files = [{p.relative_to(root).as_posix(): content(p) for p in root.rglob("*") if p.is_file()} for root in (a, b)]
@@ -323,6 +325,7 @@ def read_info(bundle: Path) -> BundleInfo:
         speech=speech,
         tiny=card["tiny"],
         provenance=card["provenance"],
+        licences=card.get("licences", {}),
     )
 
 

@@ -66,6 +66,11 @@ class ClipDataset(Dataset):
         """Captions, labels and transcript of every clip, in order."""
         return self.table.take(self.numbers, TEXTS)
 
+    def licences(self) -> dict[str, int]:
+        """How many clips have each licence, as their corpora state it."""
+        counts = {name: int(self.table.among("licence", [name])[self.numbers].sum()) for name in self.table.values("licence")}
+        return {name: count for name, count in counts.items() if count}
+
     def clip(self, index: int) -> dict[str, Any]:
         """Id and texts of clip `index`, with its arrays by member name."""
         number = int(self.numbers[index])
