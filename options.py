@@ -6,7 +6,7 @@ A job's command is built as
     @work_option
     @variant_option
     @friendly
-    def main(work: Path, variant: str) -> None: ...
+    def main(work: Place, variant: str) -> None: ...
 
 Neither this file nor a command's file imports torch, pyarrow and their like at its top: `--help`, completion and a mistyped
 option answer at once. A command imports what does the work where the work begins.
@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 import psutil
@@ -39,6 +39,9 @@ from click.shell_completion import CompletionItem
 from stages.config import TINY
 from stages.errors import AudioError, UserError
 from stages.sampling import CHOICES, OPTIONS, PROFILES
+
+if TYPE_CHECKING:
+    from stages.files import Place
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -170,6 +173,31 @@ def pairs(context: click.Context, parameter: click.Parameter, values: tuple[str,
     return pairs
 
 
+class PlaceType(click.ParamType):
+    """A folder as a path or a URL; arrives as `stages.files.Place`, which makes no local folder of a URL."""
+
+    name = "place"
+
+    def __init__(self, exists: bool = False, file_okay: bool = False) -> None:
+        self.exists, self.file_okay = exists, file_okay
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Place:
+        from stages.files import Place
+
+        try:
+            place = Place.of(value)
+        except UserError as error:
+            self.fail(str(error), param, ctx)
+        if place.local and not self.file_okay and os.path.isfile(place.url):
+            self.fail(f"Directory {str(value)!r} is a file.", param, ctx)
+        if place.local and self.exists and not place.exists():  # a URL is looked at where errors are sentences
+            self.fail(f"Path {str(value)!r} does not exist.", param, ctx)
+        return place
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="dir")]
+
+
 def _variant_names(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     from stages.variants import VARIANTS
 
@@ -178,12 +206,12 @@ def _variant_names(context: click.Context, parameter: click.Parameter, incomplet
 
 work_option = click.option(
     "--work",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=PlaceType(),
     default=DEFAULT_WORK,
     show_default=True,
     envvar="LOA_WORK",
     metavar="DIR",
-    help="Project folder with feature store, stages, runs and bundle. On a cluster, a folder that all nodes share.",
+    help="Project folder with feature store, stages, runs and bundle, or its URL (s3://…). On a cluster, one that all nodes reach.",
 )
 variant_option = click.option(
     "--variant",
@@ -261,10 +289,13 @@ def sampling_options(*left_out: str) -> Callable[[Function], Function]:
     return decorate
 
 
-def shown(path: Path | str) -> str:
-    """A path as people write it: relative to where they are if it lies there or next to it, else whole."""
+def shown(path: Path | str | Place) -> str:
+    """A path as people write it: relative to where they are if it lies there or next to it, else whole; a URL as it is."""
+    if "://" in str(path):
+        return str(path)
+    path = str(path)
     relative = os.path.relpath(path)
-    return str(path) if relative.startswith(os.path.join(os.pardir, os.pardir)) else relative
+    return path if relative.startswith(os.path.join(os.pardir, os.pardir)) else relative
 
 
 # ---------------------------------------------------------------------------------------- commands that messages name
@@ -322,7 +353,7 @@ def again(command: str) -> str:
     return " ".join([command, *(text for flag, text in _given(context) if flag in known and flag not in words)])
 
 
-def works_on(variant: str, work: Path | str | None = None) -> None:
+def works_on(variant: str, work: Path | str | Place | None = None) -> None:
     """Let the commands that messages name repeat a variant (and work folder) that is not among this call's options."""
     context = click.get_current_context(silent=True)
     if context is None:
@@ -348,7 +379,7 @@ def _given(context: click.Context) -> list[tuple[str, str]]:
         if isinstance(value, dict):  # --set: a recipe belongs to one stage, all else to the system
             values = [f"{key}={text}" for key, text in value.items() if not key.startswith("recipes.")]
         else:
-            values = [shown(value) if isinstance(value, Path) else str(value)]
+            values = [shown(value) if isinstance(parameter.type, PlaceType | click.Path) else str(value)]
         given += [(flag, flag if value is True else f"{flag} {shlex.quote(text)}") for text in values]
     return given
 

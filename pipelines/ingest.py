@@ -24,6 +24,7 @@ from pipelines.features import DEFAULT_SHARD_SIZE
 from pipelines.tables import aligned
 from stages.config import differences
 from stages.errors import UserError
+from stages.files import Place
 
 if TYPE_CHECKING:
     from pipelines.features.store import FeatureStore
@@ -416,7 +417,7 @@ def _names(folders: Sequence[Path]) -> str:
 def main(
     folders: tuple[Path, ...],
     data: tuple[Path, ...],
-    work: Path,
+    work: Place,
     variant: str,
     tiny: bool,
     clip_seconds: float | None,

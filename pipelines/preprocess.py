@@ -16,6 +16,7 @@ from options import again, friendly, next_step, set_option, tiny_option, variant
 from pipelines import cluster
 from pipelines.weights import released_folders, require_used
 from stages.errors import UserError
+from stages.files import Place
 
 if TYPE_CHECKING:
     from pipelines.features.passes import Pass
@@ -42,11 +43,11 @@ PASSES = {
 
 def run_pass(
     name: str,
-    store: FeatureStore | str,
+    store: FeatureStore | str | Place,
     variant: Variant,
-    released: Mapping[str, Path] | None = None,
+    released: Mapping[str, Path | Place] | None = None,
     *,
-    work: Path | None = None,
+    work: Path | Place | None = None,
     poolings: Sequence[int] | None = None,
     workers: int | None = None,
     limit_shards: int | None = None,
@@ -74,7 +75,9 @@ def run_pass(
     return execute(chosen, opened, workers=workers, limit_shards=limit_shards, progress=progress)
 
 
-def build_pass(name: str, variant: Variant, released: Mapping[str, Path] | None = None, poolings: Sequence[int] | None = None) -> Pass:
+def build_pass(
+    name: str, variant: Variant, released: Mapping[str, Path | Place] | None = None, poolings: Sequence[int] | None = None
+) -> Pass:
     """The pass called `name` with the variant's settings and the encoder among `released`.
 
     Raises UserError when its encoder is not there.
@@ -91,7 +94,7 @@ def build_pass(name: str, variant: Variant, released: Mapping[str, Path] | None 
             f"the {name} pass needs the weights of {kind.encoder}; train them with `loa train {kind.encoder}`, "
             f"or give them with `--with {kind.encoder}=FOLDER_OR_HUB_ID`"
         )
-    folder = released[kind.encoder].absolute()  # workers run in folders of their own
+    folder = Place.of(released[kind.encoder])  # workers run in folders of their own
     if kind is LoaPass:
         wanted = poolings or default_poolings(variant)
         for pooling in wanted:
@@ -130,7 +133,7 @@ def _pass_command(name: str) -> click.Command:
 
     @friendly
     def command(
-        work: Path,
+        work: Place,
         variant: str,
         tiny: bool,
         settings: dict[str, str],

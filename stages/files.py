@@ -348,6 +348,36 @@ class Place:
         for name in sorted(names, key=lambda name: name in last):
             (self / name).upload(source / name)
 
+    @contextmanager
+    def writing_folder(self, last: Sequence[str] = (), continued: bool = False) -> Iterator[Path]:
+        """Yield a local folder for a writer that needs one: itself where it is local; elsewhere `scratch`, which is put here at the end.
+
+        Args:
+            last: files whose presence means that the folder is complete, see `upload`.
+            continued: begin with what an interrupted call has left on this machine, else with what is here. Otherwise the
+                folder begins without anything, and after an error nothing stays.
+        """
+        if self.local:
+            yield self.path
+            return
+        draft = self.scratch()
+        if not continued:
+            shutil.rmtree(draft, ignore_errors=True)
+        elif not draft.exists() and self.exists():
+            shutil.copytree(self.local_copy(), draft)
+        try:
+            yield draft
+            self.upload(draft, last)
+        except BaseException:
+            if not continued:
+                shutil.rmtree(draft, ignore_errors=True)
+            raise
+        shutil.rmtree(draft)
+
+    def scratch(self) -> Path:
+        """Where this machine keeps what is on its way to this folder; the folder itself where it is local."""
+        return self.path if self.local else default_cache() / "drafts" / digest(self.url, 24) / self.name
+
     def remove(self) -> None:
         """Remove the file; one that is not there is no error."""
         if self.local:

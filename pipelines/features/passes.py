@@ -20,7 +20,7 @@ from torch import Tensor
 from pipelines.features.shards import Member
 from stages.audio import AudioConfig, encode_flac, fbank, load_audio, log_mel, normalise, pad_or_cut
 from stages.errors import AudioError
-from stages.files import code_version, weights_hash
+from stages.files import Place, code_version, weights_hash
 from stages.text import clip_texts
 
 SILENCE = 1e-4  # a clip whose samples all lie below is rejected
@@ -41,9 +41,14 @@ class Pass:
     weights: ClassVar[tuple[str, ...]] = ("",)  # folders of that stage's release that the pass reads
     batch: int = 1  # clips per call of `encode`
 
-    def __init__(self, audio: AudioConfig, folder: Path | None = None) -> None:
-        self.audio, self.folder = audio, folder
+    def __init__(self, audio: AudioConfig, folder: Path | Place | None = None) -> None:
+        self.audio, self.released = audio, None if folder is None else Place.of(folder)
         self.device = torch.device("cpu")
+
+    @property
+    def folder(self) -> Path | None:
+        """The weights of its encoder as a local folder: of those behind a URL every machine has a copy of its own."""
+        return None if self.released is None else self.released.local_copy()
 
     @property
     def series(self) -> tuple[str, ...]:
@@ -109,7 +114,7 @@ class LoaPass(Pass):
 
     name, reads, encoder = "loa", ("waveform",), "audiomae"
 
-    def __init__(self, audio: AudioConfig, folder: Path, poolings: Sequence[int]) -> None:
+    def __init__(self, audio: AudioConfig, folder: Path | Place, poolings: Sequence[int]) -> None:
         super().__init__(audio, folder)
         self.poolings = tuple(sorted(set(poolings)))
         self.batch = 16
@@ -202,7 +207,7 @@ class SpeechPass(ClapPass):
     name, reads, weights = "speech", ("waveform",), ("text_encoder",)
     batch = 16
 
-    def __init__(self, audio: AudioConfig, folder: Path, max_phonemes: int) -> None:
+    def __init__(self, audio: AudioConfig, folder: Path | Place, max_phonemes: int) -> None:
         super().__init__(audio, folder)
         self.max_phonemes = max_phonemes
 
