@@ -7,6 +7,7 @@ VARIANT ?=
 WORK    ?=
 PORT    ?=
 TESTS   ?=
+JOBS    ?= 2
 
 BIN := .venv/bin
 PY  := $(BIN)/python
@@ -25,6 +26,7 @@ help:
 	@echo "                VARIANT=NAME  another system, such as audioldm2-ljs for speech"
 	@echo "                WORK=DIR      where everything goes"
 	@echo "make test     the whole test suite          make quick    without its slow tests"
+	@echo "                JOBS=N        so many test files at a time (2)"
 	@echo "make soak     kills, fuzzing and repeats at length: once or twice each in make test, dozens of times here"
 	@echo "make lint     ruff                          make types    mypy"
 	@echo "make check    lint, types and test          make format   let ruff rewrite"
@@ -43,11 +45,12 @@ setup:
 demo: setup
 	@$(BIN)/loa demo $(if $(DATA),--data "$(DATA)") $(if $(PRESET),--preset $(PRESET)) $(if $(VARIANT),--variant $(VARIANT)) $(if $(WORK),--work "$(WORK)")
 
+# Half of the tests wait for Ray to start: two files at a time take little more than half the time. Each has its own Ray.
 test: setup
-	@$(PY) -m pytest $(TESTS)
+	@$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 quick: setup
-	@$(PY) -m pytest -m "not slow" $(TESTS)
+	@$(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(TESTS)
 
 soak: setup
 	@LOA_SOAK=1 $(PY) -m pytest -m soak $(TESTS)

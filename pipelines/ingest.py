@@ -22,7 +22,6 @@ from pipelines import corpora
 from pipelines.corpora.records import Record, Recording, Rejected
 from pipelines.features import DEFAULT_SHARD_SIZE
 from pipelines.tables import aligned
-from stages.config import differences
 from stages.errors import UserError
 from stages.files import Place
 
@@ -225,7 +224,7 @@ def ingest(
         "keep_blacklisted": keep_blacklisted,
         "recordings": {f"{corpus} in {root}": _digest(records) for (corpus, root), records in listed},
     }
-    store = _opened(store_root, audio, seed, shard_size)
+    store = FeatureStore.find(store_root, audio, seed, shard_size)
     if store is not None and (report := _earlier_report(store, made_from)):
         return report
 
@@ -336,24 +335,6 @@ def _digest(records: Sequence[Record]) -> str:
     for record in records:
         digest.update(repr(record).encode())
     return f"{sum(isinstance(r, Recording) for r in records)} recordings, {digest.hexdigest()[:16]}"
-
-
-def _opened(root: str | Path | Place, audio: AudioConfig, seed: int, shard_size: int) -> FeatureStore | None:
-    """The store that is there, None when there is none. Raises UserError when it has other settings."""
-    from pipelines.features.store import FeatureStore, NoStoreError
-
-    try:
-        store = FeatureStore.open(root)
-    except NoStoreError:
-        return None
-    there = {"audio": store.audio.to_dict(), "seed": store.seed, "shard_size": store.shard_size}
-    changes = differences(there, {"audio": audio.to_dict(), "seed": seed, "shard_size": shard_size})
-    if changes:
-        raise UserError(
-            f"{root} was made with other settings ({changes}). Choose another folder with --work, "
-            f"or delete {root} to make it and all its features again"
-        )
-    return store
 
 
 def _earlier_report(store: FeatureStore, made_from: Mapping[str, Any]) -> IngestReport | None:

@@ -1,6 +1,7 @@
 """What the tests share: real recordings where they are at hand, one local Ray cluster, quiet libraries."""
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -28,10 +29,16 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test that asks for `rounds` is one that `make soak` runs at length."""
+    """A test that asks for `rounds` is one that `make soak` runs at length; files with slow tests come first.
+
+    The slow ones start several Rays each: begun last, one of two processes would finish them alone.
+    """
+    slow: Counter[Path] = Counter()
     for item in items:
         if "rounds" in getattr(item, "fixturenames", ()):
             item.add_marker("soak")
+        slow[item.path] += item.get_closest_marker("slow") is not None
+    items.sort(key=lambda item: -slow[item.path])  # stable: the order within a file stays
 
 
 @pytest.fixture(scope="session")

@@ -45,8 +45,9 @@ def post_job(address: str, marker: Path) -> str:
 
 def send_pickle(address: str, marker: Path) -> str:
     payload = pickle.dumps(Touch(marker))
-    assert len(payload) < 128, "one byte of length"
-    message = b"\x0a" + bytes([len(payload)]) + payload  # ASGIRequest: field 1 is pickled_request_metadata
+    length = bytes([len(payload) & 0x7F | 0x80, len(payload) >> 7])  # a varint of two bytes
+    assert len(payload) < 1 << 14
+    message = b"\x0a" + length + payload  # ASGIRequest: field 1 is pickled_request_metadata
     with grpc.insecure_channel(address) as channel:
         try:
             channel.unary_unary("/ray.serve.ASGIService/HandleRequest")(message, timeout=20)

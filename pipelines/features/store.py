@@ -87,6 +87,20 @@ class FeatureStore:
         return cls(place, card, parts)
 
     @classmethod
+    def find(cls, root: str | Path | Place, audio: AudioConfig, seed: int = 0, shard_size: int = DEFAULT_SHARD_SIZE) -> FeatureStore | None:
+        """The store at `root`, None where there is none. Raises UserError when it has other settings, and names them."""
+        try:
+            store = cls.open(root)
+        except NoStoreError:
+            return None
+        if changes := differences(store._card, _card(audio, seed, shard_size)):
+            raise UserError(
+                f"{root} is already a feature store with other settings ({changes}). Choose another folder with --work, "
+                f"or delete {root} to make it and all its features again"
+            )
+        return store
+
+    @classmethod
     def create(
         cls,
         root: str | Path | Place,
@@ -115,21 +129,17 @@ class FeatureStore:
         clips, rejected = conform(clips, CLIP_SCHEMA), conform(rejected, REJECTED_SCHEMA)
         if not clips.num_rows:
             raise UserError("there are no clips to store: every recording was rejected, or none was found")
-        place = Place.of(root)
-        card = {"format": STORE_FORMAT, "audio": audio.to_dict(), "seed": seed, "shard_size": shard_size}
-        try:
-            store = cls.open(place)
-        except NoStoreError:
-            (place / "store.json").write_json(card)
-            store = cls(place, card, [])
-        if changes := differences(store._card, card):
-            raise UserError(f"{place} is already a feature store with other settings ({changes}); choose another folder or delete it")
+        store = cls.find(root, audio, seed, shard_size)
+        if store is None:
+            card = _card(audio, seed, shard_size)
+            (Place.of(root) / "store.json").write_json(card)
+            store = cls(Place.of(root), card, [])
         known = store.table.numbers(clips["clip_id"].to_pylist())
         new = clips.filter(pc.invert(pc.is_in(clips["clip_id"], value_set=pa.array(known, pa.string()))))
         if not new.num_rows:
             return store
-        _add(place, write_part(place, store.table, new, rejected, seed, dict(report or {})))
-        return cls.open(place)
+        _add(store.place, write_part(store.place, store.table, new, rejected, seed, dict(report or {})))
+        return cls.open(root)
 
     # ------------------------------------------------------------------------------------------------- what it holds
 
@@ -360,6 +370,10 @@ class FeatureStore:
                     f"complete it with `{completing_command(name)}`"
                 )
         return StoreReader(self.table, ledgers, wanted)
+
+
+def _card(audio: AudioConfig, seed: int, shard_size: int) -> dict[str, Any]:
+    return {"format": STORE_FORMAT, "audio": audio.to_dict(), "seed": seed, "shard_size": shard_size}
 
 
 def _parts(place: Place) -> list[Part]:
