@@ -48,6 +48,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 DEFAULT_WORK = "outputs"
 DEFAULT_VARIANT = "audioldm2-full"
 SAME_WISH = 2.0  # seconds
+AWAY = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ETIMEDOUT)  # a mount's errors
+OBJECT_STORES = ("botocore", "aiobotocore", "aiohttp")  # packages whose errors are not OSErrors
 STOPPED = "Stopped. What was finished is kept; the same command continues from there."
 
 
@@ -123,8 +125,21 @@ def plain_sentence(error: BaseException) -> str | None:
             sentence = str(cause)
         elif isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
             return f"no space left on the disk{_of(cause)}; free some or choose another folder with --work"
-        elif isinstance(cause, PermissionError) and cause.filename is not None:
-            return f"no permission to use {cause.filename}; check its owner or choose another folder"
+        elif isinstance(cause, PermissionError):
+            what = f"to use {cause.filename}; check its owner" if cause.filename is not None else f"({cause}); check the credentials"
+            return f"no permission {what} or choose another folder"
+        elif isinstance(cause, OSError) and cause.errno in AWAY:
+            return (
+                f"{cause.filename or 'a folder'} cannot be reached ({cause.strerror}): the disk or the network behind it is away; "
+                "when it is back, repeat the command, which continues where it stopped"
+            )
+        elif type(cause).__module__.partition(".")[0] in OBJECT_STORES:
+            return (
+                f"the object store cannot be used ({cause}); check its network, endpoint and credentials, then repeat the command, "
+                "which continues where it stopped"
+            )
+        elif isinstance(cause, FileNotFoundError) and (gone := _work_that_is_gone()):
+            return f"the work folder {gone} is not there; when it is back, repeat the command, which continues where it stopped"
         elif isinstance(cause, FileNotFoundError) and cause.filename is not None and cause is error:
             return f"{cause.filename} does not exist"
     if sentence is None and isinstance(error, (ImportError, RuntimeError)):
@@ -132,6 +147,13 @@ def plain_sentence(error: BaseException) -> str | None:
 
         return torchvision_fault()
     return sentence
+
+
+def _work_that_is_gone() -> str | None:
+    """The work folder of this call, when it lies on a disk and is not there."""
+    context = click.get_current_context(silent=True)
+    work = context.params.get("work") if context else None
+    return str(work) if work is not None and getattr(work, "local", False) and not work.exists() else None
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -46,6 +46,7 @@ class Project:
             UserError: there is no such folder, or MLflow's store cannot be used.
         """
         work = Place.of(work)
+        runs_at = tracking_uri(work, uri)  # refused before anything is read
         if not work.exists():
             raise UserError(f"there is no project folder {work}; run `loa demo`, or name another with --work")
         cards = {stage: card for stage in STAGES if (card := _json(work / "stages" / stage / "stage.json"))}
@@ -55,7 +56,7 @@ class Project:
             store = None  # a report of what was only evaluated here
         return cls(
             work=work,
-            uri=tracking_uri(work, uri),
+            uri=runs_at,
             evaluation=Evaluation.read(work),
             runs=read_runs(work, uri),
             steps=_json(work / "steps.json") or [],
