@@ -60,7 +60,7 @@ def tone(folder: Path, number: int, seconds: float = 1.0) -> Path:
     return path
 
 
-def make_store(root: Path, rows: list[dict[str, object]], shard_size: int = 4) -> FeatureStore:
+def make_store(root: Path | str, rows: list[dict[str, object]], shard_size: int = 4) -> FeatureStore:
     table = pa.Table.from_pylist(rows, schema=CLIP_SCHEMA)
     return FeatureStore.create(root, VARIANT.audio, table, REJECTED_SCHEMA.empty_table(), shard_size=shard_size)
 
@@ -160,6 +160,21 @@ def test_only_missing_shards_are_made(ray_cluster, tones):
     assert tars(tones) == whole and kept.stat().st_mtime_ns == before
     again = run_pass("mel", tones, VARIANT, progress=False)
     assert again.shards_done == 0 and "nothing to do" in again.sentence()
+
+
+def test_a_store_on_an_object_store_is_filled_and_read(s3, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOA_CACHE", str(tmp_path / "cache"))
+    rows = [clip(tone(tmp_path / "sounds", i)) for i in range(6)]
+    here, there = make_store(tmp_path / "store", rows), make_store(f"{s3}/store", rows)
+    for store in (here, there):
+        run_here("mel", store)
+        store.compact("mel")
+        assert store.verify("mel") == []
+    assert there.ledger("mel")[1] == here.ledger("mel")[1] and there.place.tree() == here.place.tree()
+    mels = [store.reader(["mel"]) for store in (here, there)]
+    assert all(np.array_equal(*(reader.read(i)["mel"] for reader in mels)) for i in range(6))
+    assert not (tmp_path / "s3:").exists()
 
 
 def test_passes_at_once_share_the_shards(ray_cluster, tones, monkeypatch):

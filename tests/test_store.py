@@ -390,6 +390,38 @@ def test_of_two_who_make_a_shard_one_comes_first(tmp_path):
     assert store.write_shard("text", 0, [(i, {"t5.npy": np.zeros(1)}) for i in ids]) == first
 
 
+@pytest.mark.parametrize("compacted", [False, True])
+def test_a_shard_is_remade_where_that_is_asked(tmp_path, compacted):
+    store = make_store(tmp_path)
+    fill(store, "text", without=("corpus-003", "corpus-004"))
+    if compacted:
+        store.compact("text")
+    shard = next(shard for shard, row in store.ledger("text").items() if row.rejected)
+    ids = [row["clip_id"] for row in store.shard_rows(shard)]
+    with store.claim(["text"], shard, remake=True) as mine, store.shard_writer(*mine, shard, remake=True) as writer:
+        for i in ids:
+            writer.add(i, features(i))
+    row = store.ledger("text")[shard]
+    assert row == writer.row and row.count == len(ids) and not row.rejected and len(list((tmp_path / "text").glob("*.tar"))) == 3
+    with store.shard_writer("text", shard, remake=True) as writer:
+        for i in ids[1:]:
+            writer.add(i, features(i))
+        writer.reject(ids[0], "bad")
+    assert store.ledger("text")[shard].rejected == (Rejection(ids[0], "bad"),)
+    store.compact("text")
+    assert store.ledger("text")[shard].rejected == (Rejection(ids[0], "bad"),) and store.missing_shards("text") == []
+
+
+def test_a_recipe_is_not_replaced_while_another_job_works(tmp_path):
+    store = make_store(tmp_path)
+    with store.working() as other:
+        other.begin_series("loa-8", RECIPE)
+        with pytest.raises(UserError, match="pooling: was 8, now 4"):
+            store.begin_series("loa-8", RECIPE | {"pooling": 4})
+        other.begin_series("loa-8", RECIPE | {"pooling": 2})  # nothing of it exists yet
+    store.begin_series("loa-8", RECIPE | {"pooling": 4})
+
+
 class Killed(BaseException):
     """Stands for SIGKILL: nothing that the code does in its wake counts, for the steps it replaces are storage."""
 

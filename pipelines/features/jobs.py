@@ -32,6 +32,11 @@ def lives(store: Place, job: str) -> bool:
     return holder is not None and holder.lives
 
 
+def living(store: Place) -> set[str]:
+    """The jobs that work on a store."""
+    return {job for name in (store / JOBS).list() if lives(store, job := name.removesuffix(".json"))}
+
+
 @contextmanager
 def claim(store: Place, folder: Place, shard: int, job: str) -> Iterator[bool]:
     """Claim a shard of the series in `folder` during the block; yields False, and claims nothing, where a living job did."""
@@ -54,20 +59,17 @@ def claim(store: Place, folder: Place, shard: int, job: str) -> Iterator[bool]:
 
 def tidy(store: Place, folder: Place) -> None:
     """Remove drafts and claims of jobs that are gone from the series in `folder`, and their leases."""
-    living = set()
+    alive = living(store)
     for name in (store / JOBS).list():
-        job = name.removesuffix(".json")
-        if lives(store, job):
-            living.add(job)
-        else:
+        if name.removesuffix(".json") not in alive and not lives(store, name.removesuffix(".json")):
             (store / JOBS / name).remove()
     for name in folder.list():
         _, draft, rest = name.partition(DRAFT)
         job = rest.partition("-")[0]
-        if draft and job not in living and (job != NOBODY or _age(folder / name) > ABANDONED):
+        if draft and job not in alive and (job != NOBODY or _age(folder / name) > ABANDONED):
             (folder / name).remove()
     for name in (folder / CLAIMS).list():
-        if _read(folder / CLAIMS / name) not in living:
+        if _read(folder / CLAIMS / name) not in alive:
             (folder / CLAIMS / name).remove()
 
 

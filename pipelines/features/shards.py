@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import webdataset
 
-from pipelines.features.ledger import LedgerRow, Rejection, journal_name
+from pipelines.features.ledger import Ledger, LedgerRow, Rejection, compact, journal_name
 from stages.audio import decode_flac
 from stages.files import Place
 
@@ -36,10 +36,11 @@ class ShardWriter:
         folder: of the series.
         numbers: of the shard's clips, by id, in the order of the clip table.
         job: whose draft it is; drafts of jobs that are gone are removed.
+        remake: take the place of a shard that exists; else the one that exists stays.
     """
 
-    def __init__(self, folder: Place, shard: int, numbers: Mapping[str, int], job: str = "none") -> None:
-        self.folder, self.shard, self.numbers, self.job = folder, shard, numbers, job
+    def __init__(self, folder: Place, shard: int, numbers: Mapping[str, int], job: str = "none", remake: bool = False) -> None:
+        self.folder, self.shard, self.numbers, self.job, self.remake = folder, shard, numbers, job, remake
         self.row: LedgerRow | None = None
         self._clips: list[int] = []
         self._spans: list[int] = []
@@ -118,7 +119,7 @@ class ShardWriter:
                 self._draft.replace(self.folder.path / row.object)
             else:
                 (self.folder / row.object).upload(self._draft)
-            self.row = publish(self.folder, row)
+            self.row = (replace if self.remake else publish)(self.folder, row)
 
 
 def publish(folder: Place, row: LedgerRow) -> LedgerRow:
@@ -141,6 +142,16 @@ def publish(folder: Place, row: LedgerRow) -> LedgerRow:
     if first.object != row.object:
         (folder / row.object).remove()
     return first
+
+
+def replace(folder: Place, row: LedgerRow) -> LedgerRow:
+    """Let `row` take the place of the row of its shard, if there is one. In between the shard is missing, never mixed."""
+    before = Ledger(folder, "", [row.shard], check=False).get(row.shard)
+    if before is not None:
+        compact(folder, {row.shard: before.object})
+        if before.object != row.object:
+            (folder / before.object).remove()
+    return publish(folder, row)
 
 
 class _HashedStream(io.RawIOBase):

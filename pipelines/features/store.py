@@ -243,14 +243,15 @@ class FeatureStore:
         first run and not compared. What jobs that are gone left behind is removed, and the journal is compacted.
 
         Raises:
-            UserError: the series has shards of another recipe; the message shows both values.
+            UserError: the series has shards of another recipe, or a living job may be making some; the message shows both values.
         """
         folder = self.series_folder(series)
         data = (json.dumps(recipe, indent=2, ensure_ascii=False) + "\n").encode()
         if not (folder / RECIPE).create(data):
             known = json.loads((folder / RECIPE).read())
             changes = differences(_identity(known), _identity(json.loads(data)))
-            if changes and any(name.endswith(".tar") for name in folder.list()):
+            begun = any(name.endswith(".tar") for name in folder.list()) or jobs.living(self.place) - {self.job}
+            if changes and begun:
                 raise UserError(
                     f"the series {series!r} of {self.root} was made with other settings ({changes}); "
                     f"use another store, or delete {folder} to recompute the series"
@@ -268,13 +269,13 @@ class FeatureStore:
             yield FeatureStore(self.place, self._card, self.parts, job)
 
     @contextmanager
-    def claim(self, series: Sequence[str], shard: int) -> Iterator[tuple[str, ...]]:
+    def claim(self, series: Sequence[str], shard: int, remake: bool = False) -> Iterator[tuple[str, ...]]:
         """Claim a shard for this job during the block; yields those of `series` that it has to make.
 
-        None where a living job is at it, or where the shard has been made since it was found missing.
+        None where a living job is at it, or where the shard has been made since it was found missing (but for `remake`).
         """
         with jobs.claim(self.place, self.series_folder(series[0]), shard, self.job) as mine:
-            yield tuple(name for name in series if not self._has(name, shard)) if mine else ()
+            yield tuple(name for name in series if remake or not self._has(name, shard)) if mine else ()
 
     def _has(self, series: str, shard: int) -> bool:
         with warnings.catch_warnings():
@@ -289,10 +290,10 @@ class FeatureStore:
         for name in gone.values():
             (folder / name).remove()
 
-    def shard_writer(self, series: str, shard: int) -> ShardWriter:
-        """A context that writes one shard, for passes that fill several series at once."""
+    def shard_writer(self, series: str, shard: int, remake: bool = False) -> ShardWriter:
+        """A context that writes one shard, for passes that fill several series at once; with `remake` in place of one that exists."""
         numbers = {row["clip_id"]: row["number"] for row in self.shard_rows(shard)}
-        return ShardWriter(self.series_folder(series), shard, numbers, self.job)
+        return ShardWriter(self.series_folder(series), shard, numbers, self.job, remake)
 
     def write_shard(
         self,
@@ -336,10 +337,9 @@ class FeatureStore:
             if shard not in there:
                 return True  # of a wrong size, and told by the ledger
             row = there[shard]
-            if _checksum(folder / row.object) == row.sha256:
-                return False
-            warn(f"{folder / row.object} is corrupt: its sha256 is not the ledger's", repair)
-            return True
+            if damage := self.damage(series, row):
+                warn(f"{folder / row.object} is {damage}", repair)
+            return bool(damage)
 
         with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as threads:
             lost = [shard for shard, bad in zip(listed, threads.map(corrupt, listed), strict=True) if bad]
@@ -348,6 +348,10 @@ class FeatureStore:
         for name in damaged.values():
             (folder / JOURNAL / name).remove()
         return sorted({*lost, *damaged})
+
+    def damage(self, series: str, row: LedgerRow) -> str:
+        """What is wrong with the bytes of a shard, in words that follow "is"; "" for nothing. Reads all of it, changes nothing."""
+        return "" if _checksum(self.series_folder(series) / row.object) == row.sha256 else "corrupt: its sha256 is not the ledger's"
 
     def reader(self, series: Sequence[str], shards: Iterable[int] | None = None) -> StoreReader:
         """Random access to the clips that all of `series` hold.
