@@ -11,7 +11,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
@@ -19,6 +19,9 @@ from options import PlaceType, friendly, next_step, shown
 from pipelines.evaluation.published import TABLES, PublishedTable
 from pipelines.evaluation.records import MEASURES, SILENT_LIMIT, Comparison, Protocol, Record, read_records, side_by_side
 from pipelines.tables import aligned
+
+if TYPE_CHECKING:
+    from stages.files import Place
 
 
 class Cell(NamedTuple):

@@ -60,9 +60,7 @@ def import_weights(
 
     work, out = Place.of(work), None if out is None else Place.of(out)
     bundle = out or work / "bundle"
-    path = Place.of(source).local_copy() if "://" in source else Path(source).expanduser()
-    if not path.exists():
-        path = from_hub(source, [f"{name}/*" for name in FILES] + ["model_index.json"], source)
+    path = _here(source, [f"{name}/*" for name in FILES] + ["model_index.json"], source)
     if path.is_dir():
         import_folder(path, bundle, variant, {"imported": {"source": source, "layout": "diffusers"}}, force)
         return bundle
@@ -114,9 +112,15 @@ def _import_clap(state: Mapping[str, Any], path: Path, final: Place, parts: Mapp
 def _part_folder(name: str, source: str) -> Path:
     if name not in PARTS:
         raise UserError(f"--with {name}={source}: unknown part {name!r}; expected {', '.join(PARTS)}")
-    path = Place.of(source).local_copy() if "://" in source else Path(source).expanduser()
-    files = [f"{name}/*", "*.json", "*.txt", "*.model", "*.safetensors"]
-    return path if path.exists() else from_hub(source, files, f"--with {name}={source}")
+    return _here(source, [f"{name}/*", "*.json", "*.txt", "*.model", "*.safetensors"], f"--with {name}={source}")
+
+
+def _here(source: str, patterns: list[str], said: str) -> Path:
+    """What a path, a URL or a hub id names, on this machine; of a hub id files of `patterns` alone."""
+    if "://" in source:
+        return Place.of(source).local_copy()
+    path = Path(source).expanduser()
+    return path if path.exists() else from_hub(source, patterns, said)
 
 
 def _free(out: Place, force: bool) -> Place:

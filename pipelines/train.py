@@ -83,14 +83,12 @@ def train_stage(
     require_used(given or {}, cls.builds_on(variant), stage)
     opened = FeatureStore.open(store or work / "store")
     opened.require_audio(variant.audio, variant.name)
-    output = work / "stages" / stage
-    folders = released_folders(work, given or {})
+    output, folders = work / "stages" / stage, released_folders(work, given or {})
     identity = {"stage": stage, "variant": _without_recipes(variant), "seed": seed, "store": opened.root}
     if fresh:
         _discard(run, output)
     _check_same(run, identity)
-    recipe = getattr(variant.recipes, stage)
-    if is_finished(output, stage, recipe):
+    if is_finished(output, stage, getattr(variant.recipes, stage)):
         return output
     series = cls.reads(variant)
     corpora = () if cls.any_corpus else _corpora_of(variant, opened)

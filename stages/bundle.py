@@ -130,8 +130,7 @@ def assemble(
     folders |= {name: stages.get(name) for name in ("clap", "vae", "vocoder")}
     _require_stages(folders)
     where = {name: Path(folders[stage] or "") for name, stage in SOURCE.items()}
-    speech = model_type(where["language_model"] / "text_encoder_2") == "vits"
-    if speech:
+    if speech := model_type(where["language_model"] / "text_encoder_2") == "vits":
         where["text_encoder_2"] = where["tokenizer_2"] = where["language_model"]
     _require_files(where)
     before = _existing(Place.of(out))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from tiny_bundle import AUDIO, write_stages
-from tiny_store import KINDS, small, sound
+from tiny_store import KINDS, run_here, small, sound
 
 import loa
 from options import plain_sentence
@@ -60,22 +60,23 @@ def recordings(folder: Path, count: int = 9) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_a_project_behind_a_url(s3: str, tmp_path: Path) -> None:
-    work, uri = f"{s3}/project", f"sqlite:///{tmp_path}/mlflow.db"
+    """The passes in this process: that Ray's workers reach an object store is a test of the store."""
+    work, uri, variant = f"{s3}/project", f"sqlite:///{tmp_path}/mlflow.db", small()
     run("ingest", str(recordings(tmp_path / "sounds")), "--work", work, "--tiny", "--workers", "0", "--shard-size", "4")
-    run("preprocess", "mel", "--work", work, "--tiny", "--workers", "1")
     store = FeatureStore.open(f"{work}/store")
+    run_here("mel", store, variant)
     assert store.root == f"{work}/store" and len(store.reader(["mel", "waveform"])) == 9
 
-    quick = ["--set", "recipes.audiomae.steps=2", "--set", "recipes.audiomae.global_batch=2", "--set", "recipes.audiomae.validate_every=2"]
+    sizes = {"steps": 2, "global_batch": 2, "validate_every": 2}
+    quick = [word for name, value in sizes.items() for word in ("--set", f"recipes.audiomae.{name}={value}")]
     train = ["train", "audiomae", "--work", work, "--tiny", *quick, "--workers", "0", "--tracking-uri", uri]
     assert f"released to {work}/stages/audiomae" in run(*train)
     assert "finished already" in run(*train)
     assert read_card(f"{work}/stages/audiomae", "audiomae")["steps"] == 2
 
-    run("preprocess", "loa", "--work", work, "--tiny", "--workers", "1", "--pooling", "8")
-    loa_series = FeatureStore.open(f"{work}/store").reader(["loa-8"])
+    run_here("loa", store, variant, released_folders(work, {}))
+    loa_series = store.reader(["loa-1"])
     assert len(loa_series) == 9 and np.isfinite(loa_series.read(loa_series.clip_ids[0])["loa"]).all()
 
     run("report", "--work", work, "--tracking-uri", uri)
