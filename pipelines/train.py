@@ -77,8 +77,7 @@ def train_stage(
     from pipelines.training.loop import TrainJob
     from stages.base import read_card, stage_class
 
-    work = Place.of(work)
-    run = run_folder(work, stage, runs, workers)
+    run = run_folder(work := Place.of(work), stage, runs, workers)
     cls = stage_class(stage)
     require_used(given or {}, cls.builds_on(variant), stage)
     opened = FeatureStore.open(store or work / "store")
