@@ -17,6 +17,7 @@ from stages.files import Place, whole_folder, write_json
 from stages.variants import Variant
 
 STAGE_FORMAT = 1
+LAST = ("config.json", "stage.json")  # what makes a folder a release: uploads bring them last
 
 
 class ClipSource(Protocol):
@@ -119,7 +120,7 @@ class Stage(nn.Module):
 
 def release(stage: Stage, folder: str | Path | Place, card: Mapping[str, Any]) -> None:
     """Save a trained stage as `folder` with its card (`stage.json`: what it is and what made it), whole or not at all."""
-    with Place.of(folder).writing_folder(["stage.json"]) as local, whole_folder(local) as draft:
+    with Place.of(folder).writing_folder(LAST) as local, whole_folder(local) as draft:
         stage.save(draft)
         write_json(draft / "stage.json", {"format": STAGE_FORMAT, "stage": stage.name, **card})
 

@@ -63,7 +63,7 @@ def named_panel(options: PanelOptions, work: str | Path | Place, hypotheses: dic
 def _trained_judges(bundle: Path, classifier: Path | Place, audio: AudioConfig, device: str, clap: Path | None = None) -> list[Judge]:
     judges: list[Judge] = [ClapJudge(clap or bundle, None if clap else as_trained(audio), device)]
     classifier = Place.of(classifier)
-    return judges + ([ClassifierJudge(classifier.local_copy(), audio, device)] if (classifier / "stage.json").exists() else [])
+    return judges + ([ClassifierJudge(classifier.local_copy(), audio, device)] if (classifier / "config.json").exists() else [])
 
 
 def _published(options: PanelOptions, seconds: float, device: str) -> list[Judge]:
