@@ -6,7 +6,7 @@ A job's command is built as
     @work_option
     @variant_option
     @friendly
-    def main(work: Path, variant: str) -> None: ...
+    def main(work: Place, variant: str) -> None: ...
 
 Neither this file nor a command's file imports torch, pyarrow and their like at its top: `--help`, completion and a mistyped
 option answer at once. A command imports what does the work where the work begins.
@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 import psutil
@@ -41,11 +41,16 @@ from stages.config import TINY
 from stages.errors import AudioError, UserError
 from stages.sampling import CHOICES, OPTIONS, PROFILES
 
+if TYPE_CHECKING:
+    from stages.files import Place
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 DEFAULT_WORK = "outputs"
 DEFAULT_VARIANT = "audioldm2-full"
 SAME_WISH = 2.0  # seconds
+AWAY = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ETIMEDOUT)  # a mount's errors
+OBJECT_STORES = ("botocore", "aiobotocore", "aiohttp")  # packages whose errors are not OSErrors
 STOPPED = "Stopped. What was finished is kept; the same command continues from there."
 
 
@@ -121,8 +126,21 @@ def plain_sentence(error: BaseException) -> str | None:
             sentence = str(cause)
         elif isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
             return f"no space left on the disk{_of(cause)}; free some or choose another folder with --work"
-        elif isinstance(cause, PermissionError) and cause.filename is not None:
-            return f"no permission to use {cause.filename}; check its owner or choose another folder"
+        elif isinstance(cause, PermissionError):
+            what = f"to use {cause.filename}; check its owner" if cause.filename is not None else f"({cause}); check the credentials"
+            return f"no permission {what} or choose another folder"
+        elif isinstance(cause, OSError) and cause.errno in AWAY:
+            return (
+                f"{cause.filename or 'a folder'} cannot be reached ({cause.strerror}): the disk or the network behind it is away; "
+                "when it is back, repeat the command, which continues where it stopped"
+            )
+        elif type(cause).__module__.partition(".")[0] in OBJECT_STORES:
+            return (
+                f"the object store cannot be used ({cause}); check its network, endpoint and credentials, then repeat the command, "
+                "which continues where it stopped"
+            )
+        elif isinstance(cause, FileNotFoundError) and (gone := _work_that_is_gone()):
+            return f"the work folder {gone} is not there; when it is back, repeat the command, which continues where it stopped"
         elif isinstance(cause, FileNotFoundError) and cause.filename is not None and cause is error:
             return f"{cause.filename} does not exist"
     if sentence is None and isinstance(error, (ImportError, RuntimeError)):
@@ -130,6 +148,13 @@ def plain_sentence(error: BaseException) -> str | None:
 
         return torchvision_fault()
     return sentence
+
+
+def _work_that_is_gone() -> str | None:
+    """The work folder of this call, when it lies on a disk and is not there."""
+    context = click.get_current_context(silent=True)
+    work = context.params.get("work") if context else None
+    return str(work) if work is not None and getattr(work, "local", False) and not work.exists() else None
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -171,6 +196,31 @@ def pairs(context: click.Context, parameter: click.Parameter, values: tuple[str,
     return pairs
 
 
+class PlaceType(click.ParamType):
+    """A folder as a path or a URL; arrives as `stages.files.Place`, which makes no local folder of a URL."""
+
+    name = "place"
+
+    def __init__(self, exists: bool = False, file_okay: bool = False) -> None:
+        self.exists, self.file_okay = exists, file_okay
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Place:
+        from stages.files import Place
+
+        try:
+            place = Place.of(value)
+        except UserError as error:
+            self.fail(str(error), param, ctx)
+        if place.local and not self.file_okay and os.path.isfile(place.url):
+            self.fail(f"Directory {str(value)!r} is a file.", param, ctx)
+        if place.local and self.exists and not place.exists():  # a URL is looked at where errors are sentences
+            self.fail(f"Path {str(value)!r} does not exist.", param, ctx)
+        return place
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="dir")]
+
+
 def _variant_names(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     from stages.variants import VARIANTS
 
@@ -179,12 +229,12 @@ def _variant_names(context: click.Context, parameter: click.Parameter, incomplet
 
 work_option = click.option(
     "--work",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=PlaceType(),
     default=DEFAULT_WORK,
     show_default=True,
     envvar="LOA_WORK",
     metavar="DIR",
-    help="Project folder with feature store, stages, runs and bundle. On a cluster, a folder that all nodes share.",
+    help="Project folder with feature store, stages, runs and bundle, or its URL (s3://…). On a cluster, one that all nodes reach.",
 )
 variant_option = click.option(
     "--variant",
@@ -352,10 +402,13 @@ def sampling_options(*left_out: str) -> Callable[[Function], Function]:
     return decorate
 
 
-def shown(path: Path | str) -> str:
-    """A path as people write it: relative to where they are if it lies there or next to it, else whole."""
+def shown(path: Path | str | Place) -> str:
+    """A path as people write it: relative to where they are if it lies there or next to it, else whole; a URL as it is."""
+    if "://" in str(path):
+        return str(path)
+    path = str(path)
     relative = os.path.relpath(path)
-    return str(path) if relative.startswith(os.path.join(os.pardir, os.pardir)) else relative
+    return path if relative.startswith(os.path.join(os.pardir, os.pardir)) else relative
 
 
 # ---------------------------------------------------------------------------------------- commands that messages name
@@ -413,7 +466,7 @@ def again(command: str) -> str:
     return " ".join([command, *(text for flag, text in _given(context) if flag in known and flag not in words)])
 
 
-def works_on(variant: str, work: Path | str | None = None) -> None:
+def works_on(variant: str, work: Path | str | Place | None = None) -> None:
     """Let the commands that messages name repeat a variant (and work folder) that is not among this call's options."""
     context = click.get_current_context(silent=True)
     if context is None:
@@ -439,7 +492,7 @@ def _given(context: click.Context) -> list[tuple[str, str]]:
         if isinstance(value, dict):  # --set: a recipe belongs to one stage, all else to the system
             values = [f"{key}={text}" for key, text in value.items() if not key.startswith("recipes.")]
         else:
-            values = [shown(value) if isinstance(value, Path) else str(value)]
+            values = [shown(value) if isinstance(parameter.type, PlaceType | click.Path) else str(value)]
         given += [(flag, flag if value is True else f"{flag} {shlex.quote(text)}") for text in values]
     return given
 

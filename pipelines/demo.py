@@ -20,6 +20,7 @@ import psutil
 
 from options import (
     AS_NEEDED,
+    PlaceType,
     Reservation,
     WorkerRange,
     friendly,
@@ -35,7 +36,7 @@ from pipelines import cluster
 from pipelines.tracking import Tracker
 from stages.config import to_dict
 from stages.errors import UserError
-from stages.files import write_json
+from stages.files import Place, write_json
 
 if TYPE_CHECKING:
     from stages.variants import Variant
@@ -176,7 +177,7 @@ class Demo:
     def _report(self, tracker: Tracker) -> str:
         from pipelines.report import write_report
 
-        path = write_report(self.work, tracking_uri=self.tracking_uri)
+        path = write_report(self.work, tracking_uri=self.tracking_uri).path
         tracker.artifact(path)
         return shown(path)
 
@@ -353,7 +354,7 @@ PRESETS = {
 @click.command()
 @click.option(
     "--work",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=PlaceType(),
     envvar="LOA_WORK",
     metavar="DIR",
     help="Project folder of the demo.  [default: outputs/demo, or outputs/demo-VARIANT, -PRESET, -DATA]",
@@ -384,7 +385,7 @@ PRESETS = {
 @tracking_option
 @friendly
 def main(
-    work: Path | None,
+    work: Place | None,
     data: Path | None,
     variant: str,
     preset: str,
@@ -402,17 +403,17 @@ def main(
     resolved = resolve(variant, tiny=True, settings=chosen.settings | settings)
     if data is not None and not data.is_dir():
         raise UserError(f"--data {data} is not a folder; name the folder that holds your recordings")
-    work = (work or _default_work(variant, preset, data)).absolute()
-    works_on(resolved.name, work)
-    require_disk(work, DISK_GB)
+    folder_here = work.local_path("the demo") if work is not None else _default_work(variant, preset, data).absolute()
+    works_on(resolved.name, folder_here)
+    require_disk(folder_here, DISK_GB)
     require_memory(MEMORY_GB)
     cluster.connect()
     began = time.monotonic()
-    demo = Demo(work, data.absolute() if data else None, resolved, chosen, workers, tracking_uri, seed, reserve)
+    demo = Demo(folder_here, data.absolute() if data else None, resolved, chosen, workers, tracking_uri, seed, reserve)
     demo.run()
-    folder = shown(work)
+    folder = shown(folder_here)
     click.echo()
-    if (evaluation := Evaluation.read(work)) is not None:
+    if (evaluation := Evaluation.read(folder_here)) is not None:
         click.echo(evaluation.table())
     click.secho(f"done in {_minutes((time.monotonic() - began) / 60)}", bold=True)
     click.echo(f"  listen and look   {folder}/report.html")

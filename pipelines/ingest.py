@@ -37,6 +37,7 @@ from pipelines.corpora.twins import without_twins
 from pipelines.features import DEFAULT_SHARD_SIZE
 from pipelines.tables import aligned
 from stages.errors import UserError
+from stages.files import Place
 
 if TYPE_CHECKING:
     from pipelines.corpora.headers import Probed
@@ -357,7 +358,7 @@ def _names(folders: Sequence[Path]) -> str:
 def main(
     folders: tuple[Path, ...],
     data: tuple[Path, ...],
-    work: Path,
+    work: Place,
     variant: str,
     tiny: bool,
     clip_seconds: float | None,

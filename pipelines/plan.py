@@ -77,7 +77,7 @@ def hours_in(data: Path) -> float:
     from pipelines.corpora.headers import probe_headers
 
     paths = sorted({r.path for corpus, root in discover(data) for r in read(corpus, root) if isinstance(r, Recording)})
-    return sum(seconds for seconds, _ in probe_headers(paths, 0).values()) / 3600
+    return sum(file.seconds for file in probe_headers(paths, 0).values()) / 3600
 
 
 def describe(variant: Variant, hours: float, clips: int, nodes: int, poolings: Sequence[int], rates: Sequence[Rate]) -> str:

@@ -29,6 +29,7 @@ from options import (
 from pipelines import cluster
 from pipelines.weights import released_folders, require_used
 from stages.errors import UserError
+from stages.files import Place
 
 if TYPE_CHECKING:
     from pipelines.features.passes import Pass
@@ -56,11 +57,11 @@ PASSES = {
 
 def run_pass(
     name: str,
-    store: FeatureStore | str,
+    store: FeatureStore | str | Place,
     variant: Variant,
-    released: Mapping[str, Path] | None = None,
+    released: Mapping[str, Path | Place] | None = None,
     *,
-    work: Path | None = None,
+    work: Path | Place | None = None,
     poolings: Sequence[int] | None = None,
     **settings: Any,
 ) -> PassReport:
@@ -116,7 +117,9 @@ def make_missing(
     return report
 
 
-def build_pass(name: str, variant: Variant, released: Mapping[str, Path] | None = None, poolings: Sequence[int] | None = None) -> Pass:
+def build_pass(
+    name: str, variant: Variant, released: Mapping[str, Path | Place] | None = None, poolings: Sequence[int] | None = None
+) -> Pass:
     """The pass called `name` with the variant's settings and the encoder among `released`.
 
     Raises UserError when its encoder is not there.
@@ -133,7 +136,7 @@ def build_pass(name: str, variant: Variant, released: Mapping[str, Path] | None 
             f"the {name} pass needs the weights of {kind.encoder}; train them with `loa train {kind.encoder}`, "
             f"or give them with `--with {kind.encoder}=FOLDER_OR_HUB_ID`"
         )
-    folder = released[kind.encoder].absolute()  # workers run in folders of their own
+    folder = Place.of(released[kind.encoder])  # workers run in folders of their own
     if kind is LoaPass:
         wanted = poolings or default_poolings(variant)
         for pooling in wanted:
@@ -149,7 +152,7 @@ def default_poolings(variant: Variant) -> tuple[int, ...]:
     return tuple(sorted({1, variant.translator.pooling}))
 
 
-def dry_run_of(name: str, store: FeatureStore, variant: Variant, work: Path, poolings: Sequence[int] | None = None) -> list[str]:
+def dry_run_of(name: str, store: FeatureStore, variant: Variant, work: Place, poolings: Sequence[int] | None = None) -> list[str]:
     """What a pass would do to a store, in lines, with the time that measured rates promise; it needs no weights."""
     from pipelines.features.rates import rates_here
     from pipelines.features.spend import series_bytes, still_to_do
@@ -196,7 +199,7 @@ def _pass_command(name: str) -> click.Command:
 
     @friendly
     def command(
-        work: Path,
+        work: Place,
         variant: str,
         tiny: bool,
         settings: dict[str, str],

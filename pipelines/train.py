@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ import click
 
 from options import (
     AS_NEEDED,
+    PlaceType,
     Reservation,
     WorkerRange,
     friendly,
@@ -30,11 +32,12 @@ from options import (
 from pipelines import cluster
 from pipelines.corpora import PUBLISHED
 from pipelines.tracking import Tracker
+from pipelines.tracking import tracking_uri as find_tracking
 from pipelines.weights import card_beside, released_folders, require_used
 from stages import STAGES, require_stage
 from stages.config import Recipe, differences, flat, to_dict
 from stages.errors import UserError
-from stages.files import weights_hash, whole_folder, write_json
+from stages.files import Place, weights_hash, whole_folder, write_json
 from stages.licences import inherited
 
 if TYPE_CHECKING:
@@ -48,7 +51,7 @@ if TYPE_CHECKING:
 def train_stage(
     stage: str,
     variant: Variant,
-    work: Path,
+    work: str | Path | Place,
     *,
     store: str | None = None,
     given: Mapping[str, str] | None = None,
@@ -60,13 +63,15 @@ def train_stage(
     loader_workers: int = 0,
     max_failures: int = 3,
     fresh: bool = False,
-) -> Path:
+    runs: str | Path | Place | None = None,
+) -> Place:
     """Train `stage` of `variant` in the project folder `work` and release it to `<work>/stages/<stage>`.
 
     Args:
         given: folders of weights that replace stages of `work`, by stage name.
         workers, reserve: Ray Train's workers (`cluster.worker_group`); 0 trains in this process.
         fresh: throw an earlier run of this stage away.
+        runs: folder of its checkpoints, on a disk; `<work>/runs`, or this machine's cache where `work` is behind a URL.
 
     Returns:
         The folder of released weights. A run that is already finished is returned as it is.
@@ -79,13 +84,12 @@ def train_stage(
     from pipelines.training.loop import TrainJob
     from stages.base import read_card, stage_class
 
-    work = Path(work).absolute()
+    run = run_folder(work := Place.of(work), stage, runs, workers)
     cls = stage_class(stage)
     require_used(given or {}, cls.builds_on(variant), stage)
-    opened = FeatureStore.open(store or str(work / "store"))
+    opened = FeatureStore.open(store or work / "store")
     opened.require_audio(variant.audio, variant.name)
-    output, run = work / "stages" / stage, work / "runs" / stage
-    folders = released_folders(work, given or {})
+    output, folders = work / "stages" / stage, released_folders(work, given or {})
     identity = {"stage": stage, "variant": _without_recipes(variant), "seed": seed, "store": opened.root}
     if fresh:
         _discard(run, output)
@@ -117,6 +121,22 @@ def train_stage(
     return output
 
 
+def run_folder(work: Place, stage: str, runs: str | Path | Place | None = None, workers: WorkerRange = None) -> Path:
+    """Where the checkpoints of a stage lie: on a disk that all of its workers reach.
+
+    Raises UserError when there is no such disk: checkpoints are not written to an object store.
+    """
+    if runs is None and not work.local and not in_this_process(workers) and os.environ.get("RAY_ADDRESS"):
+        raise UserError(
+            f"checkpoints of a training are not written to {work}, and the workers of a cluster need them in one place; "
+            "name a folder that all nodes share with --runs, or train on one machine, without RAY_ADDRESS"
+        )
+    folder = Place.of(runs) if runs is not None else work / "runs"
+    if runs is not None and not folder.local:
+        raise UserError(f"--runs {folder}: checkpoints are written to a disk; name a folder that all nodes share")
+    return folder.scratch() / stage
+
+
 def _fit(job: TrainJob, cls: type[Stage], dataset: ClipDataset, workers: WorkerRange, reserve: Reservation, max_failures: int) -> None:
     """Prepare what the stage needs once, then train it in this process or on Ray."""
     for earlier in cls.builds_on(job.variant):
@@ -133,7 +153,7 @@ def _fit(job: TrainJob, cls: type[Stage], dataset: ClipDataset, workers: WorkerR
 
 
 def _provenance(
-    cls: type[Stage], variant: Variant, dataset: ClipDataset, store: FeatureStore, folders: Mapping[str, Path], tracker: Tracker | None
+    cls: type[Stage], variant: Variant, dataset: ClipDataset, store: FeatureStore, folders: Mapping[str, Place], tracker: Tracker | None
 ) -> dict[str, Any]:
     """What a stage is made from, for its card and for MLflow: store, clips, licences, recipes of its series, weights of earlier stages."""
     recipes = {name: recipe for name, recipe in store.recipes().items() if name in cls.reads(variant)}
@@ -301,30 +321,29 @@ def _check_same(run: Path, identity: dict[str, Any]) -> None:
         )
 
 
-def is_finished(output: Path, stage: str, recipe: Recipe) -> bool:
+def is_finished(output: Place, stage: str, recipe: Recipe) -> bool:
     """Whether `output` holds a release of `stage` that was trained for as long as the recipe asks."""
     from stages.base import read_card
 
-    if not output.is_dir():
+    if not output.exists() or not (output.local or (output / "stage.json").exists()):  # half an upload is nothing
         return False
     card = read_card(output, stage)
     return bool(card["steps"] >= recipe.steps or (recipe.max_seconds is not None and card["seconds"] >= recipe.max_seconds))
 
 
-def _discard(run: Path, output: Path) -> None:
-    import shutil
+def _discard(run: Path, output: Place) -> None:
+    (output / "stage.json").remove()  # first: from now on it is no release
+    output.remove_tree()
+    Place.of(run).remove_tree()
 
-    for folder in (run, output):
-        shutil.rmtree(folder, ignore_errors=True)
 
-
-def _input_hashes(stage: str, folders: Mapping[str, Path]) -> dict[str, str]:
+def _input_hashes(stage: str, folders: Mapping[str, Place]) -> dict[str, str]:
     """Which weights were available when this stage was trained: provenance for its card."""
     before = list(STAGES)[: list(STAGES).index(stage)]
     hashes = {}
     for name in before:
-        if name in folders and any(Path(folders[name]).rglob("*.safetensors")):
-            hashes[name] = weights_hash(folders[name])
+        if name in folders and any((folder := folders[name].local_copy()).rglob("*.safetensors")):
+            hashes[name] = weights_hash(folder)
     return hashes
 
 
@@ -337,6 +356,12 @@ def _input_hashes(stage: str, folders: Mapping[str, Path]) -> dict[str, str]:
 @with_option
 @tracking_option
 @click.option("--store", metavar="DIR", help="Feature store to read.  [default: store in --work]")
+@click.option(
+    "--runs",
+    type=PlaceType(),
+    metavar="DIR",
+    help="Disk folder of checkpoints.  [default: runs in --work, or a cache beside a URL]",
+)
 @worker_options
 @click.option("--seed", default=0, show_default=True, help="Seed of weights, data order and dropout.")
 @click.option(
@@ -365,13 +390,14 @@ def _input_hashes(stage: str, folders: Mapping[str, Path]) -> dict[str, str]:
 @friendly
 def main(
     stage: str,
-    work: Path,
+    work: Place,
     variant: str,
     tiny: bool,
     settings: dict[str, str],
     released: dict[str, str],
     tracking_uri: str | None,
     store: str | None,
+    runs: Place | None,
     workers: tuple[int, int] | None,
     reserve: Reservation,
     seed: int,
@@ -395,7 +421,9 @@ def main(
 
         click.echo(describe(resolved, stage, workers[1] if workers else None))
         return
-    before = not fresh and is_finished(work.absolute() / "stages" / stage, stage, getattr(resolved.recipes, stage))
+    tracking_uri = find_tracking(work, tracking_uri)  # refused before anything is read
+    run_folder(work, stage, runs, workers)
+    before = not fresh and is_finished(work / "stages" / stage, stage, getattr(resolved.recipes, stage))
     tags = {"loa.stage": stage, "loa.variant": resolved.name}
     with Tracker.open(tracking_uri, work=work, job=f"train-{stage}", variant=resolved.name, tags=tags, fresh=fresh) as tracker:
         tracker.params({"seed": seed, **flat(to_dict(resolved))})
@@ -413,6 +441,7 @@ def main(
             loader_workers=loader_workers,
             max_failures=max_failures,
             fresh=fresh,
+            runs=runs,
         )
     if before:
         steps, where = read_card(folder, stage)["steps"], shown(folder)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from stages import STAGES, require_stage
 from stages.errors import UserError
-from stages.files import whole_folder, write_json
+from stages.files import Place, whole_folder, write_json
 from stages.variants import Variant
 
 STAGE_FORMAT = 1
+LAST = ("config.json", "stage.json")  # what makes a folder a release: uploads bring them last
 
 
 class ClipSource(Protocol):
@@ -118,22 +119,22 @@ class Stage(nn.Module):
 # ---------------------------------------------------------------------------------------------- released folders
 
 
-def release(stage: Stage, folder: Path, card: Mapping[str, Any]) -> None:
-    """Save a trained stage as `folder` with its card (`stage.json`: what it is and what made it)."""
-    with whole_folder(folder) as draft:
+def release(stage: Stage, folder: str | Path | Place, card: Mapping[str, Any]) -> None:
+    """Save a trained stage as `folder` with its card (`stage.json`: what it is and what made it), whole or not at all."""
+    with Place.of(folder).writing_folder(LAST) as local, whole_folder(local) as draft:
         stage.save(draft)
         write_json(draft / "stage.json", {"format": STAGE_FORMAT, "stage": stage.name, **card})
 
 
-def read_card(folder: Path, stage: str) -> dict[str, Any]:
+def read_card(folder: str | Path | Place, stage: str) -> dict[str, Any]:
     """The card of a released stage.
 
     Raises UserError when the folder is not a release of `stage` in this format.
     """
-    path = Path(folder) / "stage.json"
-    if not path.is_file():
+    path = Place.of(folder) / "stage.json"
+    if not path.exists():
         raise UserError(f"{folder} contains no released stage (no stage.json); run `loa train {stage}` or name another folder")
-    card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    card: dict[str, Any] = json.loads(path.read())
     if card.get("format") != STAGE_FORMAT:
         raise UserError(f"{path} has format {card.get('format')}, this version of loa reads {STAGE_FORMAT}")
     if card.get("stage") != stage:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -11,7 +10,6 @@ import shutil
 import subprocess
 import tempfile
 import threading
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from stages.errors import UserError
+from stages.exclusive import create_whole
 
 
 @contextmanager
@@ -170,6 +169,10 @@ class Place:
     def __str__(self) -> str:
         return self.url
 
+    def __fspath__(self) -> str:
+        """For `open` and libraries that take paths. Raises UserError for a place that is not local: no folder called s3: comes of it."""
+        return str(self.path)
+
     def __truediv__(self, name: str) -> Place:
         parts = name.split("/")
         if not all(parts) or ".." in parts:
@@ -301,7 +304,7 @@ class Place:
         On a disk a hard link decides, on an object store a conditional PUT.
         """
         if self.local:
-            return _create_local(Path(self.url), data)
+            return create_whole(Path(self.url), data)
         fs, path = self._filesystem()
         try:
             fs.pipe_file(path, data, mode="create")
@@ -347,6 +350,36 @@ class Place:
             (self / name).remove()
         for name in sorted(names, key=lambda name: name in last):
             (self / name).upload(source / name)
+
+    @contextmanager
+    def writing_folder(self, last: Sequence[str] = (), continued: bool = False) -> Iterator[Path]:
+        """Yield a local folder for a writer that needs one: itself where it is local; elsewhere `scratch`, which is put here at the end.
+
+        Args:
+            last: files whose presence means that the folder is complete, see `upload`.
+            continued: begin with what an interrupted call has left on this machine, else with what is here. Otherwise the
+                folder begins without anything, and after an error nothing stays.
+        """
+        if self.local:
+            yield self.path
+            return
+        draft = self.scratch()
+        if not continued:
+            shutil.rmtree(draft, ignore_errors=True)
+        elif not draft.exists() and self.exists():
+            shutil.copytree(self.local_copy(), draft)
+        try:
+            yield draft
+            self.upload(draft, last)
+        except BaseException:
+            if not continued:
+                shutil.rmtree(draft, ignore_errors=True)
+            raise
+        shutil.rmtree(draft)
+
+    def scratch(self) -> Path:
+        """Where this machine keeps what is on its way to this folder; the folder itself where it is local."""
+        return self.path if self.local else default_cache() / "drafts" / digest(self.url, 24) / self.name
 
     def remove(self) -> None:
         """Remove the file; one that is not there is no error."""
@@ -399,30 +432,3 @@ class Place:
 def default_cache() -> Path:
     """Where local copies of remote files go: `LOA_CACHE`, or `~/.cache/loa`."""
     return Path(os.environ.get("LOA_CACHE") or Path.home() / ".cache" / "loa").absolute()
-
-
-def _create_local(final: Path, data: bytes) -> bool:
-    final.parent.mkdir(parents=True, exist_ok=True)
-    draft = final.with_name(f".{final.name}.{uuid.uuid4().hex}")
-    try:
-        draft.write_bytes(data)
-        os.link(draft, final)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
-            raise
-        return _create_without_links(final, data)
-    finally:
-        draft.unlink(missing_ok=True)
-    return True
-
-
-def _create_without_links(final: Path, data: bytes) -> bool:
-    """For filesystems that know no hard links: only a reader in that very moment can see a part of it."""
-    try:
-        with open(final, "xb") as file:
-            file.write(data)
-    except FileExistsError:
-        return False
-    return True

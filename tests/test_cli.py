@@ -23,6 +23,7 @@ import options as cli
 from options import Reservation, worker_options
 from stages import STAGES
 from stages.errors import AudioError, UserError
+from stages.files import Place
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -358,10 +359,10 @@ def options(**values: Any) -> None:
 
 def test_options_have_one_meaning() -> None:
     result = CliRunner().invoke(options, ["--set", "diffusion.condition_dropout=0.2", "--set", "a=b=c", "--with", "clap=weights/clap"])
-    values = eval(result.output, {"PosixPath": Path})
+    values = eval(result.output, {"Place": Place})
     assert values["settings"] == {"diffusion.condition_dropout": "0.2", "a": "b=c"}
     assert values["released"] == {"clap": "weights/clap"}
-    assert (values["work"], values["variant"], values["tracking_uri"]) == (Path(cli.DEFAULT_WORK), cli.DEFAULT_VARIANT, None)
+    assert (values["work"], values["variant"], values["tracking_uri"]) == (Place.of(cli.DEFAULT_WORK), cli.DEFAULT_VARIANT, None)
 
 
 @pytest.mark.parametrize("text", ["clap", "clap=", "=folder"])

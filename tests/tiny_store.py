@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from pipelines.features.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore
 from pipelines.preprocess import build_pass
 from stages.audio import AudioConfig, write_wav
 from stages.config import Recipe
+from stages.files import Place
 from stages.variants import Recipes, Variant, resolve
 
 KINDS = ("tone", "noise", "clicks")
@@ -71,7 +72,7 @@ def make_store(
     return store
 
 
-def run_here(name: str, store: FeatureStore, variant: Variant, released: dict[str, Path] | None = None) -> None:
+def run_here(name: str, store: FeatureStore, variant: Variant, released: Mapping[str, Path | Place] | None = None) -> None:
     """A pass in this process, without Ray."""
     import torch
 

@@ -23,7 +23,7 @@ from pipelines.features.recording import measures, read_recording
 from pipelines.features.shards import Member
 from stages.audio import SILENCE, AudioConfig, encode_flac, fbank, log_mel, normalise, pad_or_cut
 from stages.errors import AudioError
-from stages.files import code_version, weights_hash
+from stages.files import Place, code_version, weights_hash
 from stages.text import clip_texts
 
 PROOF_SECONDS = 0.1  # of a recording that a worker reads to prove that it can
@@ -44,13 +44,18 @@ class Pass:
     batch: int = 1  # clips per call of `encode`
     needs: ClassVar[Reservation] = Reservation(cpus=4, gpus=1)  # of one worker
 
-    def __init__(self, audio: AudioConfig, folder: Path | None = None) -> None:
-        self.audio, self.folder = audio, folder
+    def __init__(self, audio: AudioConfig, folder: Path | Place | None = None) -> None:
+        self.audio, self.released = audio, None if folder is None else Place.of(folder)
         self.device = torch.device("cpu")
         self.precision = "fp32"  # of the encoder; belongs to the series, whatever device continues it
         self.made_on = "cpu"  # the kind of device that began the series
         self.known: Row | None = None  # a clip whose recording the driver could read
         self.reject_failed = False  # give up clips that fail: they count as rejected
+
+    @property
+    def folder(self) -> Path | None:
+        """The weights of its encoder as a local folder: of those behind a URL every machine has a copy of its own."""
+        return None if self.released is None else self.released.local_copy()
 
     @property
     def series(self) -> tuple[str, ...]:
@@ -138,7 +143,7 @@ class LoaPass(Pass):
     name, reads, encoder = "loa", ("waveform",), "audiomae"
     fp16 = True
 
-    def __init__(self, audio: AudioConfig, folder: Path, poolings: Sequence[int]) -> None:
+    def __init__(self, audio: AudioConfig, folder: Path | Place, poolings: Sequence[int]) -> None:
         super().__init__(audio, folder)
         self.poolings = tuple(sorted(set(poolings)))
         self.batch = 16
@@ -231,7 +236,7 @@ class SpeechPass(ClapPass):
     name, reads, weights = "speech", ("waveform",), ("text_encoder",)
     batch = 16
 
-    def __init__(self, audio: AudioConfig, folder: Path, max_phonemes: int) -> None:
+    def __init__(self, audio: AudioConfig, folder: Path | Place, max_phonemes: int) -> None:
         super().__init__(audio, folder)
         self.max_phonemes = max_phonemes
 

@@ -23,7 +23,7 @@ from pipelines.features.passes import Features, Pass, Row
 from stages.audio import AudioConfig, load_audio, log_mel, normalise, pad_or_cut, write_wav
 from stages.base import stage_class
 from stages.errors import UserError
-from stages.files import write_json
+from stages.files import Place
 from stages.variants import Variant
 
 FILE = "rates.json"
@@ -60,31 +60,31 @@ def machine() -> str:
         model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
     except OSError:
         pass
-    have = cluster.local_resources()
+    have = cluster.this_machine()
     gpus = f", {have.gpus} x {torch.cuda.get_device_name()}" if have.gpus else ""
     return f"{have.cpus} cores of {model}{gpus}"
 
 
-def read_rates(work: Path) -> list[Rate]:
+def read_rates(work: Path | Place) -> list[Rate]:
     """All rates kept in a work folder. Raises UserError for a file that holds something else."""
-    path = Path(work) / FILE
-    if not path.is_file():
+    path = Place.of(work) / FILE
+    if not path.exists():
         return []
     try:
-        return [Rate(**entry) for entry in json.loads(path.read_text())]
+        return [Rate(**entry) for entry in json.loads(path.read())]
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it and measure again with `loa plan --measure`") from None
 
 
-def keep_rates(work: Path, measured: Sequence[Rate]) -> None:
+def keep_rates(work: Path | Place, measured: Sequence[Rate]) -> None:
     """Put rates in the place of earlier ones of the same machine, variant and pass."""
     new = {(r.machine, r.variant, r.name) for r in measured}
-    Path(work).mkdir(parents=True, exist_ok=True)
     kept = [r for r in read_rates(work) if (r.machine, r.variant, r.name) not in new]
-    write_json(Path(work) / FILE, [asdict(r) for r in [*kept, *measured]])
+    content = json.dumps([asdict(r) for r in [*kept, *measured]], indent=2, ensure_ascii=False)
+    (Place.of(work) / FILE).write((content + "\n").encode())
 
 
-def rates_here(work: Path, variant: str) -> dict[str, float]:
+def rates_here(work: Path | Place, variant: str) -> dict[str, float]:
     """Clips per second of this machine by pass, as far as they were measured."""
     return {r.name: r.clips_per_second for r in read_rates(work) if r.machine == machine() and r.variant == variant}
 
@@ -94,7 +94,7 @@ def measure(chosen: Pass, variant: Variant, rows: Sequence[Row], seconds: float,
 
     Raises UserError when a clip cannot be encoded.
     """
-    have = cluster.local_resources()
+    have = cluster.this_machine()
     if chosen.encoder:
         device = torch.device("cuda" if have.gpus else "cpu")
         rate = _timed(chosen, rows, seconds, device) * max(1, have.gpus)

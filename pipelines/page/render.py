@@ -309,7 +309,7 @@ def _machine() -> dict[str, str]:
 
 
 def _commands(project: Project) -> str:
-    folder = os.path.relpath(project.work)
+    folder = os.path.relpath(project.work.path) if project.work.local else str(project.work)
     own = project.uri == f"sqlite:///{project.work / 'mlflow.db'}"
     store = f"sqlite:///{folder}/mlflow.db" if own else project.uri
     prompt = next((row["text"] for row in project.evaluation.clips), "rain on a tin roof") if project.evaluation else "rain on a tin roof"

@@ -32,7 +32,7 @@ from pipelines.training.dataset import ClipDataset, Examples, Share, step_rng, t
 from stages.base import Stage, release, stage_class
 from stages.config import Recipe, to_dict
 from stages.errors import UserError
-from stages.files import write_json
+from stages.files import Place, write_json
 from stages.variants import Variant
 
 LOG_EVERY = 10  # steps
@@ -51,8 +51,8 @@ class TrainJob:
     variant: Variant
     store: str
     run: str  # folder of this run: checkpoints, prepared/, progress.json
-    released: Mapping[str, str]  # folder of every stage whose weights are available
-    output: str  # where the released weights go
+    released: Mapping[str, str]  # folder or URL of every stage whose weights are available
+    output: str  # where the released weights go: a folder or URL
     tracker: Any = None  # Tracker.handle() of the run this job logs to
     seed: int = 0
     precision: str = "auto"  # "auto", "bf16" or "fp32"
@@ -67,14 +67,14 @@ class TrainJob:
         return recipe
 
     def folder(self, stage: str) -> Path:
-        """Released weights of `stage`. Raises UserError naming the command that makes them."""
+        """Released weights of `stage`, on this machine. Raises UserError naming the command that makes them."""
         if stage == "prepared":
             return Path(self.run) / "prepared"
         if stage not in self.released:
             raise UserError(
                 f"{self.stage} needs the weights of {stage}: run `loa train {stage}` first or give them with --with {stage}=FOLDER"
             )
-        return Path(self.released[stage])
+        return Place.of(self.released[stage]).local_copy()
 
 
 class Workers(Protocol):
@@ -201,7 +201,7 @@ def train(job: TrainJob, workers: Workers) -> dict[str, float]:
                 "validation": measures,
                 **job.card,
             }
-            release(fresh.eval(), Path(job.output), card)
+            release(fresh.eval(), job.output, card)
     return measures
 
 
