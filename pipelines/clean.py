@@ -150,14 +150,15 @@ def _measured(path: Path) -> tuple[int, float]:
 @click.option("--caches", is_flag=True, help="Also caches, which are filled again when needed.")
 @click.option("--yes", is_flag=True, help="Remove what is listed as removable.  [default: list]")
 @friendly
-def main(work: Path, store: str | None, runs: bool, caches: bool, yes: bool) -> None:
+def main(work: Place, store: str | None, runs: bool, caches: bool, yes: bool) -> None:
     """List what takes space in a project and nothing refers to; remove it with --yes.
 
     What a living job holds is never touched.
     """
     from pipelines.features.spend import size_text
 
-    listed = leftovers(work, store, runs, caches)
+    folder = work.local_path("`loa clean`")
+    listed = leftovers(folder, store, runs, caches)
     if not listed:
         click.echo(f"{shown(work)}: nothing to clean")
         return
@@ -170,7 +171,7 @@ def main(work: Path, store: str | None, runs: bool, caches: bool, yes: bool) -> 
     if not yes:
         click.echo(f"{len(going)} of {len(listed)} may go, {total}" + (f"; next: {again('loa clean --yes')}" if going else ""))
         return
-    still = {(item.place, item.kind) for item in leftovers(work, store, runs, caches) if not item.keep}  # a job may have begun meanwhile
+    still = {(item.place, item.kind) for item in leftovers(folder, store, runs, caches) if not item.keep}  # a job may have begun meanwhile
     for item in going:
         if (item.place, item.kind) in still:
             item.remove()

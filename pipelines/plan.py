@@ -13,6 +13,7 @@ from options import again, friendly, set_option, tiny_option, variant_option, wi
 from pipelines.tables import aligned
 from pipelines.weights import released_folders
 from stages.errors import UserError
+from stages.files import Place
 
 if TYPE_CHECKING:
     from pipelines.features.rates import Rate
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 PASSES = {"mel": "", "loa": "audiomae", "latent": "vae", "text": "clap", "speech": "clap"}  # pass → the stage that encodes
 
 
-def measure_passes(variant: Variant, work: Path, seconds: float, released: dict[str, str], data: Path | None = None) -> list[Rate]:
+def measure_passes(variant: Variant, work: Place, seconds: float, released: dict[str, str], data: Path | None = None) -> list[Rate]:
     """Time every pass of a variant on this machine for `seconds` each, and keep the rates in the work folder."""
     from pipelines.features.passes import LatentPass, LoaPass, MelPass, SpeechPass, TextPass
     from pipelines.features.rates import keep_rates, made_rows, measure, random_weights
@@ -119,7 +120,7 @@ def describe(variant: Variant, hours: float, clips: int, nodes: int, poolings: S
 @click.option("--nodes", type=click.IntRange(1), default=1, show_default=True, help="Machines like the measured one.")
 @friendly
 def main(
-    work: Path,
+    work: Place,
     variant: str,
     tiny: bool,
     settings: dict[str, str],

@@ -1,6 +1,7 @@
 """What hours of sound take: the arithmetic, rates that are measured, and what a pass would do."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,24 @@ def test_a_shard_takes_the_bytes_that_arithmetic_says(tmp_path: Path) -> None:
     assert row.num_bytes - 4 * series_bytes(small(), (1,))["mel"] in range(0, 10_240 + 1)
     assert stored(1) == 512 + 512 and stored(384) == 1024 and stored(385) == 1536
     assert size_text(999) == "999 B" and size_text(8.2e12) == "8.2 TB"
+
+
+def test_the_page_on_scale_does_its_sums() -> None:
+    """Every size on docs/scale.md, from the shapes of the variant."""
+    page = (REPO / "docs" / "scale.md").read_text(encoding="utf-8")
+    clips, sizes = clip_count(PAPER_HOURS, 10.24), series_bytes(FULL, (1, 2, 4, 8))
+    assert f"**{clips:,}** clips" in page
+    for name, size in sizes.items():
+        assert re.search(rf"`{name}`[^|]*\| {size / 1e3:,.1f} kB \| {clips * size / 1e12:,.1f} TB", page), name
+    assert f"| together | {sum(sizes.values()) / 1e3:,.1f} kB | {clips * sum(sizes.values()) / 1e12:,.1f} TB |" in page
+    mean = sum(sizes[f"loa-{p}"] for p in (1, 2, 4, 8)) / 4
+    all_read, one_read = sizes["latent"] + sizes["loa-1"], sizes["latent"] + mean
+    assert f"{one_read / 1e3:.0f} kB instead of {all_read / 1e3:.0f} kB: {one_read / all_read:.2f} of" in page
+    recipe = FULL.recipes.diffusion
+    assert (recipe.steps, recipe.global_batch) == (800_000, 128)
+    total = recipe.steps * recipe.global_batch / 1e12
+    assert f"{total * one_read:.0f} TB instead of {total * all_read:.0f} TB" in page
+    assert f"{128 * one_read / 1e6:.0f} MB/s instead of {128 * all_read / 1e6:.0f} MB/s" in page
 
 
 def a_rate(name: str = "mel", **values: object) -> Rate:
