@@ -112,19 +112,14 @@ def ingest(
     windows = Windows(max_windows, min_seconds, seed)
     sources, left_out = _listed(folders, include, keep_blacklisted, follow_links)
     choices = {"limit": limit, "licences": list(licences), "keep_blacklisted": keep_blacklisted, "follow_links": follow_links}
-    made_from = {
-        **{"data": [str(folder) for folder in folders], "windows": asdict(windows)},
-        **choices,
-        "recordings": {f"{source.corpus} in {source.root}": _digest(source.records) for source in sources},
-    }
+    recordings = {f"{source.corpus} in {source.root}": _digest(source.records) for source in sources}
+    made_from = {"data": list(map(str, folders)), "windows": asdict(windows), **choices, "recordings": recordings}
     store = None if dry_run else FeatureStore.find(store_root, audio, seed, shard_size)
     if store is not None and (report := _earlier_report(store, made_from)):
         return report
 
     for source in sources:
-        _filter(source, licences, limit)
-        if store is not None:
-            _forget_known(store, source)
+        _filter(source, licences, limit, store)
     paths = sorted({r.path for source in sources for r in source.records if isinstance(r, Recording)})
     names = ", ".join(source.corpus for source in sources)
     say("\n".join([*left_out, f"{names}: reading the headers of {len(paths):,} recordings"]))
@@ -175,8 +170,8 @@ def _nothing_usable(folders: Sequence[Path], sources: Sequence[Source], rejected
     )
 
 
-def _filter(source: Source, licences: Sequence[str], limit: int | None) -> None:
-    """Leave out what options exclude, and count it."""
+def _filter(source: Source, licences: Sequence[str], limit: int | None, store: FeatureStore | None) -> None:
+    """Leave out what options exclude and what the store has, and count it."""
     recordings = [r for r in source.records if isinstance(r, Recording)]
     kept = {r.recording_id for r in recordings}
     if licences:
@@ -190,6 +185,8 @@ def _filter(source: Source, licences: Sequence[str], limit: int | None) -> None:
         kept = chosen
     source.records = [r for r in source.records if isinstance(r, Rejected) or r.recording_id in kept]
     source.filtered = +source.filtered
+    if store is not None:
+        _forget_known(store, source)
 
 
 def _without_twins(sources: Sequence[Source], probed: Mapping[str, Probed]) -> None:

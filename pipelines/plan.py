@@ -114,9 +114,16 @@ def describe(variant: Variant, hours: float, clips: int, nodes: int, poolings: S
 @with_option
 @click.option("--measure", is_flag=True, help="Time every pass on this machine first; rates are kept in --work.")
 @click.option("--seconds", type=click.FloatRange(0, min_open=True), default=60.0, show_default=True, help="With --measure: for each pass.")
-@click.option("--hours", type=click.FloatRange(0, min_open=True), metavar="H", help="Plan for so many hours of sound.")
-@click.option("--data", type=click.Path(path_type=Path), metavar="DIR", help="Plan for (and measure on) these recordings.")
-@click.option("--store", metavar="DIR", help="Plan for the clips of this feature store.")
+@click.option(
+    "--hours",
+    type=click.FloatRange(0, min_open=True),
+    metavar="H",
+    help="Plan for so many hours of sound.  [default: what --data or --store holds]",
+)
+@click.option(
+    "--data", type=click.Path(path_type=Path), metavar="DIR", help="Plan for (and measure on) these recordings.  [default: made clips]"
+)
+@click.option("--store", metavar="DIR", help="Plan for the clips of this feature store.  [default: none]")
 @click.option("--nodes", type=click.IntRange(1), default=1, show_default=True, help="Machines like the measured one.")
 @friendly
 def main(

@@ -96,9 +96,8 @@ def train_stage(
     _check_same(run, identity)
     if is_finished(output, stage, getattr(variant.recipes, stage)):
         return output
-    series = cls.reads(variant)
     corpora = () if cls.any_corpus else _corpora_of(variant, opened)
-    dataset = ClipDataset(opened, cls, series, "train", corpora)
+    dataset = ClipDataset(opened, cls, cls.reads(variant), "train", corpora)
     card = _provenance(cls, variant, dataset, opened, folders, tracker)
     if not cls.learns_from(dataset):
         raise UserError(nothing_to_train_on(cls, variant, opened, corpora))
@@ -399,13 +398,10 @@ def main(
     store: str | None,
     runs: Place | None,
     workers: tuple[int, int] | None,
-    reserve: Reservation,
     seed: int,
-    precision: str,
-    loader_workers: int,
-    max_failures: int,
     fresh: bool,
     dry_run: bool,
+    **options: Any,
 ) -> None:
     """Train STAGE: clap, audiomae, vae, vocoder, translator, diffusion, joint or classifier.
 
@@ -434,14 +430,11 @@ def main(
             store=store,
             given=released,
             workers=workers,
-            reserve=reserve,
             tracker=tracker,
             seed=seed,
-            precision=precision,
-            loader_workers=loader_workers,
-            max_failures=max_failures,
             fresh=fresh,
             runs=runs,
+            **options,
         )
     if before:
         steps, where = read_card(folder, stage)["steps"], shown(folder)

@@ -9,15 +9,13 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-import transformers
 from diffusers import AutoencoderKL, DDIMScheduler
 from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2ProjectionModel, AudioLDM2UNet2DConditionModel
 from safetensors import SafetensorError
@@ -36,6 +34,7 @@ from stages.config import tiny_name
 from stages.diffusion.model import latent_scale
 from stages.errors import UserError
 from stages.files import Place, weights_hash, whole_folder, write_json
+from stages.quiet import quiet
 from stages.tokenizers import read_tokenizer
 
 BUNDLE_FORMAT = 1
@@ -433,21 +432,3 @@ def find_bundle(given: str | Path | Place | None) -> Place:
             "no bundle found under ./outputs; make one with `loa demo` or `loa export`, or name one with --bundle (or $LOA_BUNDLE)"
         )
     return Place.of(max(bundles, key=lambda folder: folder.stat().st_mtime))
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars and no chatter of the libraries while weights load."""
-    loggers = transformers.utils.logging, diffusers.utils.logging
-    levels = [logger.get_verbosity() for logger in loggers]
-    shown = [logger.is_progress_bar_enabled() for logger in loggers]
-    for logger in loggers:
-        logger.set_verbosity_error()
-        logger.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for logger, level, bar in zip(loggers, levels, shown, strict=True):
-            logger.set_verbosity(level)
-            if bar:
-                logger.enable_progress_bar()

@@ -115,8 +115,8 @@ def test_all_commands_on_ray_ask_for_workers_in_the_same_words() -> None:
     [
         ([], (None, Reservation())),
         (["--workers", "0"], ((0, 0), Reservation())),
-        (["--workers", "3", "--gpu", "0"], ((3, 3), Reservation(gpus=0))),
-        (["--workers", "2-16", "--cpu", "2", "--gpu", "0.5", "--memory", "1.5"], ((2, 16), Reservation(2, 0.5, 1_500_000_000))),
+        (["--workers", "3", "--gpu", "0"], ((3, 3), Reservation(gpus=0.0))),
+        (["--workers", "2-16", "--cpu", "2", "--gpu", "0.5", "--memory", "1.5"], ((2, 16), Reservation(2.0, 0.5, 1_500_000_000))),
         (["--workers", "16-2"], "'16-2' is no range"),
         (["--workers", "0-2"], "'0-2' is no range"),
         (["--workers", "-1"], "'-1' is neither a number of workers nor a range such as 1-16"),
@@ -155,7 +155,7 @@ def test_mistyped_commands_are_recognised(typed: str, meant: str) -> None:
 def test_unknown_commands_get_the_list() -> None:
     result = run("xyzzy")
     assert result.exit_code == 2
-    assert "There are: demo, variants, ingest" in result.output
+    assert "There are: demo, variants, plan, ingest" in result.output
 
 
 def test_version() -> None:

@@ -201,9 +201,9 @@ def test_what_is_new_in_a_folder_is_added(data, tmp_path):
     sound(data / "broken.wav", 1.0)  # mended
     (data / "long.wav").unlink()
     report = ingest([data], tmp_path / "store", AUDIO)
-    assert report.summary().startswith("added to 5 clips: 3 clips") and report.corpora[0].rejected == {"missing file": 1}
+    assert report.summary().startswith("added to 6 clips: 3 clips") and report.corpora[0].rejected == {"missing file": 1}
     clips = FeatureStore.open(tmp_path / "store").clips()
-    assert clips[:5].equals(old) and sorted(clips["clip_id"][5:]) == ["folder-data_broken", "folder-data_new-0", "folder-data_new-1"]
+    assert clips[:6].equals(old) and sorted(clips["clip_id"][6:]) == ["folder-data_broken", "folder-data_new-0", "folder-data_new-1"]
     again = ingest([data], tmp_path / "store", AUDIO)
     assert again.already and len(FeatureStore.open(tmp_path / "store").parts) == 2
     (data / "new.wav").unlink()

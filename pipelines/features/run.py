@@ -186,8 +186,12 @@ def _workers_device(work: Pass, workers: WorkerRange, reserve: Reservation) -> p
 
     pool = cluster.pool(work.needs, 1, None, reserve)
     cluster.await_room(pool, f"the {work.name} pass")
-    ask = ray.remote(num_cpus=0, num_gpus=pool.num_gpus, memory=pool.memory or None)(precision.Device.here)
-    answer: precision.Device = ray.get(ask.remote(bool(pool.num_gpus)))
+
+    @ray.remote(num_cpus=0, num_gpus=pool.num_gpus, memory=pool.memory or None)
+    def device() -> precision.Device:
+        return precision.Device.here(bool(pool.num_gpus))
+
+    answer: precision.Device = ray.get(device.remote())
     return answer
 
 

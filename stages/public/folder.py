@@ -19,13 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import ClapModel, GPT2LMHeadModel, SpeechT5HifiGan, T5EncoderModel, VitsModel
 
-from stages.bundle import FILES, assemble, audio_of, quiet, read_info, read_json
+from stages.bundle import FILES, assemble, audio_of, read_info, read_json
 from stages.checkpoints import misfits, read_checkpoint, weights_of
 from stages.config import TINY
 from stages.errors import UserError
 from stages.files import Place
 from stages.public.original import require_variant, variants_like
 from stages.public.parts import beside
+from stages.quiet import quiet
 from stages.tokenizers import read_tokenizer
 from stages.variants import resolve
 

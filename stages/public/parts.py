@@ -10,11 +10,11 @@ from typing import Any
 from transformers import AutoTokenizer, T5EncoderModel
 
 from stages.audiomae.model import AudioMAE, AudioMAEConfig
-from stages.bundle import quiet
 from stages.checkpoints import read_checkpoint, weights_of
 from stages.errors import UserError
 from stages.files import Place
 from stages.public import PARTS
+from stages.quiet import quiet
 from stages.tokenizers import misfit
 
 PADDING = {"tokenizer": 1, "tokenizer_2": 0}  # ids of <pad> in RoBERTa's and T5's vocabularies
