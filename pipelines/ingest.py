@@ -123,8 +123,7 @@ def ingest(
     paths = sorted({r.path for source in sources for r in source.records if isinstance(r, Recording)})
     names = ", ".join(source.corpus for source in sources)
     say("\n".join([*left_out, f"{names}: reading the headers of {len(paths):,} recordings"]))
-    probed = probe_headers(paths, workers, reserve)
-    _without_twins(sources, probed)
+    _without_twins(sources, probed := probe_headers(paths, workers, reserve))
     clips, rejected, counts = _clips_of_all(sources, probed, audio, windows)
     if not clips and store is None:
         raise UserError(_nothing_usable(folders, sources, rejected))
