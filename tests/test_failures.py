@@ -23,10 +23,11 @@ from stages.errors import UserError
 def here(monkeypatch):
     """Units are worked on in this process, by a worker of their own as on Ray."""
 
-    def outcomes(store, work, units, workers):
+    def outcomes(store, work, units, workers, reserve):
+        monkeypatch.setattr(run.cluster, "given", lambda: (1, "cpu"))
         for unit in units:
-            row = {"shard": unit.shard, "series": json.dumps(unit.series), "clips": unit.clips}
-            yield ShardWorker(store, work, 1)(row)
+            row = {"shard": unit.shard, "series": json.dumps(unit.series), "clips": unit.clips, "remake": unit.remake}
+            yield ShardWorker(store, work)(row)
 
     monkeypatch.setattr(run, "_outcomes", outcomes)
 
@@ -199,11 +200,11 @@ def test_storage_that_fails_in_mid_read_is_not_the_end_of_the_sound(tmp_path, mo
         def __exit__(self, *_):
             self.file.close()
 
-    real = recording._opened
-    monkeypatch.setattr(recording, "_opened", lambda path: Failing())
+    real = recording.open_recording
+    monkeypatch.setattr(recording, "open_recording", lambda path: Failing())
     with pytest.raises(OSError, match="Input/output error"):
         recording.read_recording(f"file://{path}", RATE, 0.0, 2.0)
-    monkeypatch.setattr(recording, "_opened", real)
+    monkeypatch.setattr(recording, "open_recording", real)
     np.testing.assert_array_equal(recording.read_recording(f"file://{path}", RATE, 0.0, 2.0), whole)
 
 
@@ -216,7 +217,7 @@ def test_recordings_behind_urls_are_read_by_range(tmp_path, monkeypatch):
     data = (tmp_path / "long.wav").read_bytes()
     fsspec.filesystem("memory").pipe("/ranges/long.wav", data)
     read = []
-    fetched = recording._opened
+    fetched = recording.open_recording
 
     def counting(path):
         file = fetched(path)
@@ -230,7 +231,7 @@ def test_recordings_behind_urls_are_read_by_range(tmp_path, monkeypatch):
         monkeypatch.setattr(file, "readinto", readinto, raising=False)
         return file
 
-    monkeypatch.setattr(recording, "_opened", counting)
+    monkeypatch.setattr(recording, "open_recording", counting)
     waveform = recording.read_recording("memory://ranges/long.wav", RATE, 150.0, 1.0)
     np.testing.assert_allclose(waveform, samples[150 * RATE : 151 * RATE, 0], atol=1e-4)
     assert 0 < sum(read) < len(data) / 20

@@ -244,7 +244,9 @@ def test_exported_latents_keep_the_scale_of_the_given_unet(
     work, variant = line
     given = {"translator": str(folders[layout]), "diffusion": str(folders[layout])}
     out = export(work, variant, given=given, out=tmp_path / "mixed")
-    expected, got = (json.loads((folder / "vae" / "config.json").read_text())["scaling_factor"] for folder in (folders[layout], out.path))
+    expected, got = (
+        json.loads((folder / "vae" / "config.json").read_text())["scaling_factor"] for folder in (Path(folders[layout]), out.path)
+    )
     assert got == expected != 1.0
 
 
