@@ -17,7 +17,7 @@ local_ray.prepare()
 for key, value in {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "60",
+    "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "300",  # against hangs alone: starting a worker took 60 s beside other work
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
