@@ -167,12 +167,12 @@ def test_off_writes_nowhere(tmp_path):
 
 
 def test_where_runs_go(work, monkeypatch):
-    assert tracking_uri("/x/work") == "sqlite:////x/work/mlflow.db"
-    assert run_key("/x/work", "train-vae", "tiny") == "/x/work/train-vae/tiny"
+    assert tracking_uri("/x/project") == "sqlite:////x/project/mlflow.db"
+    assert run_key("/x/project", "train-vae", "tiny") == "/x/project/train-vae/tiny"
     with pytest.raises(UserError, match="--tracking-uri"):
         tracking_uri("s3://bucket/work")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example.org")
-    assert tracking_uri("/x/work") == "http://mlflow.example.org" and tracking_uri("/x/work", "sqlite:///a.db") == "sqlite:///a.db"
+    assert tracking_uri("/x/project") == "http://mlflow.example.org" and tracking_uri("/x/project", "sqlite:///a.db") == "sqlite:///a.db"
 
 
 def test_an_unusable_store_is_named(tmp_path):
