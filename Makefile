@@ -45,7 +45,7 @@ setup:
 demo: setup
 	@$(BIN)/loa demo $(if $(DATA),--data "$(DATA)") $(if $(PRESET),--preset $(PRESET)) $(if $(VARIANT),--variant $(VARIANT)) $(if $(WORK),--work "$(WORK)")
 
-# Half of the tests wait for Ray to start: two files at a time take little more than half the time. Each has its own Ray.
+# Much of the suite waits for Ray: two files at a time take three quarters of the time (docs/log.md). Each has its own Ray.
 test: setup
 	@$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
