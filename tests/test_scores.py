@@ -99,6 +99,16 @@ def test_the_cache_goes_by_content_not_by_name(sets):
     assert (after.rows == embed_files(Counting(), files_of(sets / "generated")).rows).all()
 
 
+@pytest.mark.parametrize("cache", [None, "cache"])
+def test_copies_are_embedded_once(sets, cache):
+    """Twice would be work for nothing, and with several threads another rounding: what was scored would not be what the cache keeps."""
+    soundfile.write(sets / "generated" / "copy.wav", *soundfile.read(sets / "generated" / "clip-03.wav"))
+    files, judge = files_of(sets / "generated"), Counting()
+    embeddings = embed_files(judge, files, cache=cache and sets / cache)
+    assert judge.embedded == 12 and embeddings.num_clips == 13
+    assert files[12].path.name == "copy.wav" and (embeddings.rows[12] == embeddings.rows[3]).all()
+
+
 @pytest.mark.parametrize("change", [{"weights": "w2"}, {"clip_seconds": 2.0}, {"name": "cnn14-32k"}])
 def test_other_weights_and_settings_are_embedded_anew(sets, change):
     files = files_of(sets / "generated")

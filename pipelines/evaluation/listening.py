@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typing
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
@@ -203,27 +203,30 @@ def embed_waveforms(judge: Judge, waveforms: Sequence[Waveform], sample_rate: in
 
 
 def embed_files(judge: Judge, files: Sequence[AudioFile], channels: Channels = "mean", cache: Path | None = None) -> Embeddings:
-    """Embed recordings; those in the cache are not embedded again.
+    """Embed recordings, copies once; those in the cache are not embedded again.
 
     The key of an entry is the sha256 of the recording's bytes, the judge's weights and every setting of its input:
     a recording that changes, under whatever name, is embedded anew.
     """
     settings = [CACHE_FORMAT, channels, judge.protocol()]
-    entries = [None if cache is None else Path(cache) / judge.name / f"{digest([file.sha256, *settings], 40)}.npz" for file in files]
-    outputs: dict[int, ClipOutput] = {}
-    for i, entry in enumerate(entries):
-        if entry is not None and (cached := _read_entry(entry)) is not None:
-            outputs[i] = cached
-    missing = [i for i in range(len(files)) if i not in outputs]
-    with tqdm(total=len(files), initial=len(outputs), desc=judge.name, unit="clip", disable=not missing) as bar:
-        for group in _of_one_rate(missing, files, channels):
+    keys = [digest([file.sha256, *settings], 40) for file in files]
+    folder = None if cache is None else Path(cache) / judge.name
+    outputs: dict[str, ClipOutput] = {}
+    missing: dict[str, AudioFile] = {}
+    for key, file in zip(keys, files, strict=True):
+        if folder is not None and key not in outputs and (cached := _read_entry(folder / f"{key}.npz")) is not None:
+            outputs[key] = cached
+        elif key not in outputs:
+            missing.setdefault(key, file)
+    with tqdm(total=len({*keys}), initial=len(outputs), desc=judge.name, unit="clip", disable=not missing) as bar:
+        for group in _of_one_rate(missing, channels):
             computed = _per_clip(judge.embed([wave for _, wave, _ in group], group[0][2]), len(group))
-            for (i, _, _), output in zip(group, computed, strict=True):
-                outputs[i] = output
-                if (entry := entries[i]) is not None:
-                    _write_entry(entry, output)
+            for (key, _, _), output in zip(group, computed, strict=True):
+                outputs[key] = output
+                if folder is not None:
+                    _write_entry(folder / f"{key}.npz", output)
             bar.update(len(group))
-    return Embeddings.of([outputs[i] for i in range(len(files))])
+    return Embeddings.of([outputs[key] for key in keys])
 
 
 def _per_clip(output: JudgeOutput, count: int) -> list[ClipOutput]:
@@ -233,15 +236,15 @@ def _per_clip(output: JudgeOutput, count: int) -> list[ClipOutput]:
     return [(rows[i], None if output.logits is None else output.logits[i].numpy()) for i in range(count)]
 
 
-def _of_one_rate(numbers: Iterable[int], files: Sequence[AudioFile], channels: Channels) -> Iterator[list[tuple[int, Waveform, int]]]:
-    """(number, clip, rate) in groups of at most AT_A_TIME neighbours of one sample rate."""
-    group: list[tuple[int, Waveform, int]] = []
-    for i in numbers:
-        wave, rate = files[i].read(channels)
+def _of_one_rate(files: Mapping[str, AudioFile], channels: Channels) -> Iterator[list[tuple[str, Waveform, int]]]:
+    """(key, clip, rate) in groups of at most AT_A_TIME neighbours of one sample rate."""
+    group: list[tuple[str, Waveform, int]] = []
+    for key, file in files.items():
+        wave, rate = file.read(channels)
         if group and (len(group) == AT_A_TIME or group[0][2] != rate):
             yield group
             group = []
-        group.append((i, wave, rate))
+        group.append((key, wave, rate))
     if group:
         yield group
 
