@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -11,15 +12,33 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from options import friendly, next_step, set_option, shown, tiny_option, tracking_option, variant_option, with_option, work_option
+from options import (
+    AS_NEEDED,
+    PlaceType,
+    Reservation,
+    WorkerRange,
+    friendly,
+    in_this_process,
+    next_step,
+    set_option,
+    shown,
+    tiny_option,
+    tracking_option,
+    variant_option,
+    with_option,
+    work_option,
+    worker_options,
+)
 from pipelines import cluster
 from pipelines.corpora import PUBLISHED
 from pipelines.tracking import Tracker
-from pipelines.weights import released_folders, require_used
+from pipelines.tracking import tracking_uri as find_tracking
+from pipelines.weights import card_beside, released_folders, require_used
 from stages import STAGES, require_stage
 from stages.config import Recipe, differences, flat, to_dict
 from stages.errors import UserError
-from stages.files import weights_hash, whole_folder, write_json
+from stages.files import Place, weights_hash, whole_folder, write_json
+from stages.licences import inherited
 
 if TYPE_CHECKING:
     from pipelines.features.store import FeatureStore
@@ -32,24 +51,27 @@ if TYPE_CHECKING:
 def train_stage(
     stage: str,
     variant: Variant,
-    work: Path,
+    work: str | Path | Place,
     *,
     store: str | None = None,
     given: Mapping[str, str] | None = None,
-    workers: int | None = None,
+    workers: WorkerRange = None,
+    reserve: Reservation = AS_NEEDED,
     tracker: Tracker | None = None,
     seed: int = 0,
     precision: str = "auto",
     loader_workers: int = 0,
     max_failures: int = 3,
     fresh: bool = False,
-) -> Path:
+    runs: str | Path | Place | None = None,
+) -> Place:
     """Train `stage` of `variant` in the project folder `work` and release it to `<work>/stages/<stage>`.
 
     Args:
         given: folders of weights that replace stages of `work`, by stage name.
-        workers: Ray Train workers; 0 trains in this process, None takes one per GPU or a single one.
+        workers, reserve: Ray Train's workers (`cluster.worker_group`); 0 trains in this process.
         fresh: throw an earlier run of this stage away.
+        runs: folder of its checkpoints, on a disk; `<work>/runs`, or this machine's cache where `work` is behind a URL.
 
     Returns:
         The folder of released weights. A run that is already finished is returned as it is.
@@ -62,25 +84,22 @@ def train_stage(
     from pipelines.training.loop import TrainJob
     from stages.base import read_card, stage_class
 
-    work = Path(work).absolute()
+    run = run_folder(work := Place.of(work), stage, runs, workers)
     cls = stage_class(stage)
     require_used(given or {}, cls.builds_on(variant), stage)
-    opened = FeatureStore.open(store or str(work / "store"))
+    opened = FeatureStore.open(store or work / "store")
     opened.require_audio(variant.audio, variant.name)
-    output, run = work / "stages" / stage, work / "runs" / stage
-    folders = released_folders(work, given or {})
+    output, folders = work / "stages" / stage, released_folders(work, given or {})
     identity = {"stage": stage, "variant": _without_recipes(variant), "seed": seed, "store": opened.root}
     if fresh:
         _discard(run, output)
     _check_same(run, identity)
-    recipe = getattr(variant.recipes, stage)
-    if is_finished(output, stage, recipe):
+    if is_finished(output, stage, getattr(variant.recipes, stage)):
         return output
-    series = cls.reads(variant)
     corpora = () if cls.any_corpus else _corpora_of(variant, opened)
-    dataset = ClipDataset(opened, cls, series, "train", corpora)
-    card = _provenance(cls.name, opened, series, folders, tracker) | {"clips_in_split": len(dataset)}
-    if not cls.learns_from(dataset.rows):
+    dataset = ClipDataset(opened, cls, cls.reads(variant), "train", corpora)
+    card = _provenance(cls, variant, dataset, opened, folders, tracker)
+    if not cls.learns_from(dataset):
         raise UserError(nothing_to_train_on(cls, variant, opened, corpora))
     job = TrainJob(
         stage=stage,
@@ -96,12 +115,28 @@ def train_stage(
         corpora=corpora,
         card=card,
     )
-    _fit(job, cls, dataset, workers, max_failures)
+    _fit(job, cls, dataset, workers, reserve, max_failures)
     read_card(output, stage)
     return output
 
 
-def _fit(job: TrainJob, cls: type[Stage], dataset: ClipDataset, workers: int | None, max_failures: int) -> None:
+def run_folder(work: Place, stage: str, runs: str | Path | Place | None = None, workers: WorkerRange = None) -> Path:
+    """Where the checkpoints of a stage lie: on a disk that all of its workers reach.
+
+    Raises UserError when there is no such disk: checkpoints are not written to an object store.
+    """
+    if runs is None and not work.local and not in_this_process(workers) and os.environ.get("RAY_ADDRESS"):
+        raise UserError(
+            f"checkpoints of a training are not written to {work}, and the workers of a cluster need them in one place; "
+            "name a folder that all nodes share with --runs, or train on one machine, without RAY_ADDRESS"
+        )
+    folder = Place.of(runs) if runs is not None else work / "runs"
+    if runs is not None and not folder.local:
+        raise UserError(f"--runs {folder}: checkpoints are written to a disk; name a folder that all nodes share")
+    return folder.scratch() / stage
+
+
+def _fit(job: TrainJob, cls: type[Stage], dataset: ClipDataset, workers: WorkerRange, reserve: Reservation, max_failures: int) -> None:
     """Prepare what the stage needs once, then train it in this process or on Ray."""
     for earlier in cls.builds_on(job.variant):
         job.folder(earlier)  # refuses now, not on a worker
@@ -110,20 +145,29 @@ def _fit(job: TrainJob, cls: type[Stage], dataset: ClipDataset, workers: int | N
         with whole_folder(prepared) as folder:
             cls.prepare(job.variant, job.folder, dataset, folder)
     with _progress_bar(job):
-        if workers == 0:
+        if in_this_process(workers):
             _fit_here(job)
         else:
-            _fit_on_ray(job, workers, max_failures)
+            _fit_on_ray(job, workers, reserve, max_failures)
 
 
 def _provenance(
-    stage: str, store: FeatureStore, series: Sequence[str], folders: Mapping[str, Path], tracker: Tracker | None
+    cls: type[Stage], variant: Variant, dataset: ClipDataset, store: FeatureStore, folders: Mapping[str, Place], tracker: Tracker | None
 ) -> dict[str, Any]:
-    """What a stage is made from, for its card and for MLflow: the store, the recipes of its series, the weights of earlier stages."""
-    recipes = {name: recipe for name, recipe in store.recipes().items() if name in series}
+    """What a stage is made from, for its card and for MLflow: store, clips, licences, recipes of its series, weights of earlier stages."""
+    recipes = {name: recipe for name, recipe in store.recipes().items() if name in cls.reads(variant)}
+    before = inherited({name: card_beside(folders[name]) for name in cls.builds_on(variant) if name in folders})
+    licences = {"clips": dataset.licences(), "inputs": before["clips"], "unstated": before["unstated"]}
     if tracker is not None:
         tracker.tags({"loa.store": store.root} | {f"loa.store.{name}": json.dumps(recipe) for name, recipe in recipes.items()})
-    return {"store": store.root, "store_recipes": recipes, "inputs": _input_hashes(stage, folders)}
+        tracker.tags({"loa.licences": json.dumps(licences)})
+    return {
+        "store": store.root,
+        "store_recipes": recipes,
+        "inputs": _input_hashes(cls.name, folders),
+        "clips_in_split": len(dataset),
+        "licences": licences,
+    }
 
 
 def _corpora_of(variant: Variant, store: FeatureStore) -> tuple[str, ...]:
@@ -131,7 +175,7 @@ def _corpora_of(variant: Variant, store: FeatureStore) -> tuple[str, ...]:
 
     Raises UserError when the store has neither.
     """
-    there = sorted(set(store.clips()["corpus"]))
+    there = store.table.values("corpus")
     used = tuple(c for c in there if c in variant.corpora or c not in PUBLISHED)
     if not used:
         raise UserError(
@@ -143,14 +187,17 @@ def _corpora_of(variant: Variant, store: FeatureStore) -> tuple[str, ...]:
 
 def nothing_to_train_on(cls: type[Stage], variant: Variant, store: FeatureStore, corpora: Sequence[str] = ()) -> str:
     """The sentence on a store without clips for a stage: what it needs, what there is, what to do."""
-    table = store.clips()
-    table = table[(table["split"] == "train") & (table["corpus"].isin(list(corpora)) if corpora else True)]
-    there = {name: sum(len(value) > 0 for value in table[name]) for name in ("captions", "labels", "transcript")}
-    if cls.learns_from(table.to_dict("records")):
+    from pipelines.features.table import TEXTS
+
+    mask = store.table.among("split", ["train"])
+    if corpora:
+        mask &= store.table.among("corpus", corpora)
+    there = {name: int((mask & store.table.with_texts([name])).sum()) for name in TEXTS}
+    if (mask & store.table.with_texts(cls.needs)).any():
         what = f"none of those in {store.root} is in the series {', '.join(cls.reads(variant))}: see what `loa preprocess` rejected"
     else:
         what = (
-            f"of the {len(table)} training clips in {store.root} {there['captions']} have captions, {there['labels']} labels and "
+            f"of the {int(mask.sum())} training clips in {store.root} {there['captions']} have captions, {there['labels']} labels and "
             f"{there['transcript']} transcripts; add them to the recordings' table and ingest it into another folder"
         )
     return f"{cls.name} needs {cls.asks(variant)}: {what}" + (f", {cls.otherwise}" if cls.otherwise else "")
@@ -166,8 +213,10 @@ def _fit_here(job: TrainJob) -> None:
         world.close()
 
 
-def _fit_on_ray(job: TrainJob, workers: int | None, max_failures: int) -> None:
+def _fit_on_ray(job: TrainJob, workers: WorkerRange, reserve: Reservation, max_failures: int) -> None:
     cluster.connect()
+    pool = cluster.worker_group(workers, reserve)
+    cluster.await_room(pool, f"training {job.stage}")
     from ray import cloudpickle
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -175,13 +224,6 @@ def _fit_on_ray(job: TrainJob, workers: int | None, max_failures: int) -> None:
 
     from pipelines.training.ray_worker import ray_worker
     from pipelines.training.rendezvous import OneMachine
-
-    have = cluster.cluster_resources()
-    count = workers or max(1, have.gpus)
-    if have.gpus and count > have.gpus:
-        raise UserError(f"{count} workers were asked for and the cluster has {have.gpus} GPUs; choose at most {have.gpus}")
-    cores = cluster.local_resources().cpus
-    threads = max(1, cores // count) if not have.gpus else max(1, have.cpus // max(1, have.gpus))
 
     class Trainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
@@ -201,10 +243,10 @@ def _fit_on_ray(job: TrainJob, workers: int | None, max_failures: int) -> None:
 
     trainer = Trainer(
         ray_worker,
-        train_loop_config={"job": cloudpickle.dumps(job), "threads": threads},  # opened by the workers alone
+        train_loop_config={"job": cloudpickle.dumps(job)},  # opened by the workers alone
         torch_config=OneMachine() if cluster.ends_with_us() else None,
         scaling_config=ScalingConfig(
-            num_workers=count, use_gpu=have.gpus > 0, resources_per_worker={"CPU": 1} | ({"GPU": 1} if have.gpus else {})
+            num_workers=pool.largest, use_gpu=pool.num_gpus > 0, resources_per_worker={k: v for k, v in pool.resources().items() if v}
         ),
         run_config=RunConfig(
             name=Path(job.run).name,
@@ -278,30 +320,29 @@ def _check_same(run: Path, identity: dict[str, Any]) -> None:
         )
 
 
-def is_finished(output: Path, stage: str, recipe: Recipe) -> bool:
+def is_finished(output: Place, stage: str, recipe: Recipe) -> bool:
     """Whether `output` holds a release of `stage` that was trained for as long as the recipe asks."""
     from stages.base import read_card
 
-    if not output.is_dir():
+    if not output.exists() or not (output.local or (output / "stage.json").exists()):  # half an upload is nothing
         return False
     card = read_card(output, stage)
     return bool(card["steps"] >= recipe.steps or (recipe.max_seconds is not None and card["seconds"] >= recipe.max_seconds))
 
 
-def _discard(run: Path, output: Path) -> None:
-    import shutil
+def _discard(run: Path, output: Place) -> None:
+    (output / "stage.json").remove()  # first: from now on it is no release
+    output.remove_tree()
+    Place.of(run).remove_tree()
 
-    for folder in (run, output):
-        shutil.rmtree(folder, ignore_errors=True)
 
-
-def _input_hashes(stage: str, folders: Mapping[str, Path]) -> dict[str, str]:
+def _input_hashes(stage: str, folders: Mapping[str, Place]) -> dict[str, str]:
     """Which weights were available when this stage was trained: provenance for its card."""
     before = list(STAGES)[: list(STAGES).index(stage)]
     hashes = {}
     for name in before:
-        if name in folders and any(Path(folders[name]).rglob("*.safetensors")):
-            hashes[name] = weights_hash(folders[name])
+        if name in folders and any((folder := folders[name].local_copy()).rglob("*.safetensors")):
+            hashes[name] = weights_hash(folder)
     return hashes
 
 
@@ -314,7 +355,13 @@ def _input_hashes(stage: str, folders: Mapping[str, Path]) -> dict[str, str]:
 @with_option
 @tracking_option
 @click.option("--store", metavar="DIR", help="Feature store to read.  [default: store in --work]")
-@click.option("--workers", type=click.IntRange(min=0), help="Ray Train workers; 0 trains in this process.  [default: one per GPU, else 1]")
+@click.option(
+    "--runs",
+    type=PlaceType(),
+    metavar="DIR",
+    help="Disk folder of checkpoints.  [default: runs in --work, or a cache beside a URL]",
+)
+@worker_options
 @click.option("--seed", default=0, show_default=True, help="Seed of weights, data order and dropout.")
 @click.option(
     "--precision",
@@ -342,20 +389,19 @@ def _input_hashes(stage: str, folders: Mapping[str, Path]) -> dict[str, str]:
 @friendly
 def main(
     stage: str,
-    work: Path,
+    work: Place,
     variant: str,
     tiny: bool,
     settings: dict[str, str],
     released: dict[str, str],
     tracking_uri: str | None,
     store: str | None,
-    workers: int | None,
+    runs: Place | None,
+    workers: tuple[int, int] | None,
     seed: int,
-    precision: str,
-    loader_workers: int,
-    max_failures: int,
     fresh: bool,
     dry_run: bool,
+    **options: Any,
 ) -> None:
     """Train STAGE: clap, audiomae, vae, vocoder, translator, diffusion, joint or classifier.
 
@@ -367,11 +413,13 @@ def main(
 
     resolved = resolve(variant, tiny, settings)
     if dry_run:
-        from pipelines.plan import describe
+        from pipelines.variants import describe
 
-        click.echo(describe(resolved, stage, workers))
+        click.echo(describe(resolved, stage, workers[1] if workers else None))
         return
-    before = not fresh and is_finished(work.absolute() / "stages" / stage, stage, getattr(resolved.recipes, stage))
+    tracking_uri = find_tracking(work, tracking_uri)  # refused before anything is read
+    run_folder(work, stage, runs, workers)
+    before = not fresh and is_finished(work / "stages" / stage, stage, getattr(resolved.recipes, stage))
     tags = {"loa.stage": stage, "loa.variant": resolved.name}
     with Tracker.open(tracking_uri, work=work, job=f"train-{stage}", variant=resolved.name, tags=tags, fresh=fresh) as tracker:
         tracker.params({"seed": seed, **flat(to_dict(resolved))})
@@ -384,10 +432,9 @@ def main(
             workers=workers,
             tracker=tracker,
             seed=seed,
-            precision=precision,
-            loader_workers=loader_workers,
-            max_failures=max_failures,
             fresh=fresh,
+            runs=runs,
+            **options,
         )
     if before:
         steps, where = read_card(folder, stage)["steps"], shown(folder)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from stages import STAGES, require_stage
 from stages.errors import UserError
+from stages.files import Place
 
 # What makes a folder usable for a stage (the layout of a released stage, or of a diffusers AudioLDM 2 folder).
 NEEDS: dict[str, tuple[str, ...]] = {
@@ -22,23 +25,26 @@ NEEDS: dict[str, tuple[str, ...]] = {
 FILE_ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")  # a mistyped path is never looked up on the hub
 
 
-def released_folders(work: Path, given: Mapping[str, str]) -> dict[str, Path]:
+def released_folders(work: str | Path | Place, given: Mapping[str, str]) -> dict[str, Place]:
     """Folder of every stage whose weights are available: `given` ones first, then those released in `work`.
+
+    What needs them as files takes `local_copy()`, on the machine that needs them.
 
     Raises UserError for an unknown stage, a folder that is not one, or a hub id that cannot be had.
     """
-    folders = {s: Path(work) / "stages" / s for s in STAGES if (Path(work) / "stages" / s / "stage.json").is_file()}
+    stages = Place.of(work) / "stages"
+    folders = {s: stages / s for s in STAGES if (stages / s / "stage.json").exists()}
     for stage, source in given.items():
         require_stage(stage)
-        folder = Path(source).expanduser()
-        if not folder.exists():
-            folder = _from_hub(stage, source)
+        folder = Place.of(source if "://" in source else Path(source).expanduser())
+        if not folder.exists() and folder.local:
+            folder = Place.of(_from_hub(stage, source))
         if not _lacking(stage, folder / stage):
             folder = folder / stage  # a bundle keeps AudioMAE in a folder of its own
         if missing := _lacking(stage, folder):
             also = {"audiomae": " or a bundle that has one", "classifier": ""}.get(stage, ", a bundle or a diffusers AudioLDM 2 folder")
             raise UserError(f"--with {stage}={source}: the folder lacks {', '.join(missing)}; expected a released stage{also}")
-        folders[stage] = folder.absolute()
+        folders[stage] = folder
     return folders
 
 
@@ -55,7 +61,16 @@ def require_used(given: Mapping[str, str], used: Collection[str], who: str) -> N
             raise UserError(f"--with {stage}={source}: {why}; --with names weights that are used as they are, so leave it out")
 
 
-def _lacking(stage: str, folder: Path) -> list[str]:
+def card_beside(folder: Place) -> dict[str, Any]:
+    """What weights say of themselves: the card of a released stage, or of the bundle they lie in; public weights say nothing."""
+    for path in (folder / "stage.json", folder / "loa.json", folder.parent / "loa.json"):
+        if path.exists():
+            card: dict[str, Any] = json.loads(path.read())
+            return card
+    return {}
+
+
+def _lacking(stage: str, folder: Place) -> list[str]:
     return [name for name in NEEDS[stage] if not (folder / name).exists()]
 
 

@@ -99,10 +99,10 @@ def test_draws_depend_on_seed_epoch_and_clip_alone() -> None:
 
 def test_learning_rate_warms_up_and_decays() -> None:
     recipe = Recipe(100, 4, 1.0, warmup_steps=10, decay="linear")
-    assert recipe.rate_at(0, 0.0) == pytest.approx(0.1)
-    assert recipe.rate_at(9, 0.09) == pytest.approx(1.0)
-    assert recipe.rate_at(50, 0.5) == pytest.approx(0.5)
-    assert replace(recipe, decay="cosine").rate_at(100, 1.0) == pytest.approx(0.0, abs=1e-12)
+    assert recipe.rate_at(0, 0.0, 0) == pytest.approx(0.1)
+    assert recipe.rate_at(9, 0.09, 0) == pytest.approx(1.0)
+    assert recipe.rate_at(50, 0.5, 0) == pytest.approx(0.5)
+    assert replace(recipe, decay="cosine").rate_at(100, 1.0, 0) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_recipes_are_the_published_ones() -> None:
@@ -244,7 +244,9 @@ def test_exported_latents_keep_the_scale_of_the_given_unet(
     work, variant = line
     given = {"translator": str(folders[layout]), "diffusion": str(folders[layout])}
     out = export(work, variant, given=given, out=tmp_path / "mixed")
-    expected, got = (json.loads((folder / "vae" / "config.json").read_text())["scaling_factor"] for folder in (folders[layout], out))
+    expected, got = (
+        json.loads((folder / "vae" / "config.json").read_text())["scaling_factor"] for folder in (Path(folders[layout]), out.path)
+    )
     assert got == expected != 1.0
 
 
@@ -418,7 +420,7 @@ def test_workers_agree_on_the_time_once_a_step(monkeypatch: pytest.MonkeyPatch) 
     for name in ("_validate", "_keep", "_tell"):
         monkeypatch.setattr(run, name, lambda *_, **__: {"measure": 1.0})
     tracker = SimpleNamespace(metrics=lambda values, step: logged.append((step, values["train/learning_rate"])))
-    run.fit(SimpleNamespace(), SimpleNamespace(), tracker)  # type: ignore[arg-type]
+    run.fit(range(8), range(8), tracker)  # type: ignore[arg-type]
     assert asked == [4.0 * k for k in range(26)]  # 25 steps of 4 s end a run of 100 s
     expected = [1.0 - (4.0 * k + 0.5) / 100 for k in range(25)]
     assert rates == [pytest.approx([rate, rate]) for rate in expected]  # both optimisers
@@ -434,7 +436,7 @@ def test_resumed_run_equals_the_uninterrupted_one(line: tuple[Path, Variant], tm
     given = {s: str(work / "stages" / s) for s in ("clap", "vae", "vocoder")}
 
     def run(folder: Path) -> Path:
-        return train_stage("diffusion", variant, folder, store=str(work / "store"), given=given, workers=0)
+        return train_stage("diffusion", variant, folder, store=str(work / "store"), given=given, workers=0).path
 
     calls = {"n": 0}
     keep = OneProcess.keep
@@ -486,7 +488,7 @@ def test_two_ray_workers_equal_one_process(line: tuple[Path, Variant], tmp_path:
         recipe = replace(variant.recipes.diffusion, learning_rate=rate, epsilon=1.0, weight_decay=0.0, ema_decay=0.5)
         proportional = replace(variant, recipes=replace(variant.recipes, diffusion=recipe))
         folder = tmp_path / f"{workers}-{rate}"
-        return train_stage("diffusion", proportional, folder, store=str(work / "store"), given=given, workers=workers)
+        return train_stage("diffusion", proportional, folder, store=str(work / "store"), given=given, workers=workers).path
 
     start, one, two = (weights(run(*args)) for args in ((0, 1e-12), (0, 1.0), (2, 1.0)))
     moved = torch.cat([(one[k] - start[k]).flatten() for k in one])
@@ -498,7 +500,7 @@ def test_two_ray_workers_equal_one_process(line: tuple[Path, Variant], tmp_path:
 def test_accumulated_micro_batches_equal_the_whole_batch(line: tuple[Path, Variant], tmp_path: Path) -> None:
     work, variant = line
     split = replace(variant, recipes=replace(variant.recipes, audiomae=replace(variant.recipes.audiomae, micro_batch=1)))
-    folder = train_stage("audiomae", split, tmp_path, store=str(work / "store"), workers=0)
+    folder = train_stage("audiomae", split, tmp_path, store=str(work / "store"), workers=0).path
     a, b = weights(work / "stages" / "audiomae"), weights(folder)
     moved = torch.cat([(a[k] - b[k]).abs().flatten() for k in a])
     assert float(moved.mean()) < 2e-5
@@ -519,6 +521,29 @@ def test_gradients_that_stay_infinite_end_the_run(line: tuple[Path, Variant], tm
     with pytest.raises(UserError, match="not finite for 20 steps"):
         train_stage("audiomae", longer, tmp_path, store=str(work / "store"), workers=0)
     assert not (tmp_path / "stages" / "audiomae").exists()
+
+
+@pytest.mark.parametrize(
+    ("steps", "sentence"), [(60, "'autoencoder' were not finite for 20 steps"), (3, "none of the last 3 steps moved 'autoencoder'")]
+)
+def test_a_critic_that_steps_hides_no_generator_that_does_not(
+    line: tuple[Path, Variant], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, sentence: str
+) -> None:
+    from stages.vae.training import VAEStage
+
+    work, variant = line
+    losses = VAEStage.losses
+
+    def broken(self, batch):  # type: ignore[no-untyped-def]
+        for part, loss, logs in losses(self, batch):
+            yield part, loss * (float("inf") if part == "autoencoder" else 1.0), logs
+
+    monkeypatch.setattr(VAEStage, "losses", broken)
+    recipe = replace(variant.recipes.vae, steps=steps, validate_every=1000, checkpoint_every=1000)
+    critical = replace(variant, recipes=replace(variant.recipes, vae=recipe), vae_loss=replace(variant.vae_loss, critic_start=0))
+    with pytest.raises(UserError, match=sentence):
+        train_stage("vae", critical, tmp_path, store=str(work / "store"), workers=0)
+    assert not (tmp_path / "stages" / "vae").exists()
 
 
 @pytest.mark.slow

@@ -40,12 +40,14 @@ class EMA:
     """Exponential moving average of trained parameters, sharded as they are.
 
     Decay min(decay, (1 + n) / (10 + n)) after n updates, the reference's warm-up (references.md#averaged-weights).
+    Only parameters whose name (part first) begins with `averaged` have one.
     """
 
-    def __init__(self, parts: Mapping[str, nn.Module], decay: float) -> None:
+    def __init__(self, parts: Mapping[str, nn.Module], decay: float, averaged: str = "") -> None:
         self.decay = decay
         self.updates = torch.zeros((), dtype=torch.int64)
-        self.live = {f"{n}.{k}": p for n, part in parts.items() for k, p in part.named_parameters() if p.requires_grad}
+        trained = {f"{n}.{k}": p for n, part in parts.items() for k, p in part.named_parameters() if p.requires_grad}
+        self.live = {name: p for name, p in trained.items() if name.startswith(averaged)}
         self.average = {name: p.detach().clone() for name, p in self.live.items()}
 
     @torch.no_grad()

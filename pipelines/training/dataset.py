@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pipelines.features.store import FeatureStore
+from pipelines.features.table import TEXTS
 from stages.base import Stage
 from stages.config import Recipe
 from stages.errors import UserError
@@ -45,24 +46,35 @@ def places(cursor: int, count: int, num_clips: int, seed: int) -> list[tuple[int
 
 
 class ClipDataset(Dataset):
-    """The clips of a split that a stage wants, with their arrays from the series it reads."""
+    """The clips of a split that a stage wants, with their arrays from the series it reads. Holds their numbers alone.
+
+    Attributes:
+        numbers: of the clips, ascending, [n] int64.
+    """
 
     def __init__(self, store: FeatureStore, stage: type[Stage], series: Sequence[str], split: str, corpora: Sequence[str] = ()) -> None:
-        self.reader = store.reader(series)
-        table = store.clips().set_index("clip_id", drop=False)
-        table = table.loc[[c for c in self.reader.clip_ids if c in table.index]]
-        table = table[table["split"] == split]
+        self.table, self.reader = store.table, store.reader(series)
+        mask = self.reader.mask & self.table.among("split", [split]) & self.table.with_texts(stage.needs)
         if corpora:
-            table = table[table["corpus"].isin(list(corpora))]
-        self.rows: list[dict[str, Any]] = [row for row in table.to_dict("records") if stage.wants(row)]
+            mask &= self.table.among("corpus", corpora)
+        self.numbers = np.flatnonzero(mask)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.numbers)
+
+    def texts(self) -> Iterator[dict[str, Any]]:
+        """Captions, labels and transcript of every clip, in order."""
+        return self.table.take(self.numbers, TEXTS)
+
+    def licences(self) -> dict[str, int]:
+        """How many clips have each licence, as their corpora state it."""
+        counts = {name: int(self.table.among("licence", [name])[self.numbers].sum()) for name in self.table.values("licence")}
+        return {name: count for name, count in counts.items() if count}
 
     def clip(self, index: int) -> dict[str, Any]:
-        """Row `index` with its arrays by member name."""
-        row = self.rows[index]
-        return row | self.reader.read(row["clip_id"])
+        """Id and texts of clip `index`, with its arrays by member name."""
+        number = int(self.numbers[index])
+        return self.table.row(number, ("clip_id", *TEXTS)) | self.reader.read(number)
 
 
 class Examples(Dataset):
@@ -101,7 +113,7 @@ def training_batches(
     if not len(clips):
         raise UserError(
             f"no clip of the training split can be used by the stage {examples.stage.name!r}; "
-            "check the captions, labels and splits in its clips.parquet"
+            "check the captions, labels and splits of its clip table"
         )
     own = batch // share.world
     micro = min(recipe.micro_batch or own, own)

@@ -32,7 +32,7 @@ from pipelines.training.dataset import ClipDataset, Examples, Share, step_rng, t
 from stages.base import Stage, release, stage_class
 from stages.config import Recipe, to_dict
 from stages.errors import UserError
-from stages.files import write_json
+from stages.files import Place, write_json
 from stages.variants import Variant
 
 LOG_EVERY = 10  # steps
@@ -51,8 +51,8 @@ class TrainJob:
     variant: Variant
     store: str
     run: str  # folder of this run: checkpoints, prepared/, progress.json
-    released: Mapping[str, str]  # folder of every stage whose weights are available
-    output: str  # where the released weights go
+    released: Mapping[str, str]  # folder or URL of every stage whose weights are available
+    output: str  # where the released weights go: a folder or URL
     tracker: Any = None  # Tracker.handle() of the run this job logs to
     seed: int = 0
     precision: str = "auto"  # "auto", "bf16" or "fp32"
@@ -67,14 +67,14 @@ class TrainJob:
         return recipe
 
     def folder(self, stage: str) -> Path:
-        """Released weights of `stage`. Raises UserError naming the command that makes them."""
+        """Released weights of `stage`, on this machine. Raises UserError naming the command that makes them."""
         if stage == "prepared":
             return Path(self.run) / "prepared"
         if stage not in self.released:
             raise UserError(
                 f"{self.stage} needs the weights of {stage}: run `loa train {stage}` first or give them with --with {stage}=FOLDER"
             )
-        return Path(self.released[stage])
+        return Place.of(self.released[stage]).local_copy()
 
 
 class Workers(Protocol):
@@ -178,7 +178,7 @@ def train(job: TrainJob, workers: Workers) -> dict[str, float]:
     stage = cls.build(job.variant, job.folder).to(device)
     parts = shard(stage, init_device_mesh(device.type, (workers.world,)))
     optimizers = {name: _optimizer(part, recipe) for name, part in parts.items()}
-    state = TrainingState(parts, optimizers, EMA(parts, recipe.ema_decay) if recipe.ema_decay else None)
+    state = TrainingState(parts, optimizers, EMA(parts, recipe.ema_decay, stage.averaged) if recipe.ema_decay else None)
     if latest := workers.latest():
         checkpoint.load(latest, state)
 
@@ -201,7 +201,7 @@ def train(job: TrainJob, workers: Workers) -> dict[str, float]:
                 "validation": measures,
                 **job.card,
             }
-            release(fresh.eval(), Path(job.output), card)
+            release(fresh.eval(), job.output, card)
     return measures
 
 
@@ -227,7 +227,10 @@ class _Run:
         self.progress, self.share = state.progress, Share(workers.rank, workers.world)
         self.dtype = autocast_dtype(workers.device, job.precision)
         self.trained = {name: [p for p in part.parameters() if p.requires_grad] for name, part in state.parts.items()}
-        self.stuck = 0  # steps in a row without finite gradients
+        self.stuck = dict.fromkeys(
+            self.trained, 0
+        )  # steps in a row without finite gradients, by part: a critic goes on without its generator
+        self.moved = dict.fromkeys(self.trained, False)  # whether any step of this call moved the part
 
     def fit(self, clips: ClipDataset, held_out: ClipDataset, tracker: Tracker) -> dict[str, float]:
         """Step until the recipe is fulfilled, with everything that happens on the way."""
@@ -240,7 +243,7 @@ class _Run:
         since, last = clock, progress.step
         done = self._share_done()
         while done < 1.0:
-            rate = self._set_rate(done)
+            rate = self._set_rate(done, progress.cursor // len(clips))
             _add(sums, self._step(next(batches)))
             progress.step += 1
             progress.cursor += recipe.global_batch
@@ -262,8 +265,18 @@ class _Run:
             measures = self._validate(held_out, tracker)
         if progress.step % recipe.checkpoint_every:
             self._keep()
+        self._require_moved()
         self._tell({}, measures, finished=True)
         return measures
+
+    def _require_moved(self) -> None:
+        """Refuse to release what no step of this call has trained although its turn came."""
+        for part, steps in self.stuck.items():
+            if steps and not self.moved[part]:
+                raise UserError(
+                    f"{self.stage.name}: none of the last {steps} steps moved {part!r}, whose gradients were not finite; nothing is "
+                    f"released; lower --set recipes.{self.stage.name}.learning_rate ({self.recipe.learning_rate}) or use --precision fp32"
+                )
 
     def _share_done(self) -> float:
         """Share of the recipe that is behind us, by steps or by time, the same on all workers.
@@ -282,9 +295,9 @@ class _Run:
         by_time = seconds / self.recipe.max_seconds if self.recipe.max_seconds is not None else 0.0
         return min(1.0, max(self.progress.step / self.recipe.steps, by_time))
 
-    def _set_rate(self, done: float) -> float:
+    def _set_rate(self, done: float, epoch: int) -> float:
         """Give all optimisers the learning rate of the next step; returns it."""
-        rate = self.recipe.rate_at(self.progress.step, done)
+        rate = self.recipe.rate_at(self.progress.step, done, epoch)
         for optimizer in self.state.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -343,11 +356,11 @@ class _Run:
         # launches nothing meanwhile. Without the wait the device itself would have to skip the step (`found_inf` of fused optimisers).
         if torch.isfinite(norm):
             optimizer.step()
-            self.stuck = 0
+            self.stuck[name], self.moved[name] = 0, True
         else:
             self.progress.skipped += 1
-            self.stuck += 1
-            if self.stuck >= PATIENCE:
+            self.stuck[name] += 1
+            if self.stuck[name] >= PATIENCE:
                 raise UserError(
                     f"{self.stage.name}: the gradients of {name!r} were not finite for {PATIENCE} steps in a row, "
                     f"up to step {self.progress.step}; "

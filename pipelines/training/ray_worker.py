@@ -39,15 +39,17 @@ class RayWorkers:
 
 
 def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Train the job in `config["job"]` (a cloudpickled TrainJob of this driver) with `config["threads"]` threads."""
+    """Train the job in `config["job"]`, a cloudpickled TrainJob of this driver, with the CPUs and GPUs this worker was given."""
     import torch
     from ray import cloudpickle
 
+    from pipelines import cluster
     from pipelines.training.loop import train
     from stages.errors import UserError
 
-    torch.set_num_threads(config["threads"])
     try:
+        threads, _ = cluster.given()
+        torch.set_num_threads(threads)
         return {"measures": train(cloudpickle.loads(config["job"]), RayWorkers())}
     except UserError as error:  # the same everywhere and every time: restarting would only repeat it
         return {"user_error": str(error)}

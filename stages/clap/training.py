@@ -63,6 +63,7 @@ class ClapStage(Stage):
     """
 
     name = "clap"
+    needs = ("captions", "labels")
     series = ("waveform",)
     otherwise = "or train none, and give public weights to the jobs that read them, with --with clap=FOLDER"
 
@@ -78,7 +79,7 @@ class ClapStage(Stage):
     @classmethod
     def prepare(cls, variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path) -> None:
         """Learn both tokenizers from the training captions."""
-        captions = [text for row in dataset.rows for text in clip_texts(row)]
+        captions = [text for row in dataset.texts() for text in clip_texts(row)]
         roberta, unigram = train_tokenizers(captions, variant.clap, variant.t5)
         roberta.save_pretrained(folder / "tokenizer")
         unigram.save_pretrained(folder / "tokenizer_2")
@@ -86,10 +87,6 @@ class ClapStage(Stage):
     @classmethod
     def build(cls, variant: Variant, released: Callable[[str], Path]) -> ClapStage:
         return cls(variant.clap, variant.t5, variant.audio.sample_rate, released("prepared"))
-
-    @classmethod
-    def wants(cls, row: Mapping[str, Any]) -> bool:
-        return bool(clip_texts(row)[0])
 
     @classmethod
     def asks(cls, variant: Variant) -> str:

@@ -28,7 +28,7 @@ SCALE_CLIPS = 256  # clips whose latents set the scale factor; the reference tak
 
 def prepare_latents(variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path) -> None:
     """Fix what a diffusion run needs from the data: the latents' scale 1/std, and T5's states of the empty text."""
-    take = np.linspace(0, len(dataset.rows) - 1, min(SCALE_CLIPS, len(dataset.rows))).astype(int)
+    take = np.linspace(0, len(dataset) - 1, min(SCALE_CLIPS, len(dataset))).astype(int)
     rng = np.random.default_rng(0)
     samples = []
     for i in take:
@@ -120,7 +120,9 @@ class DiffusionStage(Stage):
         rng = batch["step_rng"]
         conditions = self._conditions(batch, int(rng.choice(self.poolings)))
         noisy, target = self.process.noisy(batch)
-        predicted = self.network(noisy, batch["timestep"], *self.process.drop(rng, *conditions))
+        if self.process.drops(rng):
+            conditions = self.process.without_conditions(*conditions)
+        predicted = self.network(noisy, batch["timestep"], *conditions)
         loss = F.mse_loss(predicted.float(), target)
         yield "unet", loss, {"noise": loss}
 

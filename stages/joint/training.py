@@ -24,7 +24,6 @@ from stages.errors import UserError
 from stages.files import write_json
 from stages.frozen import SoundDecoder
 from stages.joint.model import JointConfig, System
-from stages.text import clip_texts
 from stages.translator.model import PhonemeEncoderConfig, Translator
 from stages.translator.training import build_translator, translation_loss
 from stages.variants import Variant
@@ -44,9 +43,11 @@ class JointStage(Stage):
     """Stage 2 of the paper: diffusion loss plus translation loss, LOA true with P_gt and generated otherwise."""
 
     name = "joint"
+    needs = ("captions", "labels", "transcript")
     any_corpus = False
     blocks = (GPT2Block, ResnetBlock2D, BasicTransformerBlock)
     entries = (Translator, TUNet)
+    averaged = "system.network."  # the authors average the T-UNet alone
 
     def __init__(
         self,
@@ -99,10 +100,6 @@ class JointStage(Stage):
         )
 
     @classmethod
-    def wants(cls, row: Mapping[str, Any]) -> bool:
-        return bool(clip_texts(row)[0]) or bool(row.get("transcript"))
-
-    @classmethod
     def asks(cls, variant: Variant) -> str:
         return "clips with transcripts" if variant.phonemes else "clips with captions or labels"
 
@@ -118,6 +115,7 @@ class JointStage(Stage):
     def losses(self, batch: dict[str, Any]) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         rng = batch["step_rng"]
         use_truth = bool(rng.random() < self.config.ground_truth)
+        dropped = self.process.drops(rng)
         noisy, target = self.process.noisy(batch)
         predicted, forced = self.system(
             batch["clap"],
@@ -125,20 +123,20 @@ class JointStage(Stage):
             batch["loa"],
             noisy,
             batch["timestep"],
-            drop=lambda *conditions: self.process.drop(rng, *conditions),
             use_truth=use_truth,
+            without=self.process.without_conditions if dropped else None,
         )
         noise = F.mse_loss(predicted.float(), target)
         translation = translation_loss(forced, batch["loa"], self.loss)
-        yield "system", noise + self.config.translation_weight * translation, {"noise": noise, "loa": translation}
+        # The authors' conditioner returns no translation loss for a batch without conditions.
+        loss = noise if dropped else noise + self.config.translation_weight * translation
+        yield "system", loss, {"noise": noise, "loa": translation}
 
     @torch.no_grad()
     def validate(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """With the translator's own LOA, as in use."""
         noisy, target = self.process.noisy(batch)
-        predicted, forced = self.system(
-            batch["clap"], *cut_padding(batch), batch["loa"], noisy, batch["timestep"], drop=lambda *c: c, use_truth=False
-        )
+        predicted, forced = self.system(batch["clap"], *cut_padding(batch), batch["loa"], noisy, batch["timestep"], use_truth=False)
         return {"noise": F.mse_loss(predicted.float(), target), "loa": translation_loss(forced, batch["loa"], self.loss)}
 
     @torch.no_grad()

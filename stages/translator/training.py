@@ -15,7 +15,6 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from stages.base import ClipSource, Stage
 from stages.conditions import ClapDropout, condition_example, cut_padding
 from stages.errors import UserError
-from stages.text import clip_texts
 from stages.translator.model import PhonemeEncoderConfig, Translator
 from stages.variants import Variant
 
@@ -38,6 +37,7 @@ class TranslatorStage(Stage):
     """Conditions → LOA, trained on clips with words (or a transcript)."""
 
     name = "translator"
+    needs = ("captions", "labels", "transcript")
     any_corpus = False
     blocks = (GPT2Block,)
 
@@ -64,10 +64,6 @@ class TranslatorStage(Stage):
     def build(cls, variant: Variant, released: Callable[[str], Path]) -> TranslatorStage:
         drop_clap = ClapDropout.load(variant, released)
         return cls(build_translator(variant), variant.translator.loss, variant.text_length, variant.phonemes, drop_clap)
-
-    @classmethod
-    def wants(cls, row: Mapping[str, Any]) -> bool:
-        return bool(clip_texts(row)[0]) or bool(row.get("transcript"))
 
     @classmethod
     def asks(cls, variant: Variant) -> str:
