@@ -48,8 +48,8 @@ def rows(first: int, end: int) -> pa.Table:
     return pa.Table.from_pydict(columns, CLIP_SCHEMA)
 
 
-def make(root: Path) -> None:
-    """The store."""
+def make_table(root: Path) -> int:
+    """The clip table and what else makes a store; returns how many shards it has."""
     from pipelines.features.ledger import SHARDS_PER_FILE
     from pipelines.features.table import Part, write_file
     from stages.audio import AudioConfig
@@ -60,10 +60,19 @@ def make(root: Path) -> None:
     part = Part(0, 0, CLIPS, 0, -(-CLIPS // SHARD), tuple(files), "", "")
     (place / "parts/000000.json").write(part.to_json())
     (place / "store.json").write_json({"format": 2, "audio": AudioConfig().to_dict(), "seed": 0, "shard_size": SHARD})
+    return part.shards
+
+
+def make(root: Path) -> None:
+    """The store."""
+    from pipelines.features.ledger import SHARDS_PER_FILE
+    from stages.files import write_json
+
+    shards = make_table(root)
     for series in SERIES:
-        (place / series / "series.json").write_json({})
-        for group in range(0, part.shards, SHARDS_PER_FILE):
-            index(root / series, group, min(group + SHARDS_PER_FILE, part.shards))
+        write_json(root / series / "series.json", {})
+        for group in range(0, shards, SHARDS_PER_FILE):
+            index(root / series, group, min(group + SHARDS_PER_FILE, shards))
 
 
 def index(folder: Path, first: int, end: int) -> None:

@@ -138,18 +138,13 @@ def build_pass(
         )
     folder = Place.of(released[kind.encoder])  # workers run in folders of their own
     if kind is LoaPass:
-        wanted = poolings or default_poolings(variant)
+        wanted = poolings or variant.poolings
         for pooling in wanted:
             _check_pooling(variant, pooling)
         return LoaPass(variant.audio, folder, wanted)
     if kind is SpeechPass:
         return SpeechPass(variant.audio, folder, (variant.phonemes or PhonemeEncoderConfig()).max_length)
     return kind(variant.audio, folder)
-
-
-def default_poolings(variant: Variant) -> tuple[int, ...]:
-    """λ = 1, from which the diffusion stage pools further itself, and what the translator predicts."""
-    return tuple(sorted({1, variant.translator.pooling}))
 
 
 def dry_run_of(name: str, store: FeatureStore, variant: Variant, work: Place, poolings: Sequence[int] | None = None) -> list[str]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +18,7 @@ from options import (
     friendly,
     in_this_process,
     next_step,
+    pairs,
     set_option,
     shown,
     tiny_option,
@@ -29,21 +28,22 @@ from options import (
     work_option,
     worker_options,
 )
-from pipelines import cluster
 from pipelines.corpora import PUBLISHED
+from pipelines.leases import lease
 from pipelines.tracking import Tracker
 from pipelines.tracking import tracking_uri as find_tracking
 from pipelines.weights import card_beside, released_folders, require_used
 from stages import STAGES, require_stage
 from stages.config import Recipe, differences, flat, to_dict
 from stages.errors import UserError
-from stages.files import Place, weights_hash, whole_folder, write_json
+from stages.files import Place, weights_hash, write_json
 from stages.licences import inherited
+
+MOST_TURNS = 100  # of a clip in an epoch
 
 if TYPE_CHECKING:
     from pipelines.features.store import FeatureStore
     from pipelines.training.dataset import ClipDataset
-    from pipelines.training.loop import TrainJob
     from stages.base import Stage
     from stages.variants import Variant
 
@@ -64,6 +64,8 @@ def train_stage(
     max_failures: int = 3,
     fresh: bool = False,
     runs: str | Path | Place | None = None,
+    weights: Mapping[str, float] | None = None,
+    accept_store: bool = False,
 ) -> Place:
     """Train `stage` of `variant` in the project folder `work` and release it to `<work>/stages/<stage>`.
 
@@ -72,15 +74,18 @@ def train_stage(
         workers, reserve: Ray Train's workers (`cluster.worker_group`); 0 trains in this process.
         fresh: throw an earlier run of this stage away.
         runs: folder of its checkpoints, on a disk; `<work>/runs`, or this machine's cache where `work` is behind a URL.
+        weights: how often the clips of a corpus come in an epoch, by its name; once where nothing is said.
+        accept_store: continue an earlier run although clips were added to the store since.
 
     Returns:
         The folder of released weights. A run that is already finished is returned as it is.
 
     Raises:
-        UserError: something the stage needs is missing, or an earlier run used another configuration.
+        UserError: something the stage needs is missing, an earlier run used another configuration, or another process is at it.
     """
     from pipelines.features.store import FeatureStore
     from pipelines.training.dataset import ClipDataset
+    from pipelines.training.launch import fit
     from pipelines.training.loop import TrainJob
     from stages.base import read_card, stage_class
 
@@ -90,34 +95,38 @@ def train_stage(
     opened = FeatureStore.open(store or work / "store")
     opened.require_audio(variant.audio, variant.name)
     output, folders = work / "stages" / stage, released_folders(work, given or {})
-    identity = {"stage": stage, "variant": _without_recipes(variant), "seed": seed, "store": opened.root}
-    if fresh:
-        _discard(run, output)
-    _check_same(run, identity)
-    if is_finished(output, stage, getattr(variant.recipes, stage)):
+    weights = _known_corpora(weights or {}, opened)
+    identity = {"stage": stage, "variant": _without_recipes(variant), "seed": seed, "store": opened.root, "weights": weights}
+    with lease(Place.of(run.with_name(f".{stage}.lease")), f"the run of {stage} in {run}"):
+        if fresh:
+            _discard(run, output)
+        _check_same(run, identity)
+        if is_finished(output, stage, getattr(variant.recipes, stage)):
+            return output
+        _check_clips(run, identity, opened.digest, accept_store)
+        corpora = () if cls.any_corpus else _corpora_of(variant, opened)
+        dataset = ClipDataset(opened, cls, cls.reads(variant), "train", corpora, weights)
+        card = _provenance(cls, variant, dataset, opened, folders, tracker)
+        if not cls.learns_from(dataset):
+            raise UserError(nothing_to_train_on(cls, variant, opened, corpora))
+        job = TrainJob(
+            stage=stage,
+            variant=variant,
+            store=opened.root,
+            run=str(run),
+            released={k: str(v) for k, v in folders.items()},
+            output=str(output),
+            tracker=tracker.handle() if tracker else None,
+            seed=seed,
+            precision=precision,
+            loader_workers=loader_workers,
+            corpora=corpora,
+            weights=weights,
+            card=card,
+        )
+        fit(job, cls, dataset, workers, reserve, max_failures)
+        read_card(output, stage)
         return output
-    corpora = () if cls.any_corpus else _corpora_of(variant, opened)
-    dataset = ClipDataset(opened, cls, cls.reads(variant), "train", corpora)
-    card = _provenance(cls, variant, dataset, opened, folders, tracker)
-    if not cls.learns_from(dataset):
-        raise UserError(nothing_to_train_on(cls, variant, opened, corpora))
-    job = TrainJob(
-        stage=stage,
-        variant=variant,
-        store=opened.root,
-        run=str(run),
-        released={k: str(v) for k, v in folders.items()},
-        output=str(output),
-        tracker=tracker.handle() if tracker else None,
-        seed=seed,
-        precision=precision,
-        loader_workers=loader_workers,
-        corpora=corpora,
-        card=card,
-    )
-    _fit(job, cls, dataset, workers, reserve, max_failures)
-    read_card(output, stage)
-    return output
 
 
 def run_folder(work: Place, stage: str, runs: str | Path | Place | None = None, workers: WorkerRange = None) -> Path:
@@ -134,21 +143,6 @@ def run_folder(work: Place, stage: str, runs: str | Path | Place | None = None, 
     if runs is not None and not folder.local:
         raise UserError(f"--runs {folder}: checkpoints are written to a disk; name a folder that all nodes share")
     return folder.scratch() / stage
-
-
-def _fit(job: TrainJob, cls: type[Stage], dataset: ClipDataset, workers: WorkerRange, reserve: Reservation, max_failures: int) -> None:
-    """Prepare what the stage needs once, then train it in this process or on Ray."""
-    for earlier in cls.builds_on(job.variant):
-        job.folder(earlier)  # refuses now, not on a worker
-    prepared = Path(job.run) / "prepared"
-    if not prepared.is_dir():
-        with whole_folder(prepared) as folder:
-            cls.prepare(job.variant, job.folder, dataset, folder)
-    with _progress_bar(job):
-        if in_this_process(workers):
-            _fit_here(job)
-        else:
-            _fit_on_ray(job, workers, reserve, max_failures)
 
 
 def _provenance(
@@ -185,6 +179,24 @@ def _corpora_of(variant: Variant, store: FeatureStore) -> tuple[str, ...]:
     return used
 
 
+def _numbers(weights: Mapping[str, str]) -> dict[str, float]:
+    try:
+        return {corpus: float(turns) for corpus, turns in weights.items()}
+    except ValueError as error:
+        raise UserError(f"--weight expects CORPUS=NUMBER, such as audiocaps=2 ({error})") from None
+
+
+def _known_corpora(weights: Mapping[str, float], store: FeatureStore) -> dict[str, float]:
+    """`weights`, if they are of corpora in the store and make sense."""
+    there = store.table.values("corpus")
+    for corpus, weight in weights.items():
+        if corpus not in there:
+            raise UserError(f"--weight {corpus}={weight:g}: the store {store.root} holds no clips of {corpus!r}, but of {', '.join(there)}")
+        if not 0 <= weight <= MOST_TURNS:
+            raise UserError(f"--weight {corpus}={weight:g}: expected a number from 0 (never) to {MOST_TURNS} (so many times an epoch)")
+    return dict(sorted(weights.items()))
+
+
 def nothing_to_train_on(cls: type[Stage], variant: Variant, store: FeatureStore, corpora: Sequence[str] = ()) -> str:
     """The sentence on a store without clips for a stage: what it needs, what there is, what to do."""
     from pipelines.features.table import TEXTS
@@ -203,121 +215,40 @@ def nothing_to_train_on(cls: type[Stage], variant: Variant, store: FeatureStore,
     return f"{cls.name} needs {cls.asks(variant)}: {what}" + (f", {cls.otherwise}" if cls.otherwise else "")
 
 
-def _fit_here(job: TrainJob) -> None:
-    from pipelines.training.loop import OneProcess, train
-
-    world = OneProcess(Path(job.run))
-    try:
-        train(job, world)
-    finally:
-        world.close()
-
-
-def _fit_on_ray(job: TrainJob, workers: WorkerRange, reserve: Reservation, max_failures: int) -> None:
-    cluster.connect()
-    pool = cluster.worker_group(workers, reserve)
-    cluster.await_room(pool, f"training {job.stage}")
-    from ray import cloudpickle
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2.api.config import LoggingConfig
-
-    from pipelines.training.ray_worker import ray_worker
-    from pipelines.training.rendezvous import OneMachine
-
-    class Trainer(TorchTrainer):
-        def _create_default_callbacks(self) -> list[Any]:
-            """Ray's, on a cluster of our own without the one that frees the workers' resources should the controller die.
-
-            It asks the cluster that `ray start` ran last, which is not ours: if that one is gone it waits for it, 12 idle
-            seconds at the end of every training (Ray 2.60), and our cluster dies with us anyway.
-            """
-            callbacks: list[Any] = super()._create_default_callbacks()
-            return [c for c in callbacks if not (cluster.ends_with_us() and type(c).__name__ == "PlacementGroupCleanerCallback")]
-
-        def _register_sigint_handler(self, controller: Any) -> None:
-            """Not Ray's, after which the driver leaves without a word; Ctrl-C is an exception here, as everywhere in loa.
-
-            The controller and its workers belong to this driver and end with it.
-            """
-
-    trainer = Trainer(
-        ray_worker,
-        train_loop_config={"job": cloudpickle.dumps(job)},  # opened by the workers alone
-        torch_config=OneMachine() if cluster.ends_with_us() else None,
-        scaling_config=ScalingConfig(
-            num_workers=pool.largest, use_gpu=pool.num_gpus > 0, resources_per_worker={k: v for k, v in pool.resources().items() if v}
-        ),
-        run_config=RunConfig(
-            name=Path(job.run).name,
-            storage_path=str(Path(job.run).parent),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-            failure_config=FailureConfig(max_failures=max_failures),
-            logging_config=LoggingConfig(log_level="ERROR"),
-        ),
-    )
-    result = trainer.fit()
-    answer = result.return_value
-    if isinstance(answer, dict) and "user_error" in answer:
-        raise UserError(answer["user_error"])
-
-
-class _progress_bar:
-    """A bar over the run's steps, fed by what its first worker leaves in the run folder."""
-
-    def __init__(self, job: TrainJob) -> None:
-        self.job, self.stop = job, threading.Event()
-
-    def __enter__(self) -> None:
-        self.thread = threading.Thread(target=self._show, daemon=True)
-        self.thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        self.thread.join()
-
-    def _show(self) -> None:
-        from tqdm import tqdm
-
-        from pipelines.training.loop import follow
-
-        steps = self.job.recipe.steps
-        interval = 1.0 if sys.stderr.isatty() else 15.0
-        with tqdm(total=steps, desc=self.job.stage, unit="step", mininterval=interval, file=sys.stderr, dynamic_ncols=True) as bar:
-            for state in follow(self.job):
-                # A run that stops by the clock has its bar stretched to that end.
-                share, step = float(state["share"]), int(state["step"])
-                if step and share:
-                    bar.total = max(step, round(step / share))
-                bar.n = step
-                logs = {k.removeprefix("train/"): v for k, v in state["train"].items() if "grad_norm" not in k and "rate" not in k}
-                if logs:
-                    bar.set_postfix({k: f"{v:.3g}" for k, v in list(logs.items())[:4]}, refresh=False)
-                bar.update(0)
-                if self.stop.wait(0.5):
-                    bar.refresh()
-                    return
-
-
 def _without_recipes(variant: Variant) -> dict[str, Any]:
     return {k: v for k, v in to_dict(variant).items() if k not in ("name", "recipes", "summary")}
 
 
 def _check_same(run: Path, identity: dict[str, Any]) -> None:
     """A run folder belongs to one configuration; its recipe (steps, rates) may change between calls."""
-    path = run / "job.json"
-    now = json.loads(json.dumps(identity))
-    if not path.is_file():
-        run.mkdir(parents=True, exist_ok=True)
-        write_json(path, now)
-        return
-    before = json.loads(path.read_text())
-    before.get("variant", {}).pop("name", None)  # earlier versions kept it; the settings say all
-    if before != now:
+    before, now = _begun_as(run), json.loads(json.dumps(identity))
+    before.pop("clips", None)
+    if before and before != now:
         raise UserError(
             f"{run} holds a run of another configuration ({differences(before, now)}); "
             "repeat the old settings to continue it, use --fresh to start over, or choose another --work"
         )
+
+
+def _check_clips(run: Path, identity: dict[str, Any], clips: str, accept_store: bool) -> None:
+    """A run stays with the clips that it began with, unless its user wants otherwise; what it is now gets written down."""
+    before = _begun_as(run).get("clips", clips)
+    if before != clips and not accept_store:
+        raise UserError(
+            f"clips were added to {identity['store']} since {run} began, so that its epochs would hold others than before; "
+            "continue it on the store as it is now with --accept-store, or start over with --fresh"
+        )
+    if before != clips:
+        click.echo(f"{identity['stage']}: continues on the store as it is now; the order of its clips is a new one", err=True)
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / "job.json", identity | {"clips": clips})
+
+
+def _begun_as(run: Path) -> dict[str, Any]:
+    """What a run folder says of its run; nothing where there is none."""
+    path = run / "job.json"
+    begun: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return begun
 
 
 def is_finished(output: Place, stage: str, recipe: Recipe) -> bool:
@@ -384,6 +315,15 @@ def _input_hashes(stage: str, folders: Mapping[str, Place]) -> dict[str, str]:
     show_default=True,
     help="How often a training is restarted after a worker died.",
 )
+@click.option(
+    "--weight",
+    "weights",
+    multiple=True,
+    callback=pairs,
+    metavar="CORPUS=TURNS",
+    help="How often an epoch shows the clips of a corpus: 2, 0.5, or 0 for never. May be repeated.  [default: once]",
+)
+@click.option("--accept-store", is_flag=True, help="Continue a run although clips were added to the store since it began.")
 @click.option("--fresh", is_flag=True, help="Delete an earlier run of this stage and start over.")
 @click.option("--dry-run", is_flag=True, help="Print the resolved configuration, sizes and estimates, without training.")
 @friendly
@@ -399,6 +339,7 @@ def main(
     runs: Place | None,
     workers: tuple[int, int] | None,
     seed: int,
+    weights: dict[str, str],
     fresh: bool,
     dry_run: bool,
     **options: Any,
@@ -417,12 +358,13 @@ def main(
 
         click.echo(describe(resolved, stage, workers[1] if workers else None))
         return
+    turns = _numbers(weights)
     tracking_uri = find_tracking(work, tracking_uri)  # refused before anything is read
     run_folder(work, stage, runs, workers)
     before = not fresh and is_finished(work / "stages" / stage, stage, getattr(resolved.recipes, stage))
     tags = {"loa.stage": stage, "loa.variant": resolved.name}
     with Tracker.open(tracking_uri, work=work, job=f"train-{stage}", variant=resolved.name, tags=tags, fresh=fresh) as tracker:
-        tracker.params({"seed": seed, **flat(to_dict(resolved))})
+        tracker.params({"seed": seed, **flat({"weight": weights}), **flat(to_dict(resolved))})
         folder = train_stage(
             stage,
             resolved,
@@ -434,6 +376,7 @@ def main(
             seed=seed,
             fresh=fresh,
             runs=runs,
+            weights=turns,
             **options,
         )
     if before:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -31,8 +31,8 @@ class ClipSource(Protocol):
         """`captions`, `labels` and `transcript` of every clip in turn; there may be millions."""
         ...
 
-    def clip(self, index: int) -> dict[str, Any]:
-        """`clip_id`, `captions`, `labels` and `transcript` of clip `index`, together with its arrays by member name."""
+    def clip(self, index: int, series: Sequence[str] = ()) -> dict[str, Any]:
+        """`clip_id`, `captions`, `labels` and `transcript` of clip `index`, with its arrays by member name: of `series`, or of all."""
         ...
 
 
@@ -60,6 +60,13 @@ class Stage(nn.Module):
     def reads(cls, variant: Variant) -> tuple[str, ...]:
         """The feature-store series it reads for this variant."""
         return cls.series
+
+    def reads_now(self, rng: np.random.Generator | None) -> tuple[str, ...]:
+        """Which of these series one step needs, by that step's generator, before a clip is read; () for all of them.
+
+        `losses` gets a generator in the same state, and draws first what was drawn here. None stands for validation.
+        """
+        return ()
 
     @classmethod
     def builds_on(cls, variant: Variant) -> tuple[str, ...]:

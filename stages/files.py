@@ -247,6 +247,14 @@ class Place:
         file: BinaryIO = fs.open(path, "rb")
         return file
 
+    def download(self, target: Path) -> None:
+        """Copy the file to a local one. Raises FileNotFoundError."""
+        if self.local:
+            shutil.copyfile(self.url, target)
+            return
+        fs, path = self._filesystem()
+        fs.get_file(path, str(target))
+
     def list(self) -> dict[str, int]:
         """Names and sizes of the files that lie directly in this folder, as they are now; none where there is no folder."""
         return {name: size for name, size in self._entries() if size is not None}

@@ -66,6 +66,11 @@ class Variant:
         """AudioMAE's token grid (time, frequency) of one clip."""
         return self.audio.mel_frames // PATCH, self.audio.fbank_bins // PATCH
 
+    @property
+    def poolings(self) -> tuple[int, ...]:
+        """Every λ that one of its stages reads, ascending."""
+        return tuple(sorted({*self.diffusion.poolings, self.translator.pooling}))
+
     def loa_tokens(self, pooling: int) -> int:
         """Vectors of the LOA at pooling λ: at most all frequencies are merged (references.md#loa-pooling)."""
         frames, bins = self.loa_grid

@@ -110,7 +110,8 @@ def autoscaling(node_types: Mapping[str, Mapping[str, Any]], address: str, idle_
         "upscaling_speed": 10,
         "idle_timeout_minutes": idle_minutes,
         "provider": {
-            "type": "fake_multinode",
+            "type": "external",
+            "module": "fake_provider.Provider",
             "gcs_address": address,
             "head_node_id": HEAD,
             "launch_multiple": True,
@@ -160,10 +161,15 @@ def fake_cluster(node_types: Mapping[str, Mapping[str, Any]], idle_minutes: floa
 
 
 class Watch:
-    """Who works where on a cluster, looked at every half second in a `with` block."""
+    """Who works where on a cluster, looked at every half second in a `with` block.
+
+    Attributes:
+        resources: of every node that had work, by id; nodes end soon after it.
+    """
 
     def __init__(self, cluster: FakeCluster) -> None:
         self.cluster, self.seen, self._end = cluster, set[tuple[str, str]](), threading.Event()
+        self.resources: dict[str, dict[str, float]] = {}
 
     def __enter__(self) -> Watch:
         self._thread = threading.Thread(target=self._look, daemon=True)
@@ -177,6 +183,8 @@ class Watch:
     def _look(self) -> None:
         while not self._end.wait(0.5):
             self.seen |= self.cluster.at_work()
+            if {node for node, _ in self.seen} - set(self.resources):
+                self.resources |= self.cluster.nodes()
 
     def nodes(self, name: str) -> set[str]:
         """Nodes on which a task or actor was seen whose name begins so."""

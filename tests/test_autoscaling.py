@@ -16,6 +16,7 @@ from fake_cluster import HEAD, REPO, FakeCluster, Watch, fake_cluster, wait_unti
 from tiny_store import make_store, run_here, small
 
 from pipelines.cluster import connect
+from pipelines.features.ledger import LedgerRow
 from pipelines.features.passes import Features, MelPass, Outcome, Row
 from pipelines.features.run import execute
 from pipelines.features.store import FeatureStore
@@ -34,10 +35,11 @@ def cluster() -> Iterator[FakeCluster]:
         yield running
 
 
-def series(store: FeatureStore) -> dict[str, bytes]:
-    """Every shard and ledger row of a store."""
-    root = Path(store.root)
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.glob("*/*"))}
+def series(store: FeatureStore) -> dict[tuple[str, int], tuple[LedgerRow, bytes]]:
+    """Every ledger row of the mel pass and the shard that it names."""
+    ledgers = {name: store.ledger(name) for name in ("mel", "waveform")}
+    rows = {(name, shard): row for name, ledger in ledgers.items() for shard, row in ledger.items()}
+    return {(name, shard): (row, (store.series_folder(name) / row.object).read()) for (name, shard), row in rows.items()}
 
 
 def is_a(node: Mapping[str, float], kind: str) -> bool:
@@ -50,13 +52,11 @@ def test_mel_brings_up_cpu_nodes_from_none_and_computes_nothing_on_the_head(clus
     assert is_a(cluster.nodes()[HEAD], "head")
     with Watch(cluster) as watch:
         done = cluster.run("pipelines.preprocess", "mel", "--work", str(tmp_path), "--tiny", "--workers", "1-2")
-        nodes = cluster.nodes()
     assert done.returncode == 0, done.stderr + cluster.logs()
     assert "48 clips in 6 shards" in done.stdout and store.missing_shards("mel") == []
     assert "the mel pass: waiting for a node with 1 CPU, of type cpu_worker" in done.stderr
-    started = set(nodes) - {HEAD}
-    assert watch.nodes("Map") and watch.nodes("Map") <= started, watch.seen
-    assert all(is_a(nodes[node], "cpu_worker") for node in started), nodes
+    assert watch.nodes("Map") and HEAD not in watch.nodes("Map"), watch.seen
+    assert all(is_a(watch.resources[node], "cpu_worker") for node in set(watch.resources) - {HEAD}), watch.resources
 
 
 def test_an_encoder_takes_gpu_nodes_and_nothing_else(cluster: FakeCluster, tmp_path: Path) -> None:
@@ -73,9 +73,9 @@ def test_an_encoder_takes_gpu_nodes_and_nothing_else(cluster: FakeCluster, tmp_p
 
     with Watch(cluster) as watch:
         done = cluster.run(*loa)
-        gpu_nodes = {node for node, resources in cluster.nodes().items() if "GPU" in resources}
+    gpu_nodes = {node for node, resources in watch.resources.items() if "GPU" in resources}
     assert watch.nodes("MapWorker") == gpu_nodes and len(gpu_nodes) == 1, (watch.seen, done.stderr)
-    assert is_a(cluster.nodes()[min(gpu_nodes)], "gpu_worker")
+    assert is_a(watch.resources[min(gpu_nodes)], "gpu_worker")
     # The simulated GPU is none that PyTorch could use, and nothing takes its place.
     if not torch.cuda.is_available():
         assert done.returncode == 1 and f"was given a GPU of node {gpu_nodes.pop()}, and PyTorch" in done.stderr, done.stderr
@@ -133,4 +133,4 @@ def test_four_nodes_one_lost_and_one_added_write_the_bytes_of_one_process(tmp_pa
     assert store.missing_shards("mel") == []
     alone = FeatureStore.open(tmp_path / "alone" / "store")
     run_here("mel", alone, VARIANT)
-    assert series(store) == series(alone)
+    assert len(series(alone)) == 48 and series(store) == series(alone)

@@ -285,8 +285,11 @@ def test_a_reader_joins_series_and_refuses_incomplete_ones(tmp_path):
     assert part.clip_ids == [i for i in expected if i not in ("corpus-003", "corpus-004", "corpus-005")]
     assert set(part.read(part.clip_ids[0])) == {"t5", "t5_length", "wide", "loa"} and "corpus-003" not in part
     fill(store, "other")
-    with pytest.raises(UserError, match="both hold 't5'"):
-        store.reader(["text", "other"])
+    both = store.reader(["text", "other"])
+    clip = both.clip_ids[0]
+    assert set(both.read(clip, ["other"])) == set(both.read(clip, ["text"]))  # a step that needs one reads one
+    with pytest.raises(UserError, match="text, other hold 't5'"):
+        both.read(clip)
 
 
 def test_a_reader_serves_many_threads(tmp_path, monkeypatch, rounds):

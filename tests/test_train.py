@@ -36,7 +36,7 @@ from pipelines.preprocess import main as preprocess
 from pipelines.train import main, train_stage
 from pipelines.training import loop
 from pipelines.training.checkpoint import EMA, TrainingState, full_weights
-from pipelines.training.dataset import ClipDataset, clip_rng, permutation, places, step_rng
+from pipelines.training.dataset import ClipDataset
 from pipelines.training.loop import OneProcess
 from pipelines.weights import released_folders
 from stages import STAGES
@@ -73,25 +73,6 @@ def largest_difference(a: Path, b: Path) -> float:
     one, two = weights(a), weights(b)
     assert one.keys() == two.keys() and one
     return max(float((one[k].float() - two[k].float()).abs().max()) for k in one)
-
-
-# ---------------------------------------------------------------------------------------------------------- the order
-
-
-def test_order_visits_every_clip_once_an_epoch() -> None:
-    epochs = places(0, 3 * 17, 17, seed=5)
-    for epoch in range(3):
-        assert sorted(i for e, i in epochs if e == epoch) == list(range(17))
-    assert not np.array_equal(permutation(17, 5, 0), permutation(17, 5, 1))
-
-
-def test_order_continues_anywhere() -> None:
-    assert places(0, 40, 17, seed=1)[13:] == places(13, 27, 17, seed=1)
-
-
-def test_draws_depend_on_seed_epoch_and_clip_alone() -> None:
-    assert clip_rng(1, 2, 3).random() == clip_rng(1, 2, 3).random() != clip_rng(1, 2, 4).random()
-    assert step_rng(1, 2).random() != step_rng(1, 3).random()
 
 
 # ---------------------------------------------------------------------------------------------------------- recipes
@@ -420,7 +401,8 @@ def test_workers_agree_on_the_time_once_a_step(monkeypatch: pytest.MonkeyPatch) 
     for name in ("_validate", "_keep", "_tell"):
         monkeypatch.setattr(run, name, lambda *_, **__: {"measure": 1.0})
     tracker = SimpleNamespace(metrics=lambda values, step: logged.append((step, values["train/learning_rate"])))
-    run.fit(range(8), range(8), tracker)  # type: ignore[arg-type]
+    clips = SimpleNamespace(order=lambda seed: SimpleNamespace(length=8))
+    run.fit(clips, range(8), tracker)  # type: ignore[arg-type]
     assert asked == [4.0 * k for k in range(26)]  # 25 steps of 4 s end a run of 100 s
     expected = [1.0 - (4.0 * k + 0.5) / 100 for k in range(25)]
     assert rates == [pytest.approx([rate, rate]) for rate in expected]  # both optimisers

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +19,10 @@ from pipelines.features.ledger import Ledger, Span
 from pipelines.features.shards import completing_command, decode_member, feature_name
 from pipelines.features.table import ClipTable
 from stages.errors import UserError
-from stages.files import Place
+from stages.files import Place, default_cache, digest, replacing
 
 _MOST_OPEN_SHARDS = 256
+_SPARE_DISK = 1 << 30  # bytes that fetching ahead leaves free
 
 
 class StoreReader:
@@ -34,7 +38,6 @@ class StoreReader:
     def __init__(self, table: ClipTable, ledgers: Mapping[str, Ledger], shards: Sequence[int]) -> None:
         self.table, self.ledgers, self.series = table, dict(ledgers), tuple(ledgers)
         self._members = {name: ledger.members for name, ledger in ledgers.items()}
-        self._check_names()
         self.mask = np.ones(len(table), bool)
         for ledger in ledgers.values():
             held = np.zeros(len(table), bool)
@@ -62,26 +65,63 @@ class StoreReader:
     def __contains__(self, clip: int | str) -> bool:
         return clip in self._by_id if isinstance(clip, str) else bool(0 <= clip < len(self.mask) and self.mask[clip])
 
-    def read(self, clip: int | str) -> dict[str, np.ndarray]:
+    def read(self, clip: int | str, series: Sequence[str] = ()) -> dict[str, np.ndarray]:
         """The features of a clip by name: "mel", "waveform" (float32 samples), "loa", "t5", ...
 
         Args:
             clip: its number; or its id, which needs the ids of all clips in memory.
+            series: which to read; by default all.
 
         Raises:
             KeyError: not all series hold the clip.
-            UserError: what lies there is damaged; the message says what repairs it.
+            UserError: two of the series hold the same name, or what lies there is damaged; the message says what repairs it.
         """
         if clip not in self:
             raise KeyError(f"{clip} is not in all of {', '.join(self.series)}")
         number = self._by_id[clip] if isinstance(clip, str) else clip
         shard = self.table.shard_of(number)
-        features = {}
-        for series, ledger in self.ledgers.items():
-            span = ledger.find(shard, number)
-            for name, data in zip(self._members[series], self._fetch(series, shard, number, span), strict=True):
-                features[feature_name(name)] = decode_member(name, data)
+        features: dict[str, np.ndarray] = {}
+        for one in series or self.series:
+            span = self.ledgers[one].find(shard, number)
+            for name, data in zip(self._members[one], self._fetch(one, shard, number, span), strict=True):
+                if (feature := feature_name(name)) in features:
+                    raise UserError(f"two of the series {', '.join(series or self.series)} hold {feature!r}; read them one at a time")
+                features[feature] = decode_member(name, data)
         return features
+
+    @property
+    def remote(self) -> bool:
+        """Whether the store lies elsewhere, so that fetching whole shards ahead pays."""
+        return not self.table.root.local
+
+    def fetch(self, shards: Iterable[int]) -> None:
+        """Bring these shards of a remote store to this machine's disk, where `read` finds them, and remove those fetched before.
+
+        Whoever reads meanwhile reads by ranges what is not there yet. What cannot be fetched is left to them as well.
+        """
+        wanted = {str(self._local(place)): (place, size) for place, size in self._objects(shards)}
+        fetched = Path(next(iter(wanted))).parents[1] if wanted else None
+        for old in fetched.glob("*/*.tar") if fetched else ():
+            if str(old) not in wanted:
+                old.unlink(missing_ok=True)  # open files stay readable; a slower worker goes back to ranges
+        for path, (place, size) in wanted.items():
+            if os.path.exists(path):
+                continue
+            with suppress(OSError):
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                if shutil.disk_usage(os.path.dirname(path)).free < size + _SPARE_DISK:
+                    return
+                with replacing(path) as draft:
+                    place.download(draft)
+
+    def _objects(self, shards: Iterable[int]) -> Iterator[tuple[Place, int]]:
+        for shard in shards:
+            for ledger in self.ledgers.values():
+                yield ledger.folder / ledger[shard].object, ledger[shard].num_bytes
+
+    def _local(self, place: Place) -> Path:
+        """Where a fetched shard of a remote store lies; its name is that of its content."""
+        return default_cache() / "shards" / digest(self.table.root.url, 24) / place.parent.name / place.name
 
     def _fetch(self, series: str, shard: int, number: int, span: Span) -> list[memoryview]:
         """The members of a clip, in memory of their own so that arrays over it can be written to."""
@@ -109,6 +149,10 @@ class StoreReader:
             if len(self._opened) > _MOST_OPEN_SHARDS:
                 self._opened.popitem(last=False)  # closed when the last thread using it lets go
         if isinstance(opened, Place):
+            if self._local(opened).exists():  # fetched since
+                with self._lock:
+                    self._opened.pop((series, shard), None)
+                return self._bytes(series, shard, span, first, end)
             return bytearray(opened.read_range(first, end))
         data = bytearray(end - first)
         del data[os.preadv(opened.fileno(), [data], first) :]
@@ -118,7 +162,8 @@ class StoreReader:
         """An open file of a local store, the place in a remote one; either way of the size the ledger says."""
         place = self.ledgers[series].folder / span.object
         try:
-            opened = _Shard(str(place)) if place.local else place
+            here = place.path if place.local else self._local(place)
+            opened = _Shard(str(here)) if place.local or here.exists() else place
             size = os.fstat(opened.fileno()).st_size if isinstance(opened, _Shard) else place.size()
         except FileNotFoundError:
             opened, size = place, 0
@@ -127,14 +172,6 @@ class StoreReader:
                 f"{place} has {size} bytes where its ledger says {span.num_bytes}; recompute it with `{completing_command(series)}`"
             )
         return opened
-
-    def _check_names(self) -> None:
-        owner: dict[str, str] = {}
-        for series, members in self._members.items():
-            for name in map(feature_name, members):
-                if name in owner:
-                    raise UserError(f"the series {owner[name]!r} and {series!r} both hold {name!r}; read them one at a time")
-                owner[name] = series
 
     def _forget(self) -> None:
         self._opened: OrderedDict[tuple[str, int], Any] = OrderedDict()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -12,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,6 +58,7 @@ class TrainJob:
     loader_workers: int = 0
     validation_batches: int = 4
     corpora: tuple[str, ...] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)  # turns of a corpus' clips in an epoch
     card: Mapping[str, Any] = field(default_factory=dict)  # provenance for the release
 
     @property
@@ -169,7 +169,7 @@ def train(job: TrainJob, workers: Workers) -> dict[str, float]:
     cls = stage_class(job.stage)
     series = cls.reads(job.variant)
     store = FeatureStore.open(job.store)
-    clips = ClipDataset(store, cls, series, "train", job.corpora)
+    clips = ClipDataset(store, cls, series, "train", job.corpora, job.weights)
     held_out = ClipDataset(store, cls, series, "validation", job.corpora)
     if not len(held_out):
         held_out = clips
@@ -235,15 +235,15 @@ class _Run:
     def fit(self, clips: ClipDataset, held_out: ClipDataset, tracker: Tracker) -> dict[str, float]:
         """Step until the recipe is fulfilled, with everything that happens on the way."""
         recipe, progress = self.recipe, self.progress
-        examples, remaining = Examples(clips, self.stage, self.job.seed), max(0, recipe.steps - progress.step)
-        batches = training_batches(examples, recipe, self.share, progress.cursor, remaining, self.job.loader_workers)
+        examples, order = Examples(clips, self.stage, self.job.seed), clips.order(self.job.seed)
+        batches = training_batches(examples, order, recipe, self.share, replace(progress), self.job.loader_workers)
         measures: dict[str, float] = {}
         sums: dict[str, Tensor] = {}
         before, clock = progress.seconds, time.monotonic()
         since, last = clock, progress.step
         done = self._share_done()
         while done < 1.0:
-            rate = self._set_rate(done, progress.cursor // len(clips))
+            rate = self._set_rate(done, progress.cursor // order.length)
             _add(sums, self._step(next(batches)))
             progress.step += 1
             progress.cursor += recipe.global_batch
@@ -438,13 +438,3 @@ class _Run:
                 "val": dict(measures),
             }
             write_json(Path(self.job.run) / "progress.json", state)
-
-
-def follow(job: TrainJob) -> Iterator[dict[str, Any]]:
-    """Progress of a job as its first worker last reported it; ends when the caller stops asking."""
-    path = Path(job.run) / "progress.json"
-    while True:
-        try:
-            yield json.loads(path.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            yield {"step": 0, "share": 0.0, "train": {}, "val": {}}

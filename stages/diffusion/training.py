@@ -14,7 +14,6 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from stages.audiomae.model import pool_loa
 from stages.base import ClipSource, Stage
 from stages.conditions import condition_example, cut_padding
 from stages.diffusion.model import LatentDiffusion, TUNet, noise_schedule
@@ -32,7 +31,7 @@ def prepare_latents(variant: Variant, released: Callable[[str], Path], dataset: 
     rng = np.random.default_rng(0)
     samples = []
     for i in take:
-        mean, deviation = np.split(np.asarray(dataset.clip(int(i))["latent"], np.float32), 2)
+        mean, deviation = np.split(np.asarray(dataset.clip(int(i), ["latent"])["latent"], np.float32), 2)
         samples.append((mean + deviation * rng.standard_normal(mean.shape, np.float32)).ravel())
     std = float(np.concatenate(samples).std(dtype=np.float64))
     if not (np.isfinite(std) and std > 1e-6):
@@ -70,6 +69,8 @@ def save_diffusion(folder: Path, network: TUNet, process: LatentDiffusion) -> No
 class DiffusionStage(Stage):
     """Stage 1a of the paper: LOA and latent come from the same sound, so no caption is needed.
 
+    Its λ is drawn for every step before the clips are read, and only the LOA of that λ is read.
+
     Clips that have words show them to the T5 branch, the others the empty text (as the authors' loader does).
     """
 
@@ -80,14 +81,15 @@ class DiffusionStage(Stage):
     def __init__(self, variant: Variant, process: LatentDiffusion, decoder: SoundDecoder) -> None:
         super().__init__()
         self.network = build_unet(variant)
-        self.process, self.poolings, self.grid = process, variant.diffusion.poolings, variant.loa_grid
+        self.process, self.poolings = process, variant.diffusion.poolings
         self.speech, self.text_length = variant.phonemes is not None, variant.text_length
         self.listening_pooling = variant.translator.pooling
         self.decoder = decoder
 
     @classmethod
     def reads(cls, variant: Variant) -> tuple[str, ...]:
-        return ("latent", "loa-1") if variant.phonemes else ("latent", "loa-1", "text")
+        loa = (f"loa-{pooling}" for pooling in variant.poolings)
+        return ("latent", *loa) if variant.phonemes else ("latent", *loa, "text")
 
     @classmethod
     def builds_on(cls, variant: Variant) -> tuple[str, ...]:
@@ -111,14 +113,22 @@ class DiffusionStage(Stage):
         caption = int(rng.integers(len(clip["t5"])))
         return example | condition_example(clip, caption, self.text_length)
 
-    def _conditions(self, batch: Mapping[str, Any], pooling: int) -> tuple[Tensor, Tensor, Tensor]:
-        loa = pool_loa(F.pad(batch["loa"], (0, 0, 1, 0)), self.grid, pooling)  # pool_loa expects the cls token first
-        text, mask = (batch["loa"][:, :0], batch["timestep"][:, None][:, :0]) if self.speech else cut_padding(batch)
+    def reads_now(self, rng: np.random.Generator | None) -> tuple[str, ...]:
+        loa = f"loa-{self.listening_pooling if rng is None else self._drawn_pooling(rng)}"
+        return ("latent", loa) if self.speech else ("latent", loa, "text")
+
+    def _drawn_pooling(self, rng: np.random.Generator) -> int:
+        return int(rng.choice(self.poolings))
+
+    def _conditions(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        loa = batch["loa"]
+        text, mask = (loa[:, :0], batch["timestep"][:, None][:, :0]) if self.speech else cut_padding(batch)
         return loa, text, mask
 
     def losses(self, batch: dict[str, Any]) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         rng = batch["step_rng"]
-        conditions = self._conditions(batch, int(rng.choice(self.poolings)))
+        self._drawn_pooling(rng)  # λ, of which the batch has been read: what comes next must not depend on it
+        conditions = self._conditions(batch)
         noisy, target = self.process.noisy(batch)
         if self.process.drops(rng):
             conditions = self.process.without_conditions(*conditions)
@@ -129,13 +139,13 @@ class DiffusionStage(Stage):
     @torch.no_grad()
     def validate(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         noisy, target = self.process.noisy(batch)
-        predicted = self.network(noisy, batch["timestep"], *self._conditions(batch, self.listening_pooling))
+        predicted = self.network(noisy, batch["timestep"], *self._conditions(batch))
         return {"noise": F.mse_loss(predicted.float(), target)}
 
     @torch.no_grad()
     def listen(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The same sounds from their true LOA: what a perfect translator would give."""
-        latents = self.process.sample(self.network, *self._conditions(batch, self.listening_pooling), like=batch["latent"])
+        latents = self.process.sample(self.network, *self._conditions(batch), like=batch["latent"])
         return self.decoder.listen("from_true_loa", latents) | self.decoder.listen("real_latent", batch["latent"] / self.process.scale)
 
     def save(self, folder: Path) -> None:
