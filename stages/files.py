@@ -23,6 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from stages.errors import UserError
 from stages.exclusive import create_whole
+from stages.remote import EXTRAS, SCHEME, ask, filesystem, open_remote
 
 
 @contextmanager
@@ -108,8 +109,6 @@ def code_version() -> str:
 
 # ------------------------------------------------------------------------------------------------------------- places
 
-EXTRAS = {"s3": "s3", "s3a": "s3"}  # scheme → the extra of loa that brings its filesystem
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _COLLAPSED = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)")  # what pathlib makes of a URL
 
 
@@ -137,7 +136,7 @@ class Place:
             text = f"{collapsed[1]}://{text[collapsed.end() :]}"
         if "://" not in text:
             return cls(os.path.abspath(text))
-        scheme = _SCHEME.match(text)
+        scheme = SCHEME.match(text)
         if scheme is None:
             raise UserError(
                 f"{text} is no URL; expected a path, or scheme://… with one of {', '.join(sorted(EXTRAS))} or another of fsspec's"
@@ -145,24 +144,8 @@ class Place:
         if scheme[1].lower() in ("file", "local"):
             return cls(os.path.abspath(LocalFileSystem._strip_protocol(text)))
         place = cls(scheme[1].lower() + "://" + text[scheme.end() :].rstrip("/"))
-        place._filesystem()
+        filesystem(place.url)
         return place
-
-    def _filesystem(self) -> tuple[fsspec.AbstractFileSystem, str]:
-        """The filesystem and the path in it. Nothing is kept here: fsspec shares one connection per process."""
-        scheme = self.url.partition("://")[0]
-        try:
-            fs, path = fsspec.core.url_to_fs(self.url, use_listings_cache=False)  # others write here too
-        except ImportError as error:
-            extra = EXTRAS.get(scheme)
-            cure = f"pip install 'loa[{extra}]'" if extra else f"install its package ({error})"
-            raise UserError(f"{self.url} cannot be reached: nothing installed reads {scheme}://; {cure}") from error
-        except ValueError as error:
-            raise UserError(
-                f"{self.url} cannot be reached: {scheme}:// is no scheme that fsspec knows ({error}); "
-                "give a path, s3://BUCKET/… or another of its URLs"
-            ) from error
-        return fs, path
 
     # ------------------------------------------------------------------------------------------------------- names
 
@@ -213,22 +196,19 @@ class Place:
         """Whether there is a file or a folder."""
         if self.local:
             return os.path.exists(self.url)
-        fs, path = self._filesystem()
-        return bool(fs.exists(path))
+        return ask(self.url, lambda fs, path: bool(fs.exists(path)))
 
     def size(self) -> int:
         """Bytes of the file. Raises FileNotFoundError."""
         if self.local:
             return os.stat(self.url).st_size
-        fs, path = self._filesystem()
-        return int(fs.size(path))
+        return ask(self.url, lambda fs, path: int(fs.size(path)))
 
     def read(self) -> bytes:
         """The whole file. Raises FileNotFoundError."""
         if self.local:
             return Path(self.url).read_bytes()
-        fs, path = self._filesystem()
-        return bytes(fs.cat_file(path))
+        return ask(self.url, lambda fs, path: bytes(fs.cat_file(path)))
 
     def read_range(self, first: int, end: int) -> bytes:
         """The bytes from `first` up to, without, `end`; fewer where the file ends before. Raises FileNotFoundError."""
@@ -236,24 +216,20 @@ class Place:
             with open(self.url, "rb") as file:
                 file.seek(first)
                 return file.read(end - first)
-        fs, path = self._filesystem()
-        return bytes(fs.cat_file(path, start=first, end=end))
+        return ask(self.url, lambda fs, path: bytes(fs.cat_file(path, start=first, end=end)))
 
     def open(self) -> BinaryIO:
         """The file, to read from; remote ones are read by ranges as one goes along."""
         if self.local:
             return open(self.url, "rb")
-        fs, path = self._filesystem()
-        file: BinaryIO = fs.open(path, "rb")
-        return file
+        return open_remote(self.url)
 
     def download(self, target: Path) -> None:
         """Copy the file to a local one. Raises FileNotFoundError."""
         if self.local:
             shutil.copyfile(self.url, target)
             return
-        fs, path = self._filesystem()
-        fs.get_file(path, str(target))
+        ask(self.url, lambda fs, path: fs.get_file(path, str(target)))
 
     def list(self) -> dict[str, int]:
         """Names and sizes of the files that lie directly in this folder, as they are now; none where there is no folder."""
@@ -265,9 +241,9 @@ class Place:
 
     def tree(self) -> dict[str, int]:
         """Relative paths and sizes of all files below this folder, sorted."""
-        fs, path = self._filesystem()
+        path = filesystem(self.url)[1]
         try:
-            below = fs.find(path, detail=True)
+            below = ask(self.url, lambda fs, path: fs.find(path, detail=True))
         except FileNotFoundError:
             return {}
         start = len(path.rstrip("/")) + 1
@@ -284,9 +260,9 @@ class Place:
             except FileNotFoundError:
                 pass
             return
-        fs, path = self._filesystem()
+        path = filesystem(self.url)[1]
         with suppress(FileNotFoundError):
-            for entry in fs.ls(path, detail=True):
+            for entry in ask(self.url, lambda fs, path: fs.ls(path, detail=True)):
                 name = entry["name"].rstrip("/").rpartition("/")[2]
                 if len(entry["name"].rstrip("/")) > len(path.rstrip("/")):  # some stores list the folder's own marker
                     yield name, None if entry["type"] == "directory" else int(entry["size"])
@@ -299,8 +275,7 @@ class Place:
             with replacing(self.url) as draft:
                 draft.write_bytes(data)
         else:
-            fs, path = self._filesystem()
-            fs.pipe_file(path, data)
+            ask(self.url, lambda fs, path: fs.pipe_file(path, data))
 
     def write_json(self, value: Any) -> None:
         """Put a JSON value here, readable, in UTF-8."""
@@ -313,9 +288,8 @@ class Place:
         """
         if self.local:
             return create_whole(Path(self.url), data)
-        fs, path = self._filesystem()
         try:
-            fs.pipe_file(path, data, mode="create")
+            ask(self.url, lambda fs, path: fs.pipe_file(path, data, mode="create"))
         except FileExistsError:
             return False
         return True
@@ -344,8 +318,7 @@ class Place:
                 with replacing(self.url) as draft:
                     shutil.copyfile(source, draft)
             else:
-                fs, path = self._filesystem()
-                fs.put_file(str(source), path)
+                ask(self.url, lambda fs, path: fs.put_file(str(source), path))
             return
         if self.local:
             with whole_folder(self.path) as folder:
@@ -394,9 +367,8 @@ class Place:
         if self.local:
             Path(self.url).unlink(missing_ok=True)
             return
-        fs, path = self._filesystem()
         with suppress(FileNotFoundError):
-            fs.rm_file(path)
+            ask(self.url, lambda fs, path: fs.rm_file(path))
 
     def remove_tree(self) -> None:
         """Remove the folder with everything below it; one that is not there is no error."""
@@ -404,9 +376,8 @@ class Place:
             with suppress(FileNotFoundError):
                 shutil.rmtree(self.url)
             return
-        fs, path = self._filesystem()
         with suppress(FileNotFoundError):
-            fs.rm(path, recursive=True)
+            ask(self.url, lambda fs, path: fs.rm(path, recursive=True))
 
     # ----------------------------------------------------------------------------------------------------- copies
 
@@ -420,8 +391,8 @@ class Place:
             if not self.exists():
                 raise FileNotFoundError(self.url)
             return Path(self.url)
-        fs, path = self._filesystem()
-        files = fs.find(path, detail=True)  # of a file: itself
+        path = filesystem(self.url)[1]
+        files = ask(self.url, lambda fs, path: fs.find(path, detail=True))  # of a file: itself
         if not files:
             raise FileNotFoundError(self.url)
         marks = ("size", "ETag", "etag", "mtime", "LastModified", "created")
@@ -433,7 +404,7 @@ class Place:
                 for name in files:
                     target = draft / self.name / name[len(path) :].lstrip("/")
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    fs.get_file(name, str(target))
+                    ask(self.url, lambda fs, _, name=name, target=target: fs.get_file(name, str(target)))  # type: ignore[misc]
         return copy
 
 

@@ -73,16 +73,16 @@ def open_recording(path: str | PathLike[str]) -> BinaryIO:
     if address.column is not None:
         return io.BytesIO(_parquet_value(address))
     if address.remote:
-        import fsspec
+        from stages.remote import ask, open_remote
 
-        fs, inner = fsspec.core.url_to_fs(address.file)
         if address.length is not None and address.length <= AT_ONCE:
-            return io.BytesIO(fs.cat_file(inner, start=address.offset, end=address.offset + address.length))
-        opened = fs.open(inner, "rb", cache_type="readahead", block_size=READ_AHEAD)
+            end = address.offset + address.length
+            return io.BytesIO(ask(address.file, lambda fs, path: fs.cat_file(path, start=address.offset, end=end)))
+        opened = open_remote(address.file, cache_type="readahead", block_size=READ_AHEAD)
     else:
-        opened = io.BufferedReader(io.FileIO(address.file))
+        opened = cast(BinaryIO, io.BufferedReader(io.FileIO(address.file)))
     if address.length is None:
-        return cast(BinaryIO, opened)
+        return opened
     return cast(BinaryIO, io.BufferedReader(_Stretch(opened, address.offset, address.length), 1 << 16))
 
 
@@ -161,9 +161,9 @@ def _parquet(file: str) -> Any:
 
     source: Any = file
     if "://" in file:
-        import fsspec
+        from stages.remote import open_remote
 
-        source = fsspec.open(file, "rb").open()
+        source = open_remote(file)
     try:
         return pq.ParquetFile(source)
     except pa.ArrowInvalid as error:

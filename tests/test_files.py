@@ -11,6 +11,7 @@ import pytest
 
 from stages.errors import UserError
 from stages.files import Place
+from stages.recordings import open_recording
 
 
 @pytest.fixture(params=["disk", "memory", "s3"])
@@ -127,3 +128,22 @@ def test_what_nothing_reads_is_said(monkeypatch):
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     with pytest.raises(UserError, match=r"pip install 'loa\[s3\]'"):
         Place.of("s3://bucket/x")
+
+
+def test_a_store_that_does_not_answer_is_an_oserror(s3_server, monkeypatch):
+    """Whatever its library raises (botocore's errors are none): passes and ingests then take it for the world's fault, not the recording's."""
+    s3fs = pytest.importorskip("s3fs")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    s3fs.S3FileSystem.clear_instance_cache()
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    there = Place.of("s3://bucket/clip.wav")
+    try:
+        for request in (there.read, there.size, there.open, there.list, lambda: there.write(b"x"), lambda: there.create(b"x")):
+            with pytest.raises(OSError, match="s3://bucket/clip.wav|127.0.0.1:9"):
+                request()
+        for address in ("s3://bucket/clip.wav", "s3://bucket/all.tar#bytes=512-100"):
+            with pytest.raises(OSError, match="127.0.0.1:9"):
+                open_recording(address).read()
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
