@@ -32,7 +32,7 @@ from pipelines.corpora import PUBLISHED
 from pipelines.leases import lease
 from pipelines.tracking import Tracker
 from pipelines.tracking import tracking_uri as find_tracking
-from pipelines.weights import card_beside, released_folders, require_used
+from pipelines.weights import card_beside, released_folders, require_used, start_folder
 from stages import STAGES, require_stage
 from stages.config import Recipe, differences, flat, to_dict
 from stages.errors import UserError
@@ -40,6 +40,8 @@ from stages.files import Place, weights_hash, write_json
 from stages.licences import inherited
 
 MOST_TURNS = 100  # of a clip in an epoch
+RANDOM = "random"  # the start that is none
+_BEGUN_WITH = ("clips", "start")  # of a run's identity: what is checked only when it continues
 
 if TYPE_CHECKING:
     from pipelines.features.store import FeatureStore
@@ -66,6 +68,8 @@ def train_stage(
     runs: str | Path | Place | None = None,
     weights: Mapping[str, float] | None = None,
     accept_store: bool = False,
+    init_from: str | None = None,
+    init_allow: Sequence[str] = (),
 ) -> Place:
     """Train `stage` of `variant` in the project folder `work` and release it to `<work>/stages/<stage>`.
 
@@ -75,6 +79,8 @@ def train_stage(
         fresh: throw an earlier run of this stage away.
         runs: folder of its checkpoints, on a disk; `<work>/runs`, or this machine's cache where `work` is behind a URL.
         weights: how often the clips of a corpus come in an epoch, by its name; once where nothing is said.
+        init_from: what its first weights are (`start_folder`); `RANDOM` for fresh ones where the paper begins with others.
+        init_allow: what the start may lack ("missing"), and what of it may be left out ("shape").
         accept_store: continue an earlier run although clips were added to the store since.
 
     Returns:
@@ -85,8 +91,8 @@ def train_stage(
     """
     from pipelines.features.store import FeatureStore
     from pipelines.training.dataset import ClipDataset
+    from pipelines.training.job import TrainJob
     from pipelines.training.launch import fit
-    from pipelines.training.loop import TrainJob
     from stages.base import read_card, stage_class
 
     run = run_folder(work := Place.of(work), stage, runs, workers)
@@ -103,10 +109,12 @@ def train_stage(
         _check_same(run, identity)
         if is_finished(output, stage, getattr(variant.recipes, stage)):
             return output
-        _check_clips(run, identity, opened.digest, accept_store)
+        start = _start(cls, variant, init_from, _begun_as(run))
+        identity |= {"clips": opened.digest, "start": _identified(start)}
+        _check_begun(run, identity, accept_store)
         corpora = () if cls.any_corpus else _corpora_of(variant, opened)
         dataset = ClipDataset(opened, cls, cls.reads(variant), "train", corpora, weights)
-        card = _provenance(cls, variant, dataset, opened, folders, tracker)
+        card = _provenance(cls, variant, dataset, opened, folders, tracker) | ({"start": identity["start"]} if start else {})
         if not cls.learns_from(dataset):
             raise UserError(nothing_to_train_on(cls, variant, opened, corpora))
         job = TrainJob(
@@ -122,6 +130,8 @@ def train_stage(
             loader_workers=loader_workers,
             corpora=corpora,
             weights=weights,
+            start=start and (start[0], str(start[1])),
+            allow=tuple(init_allow),
             card=card,
         )
         fit(job, cls, dataset, workers, reserve, max_failures)
@@ -186,6 +196,27 @@ def _numbers(weights: Mapping[str, str]) -> dict[str, float]:
         raise UserError(f"--weight expects CORPUS=NUMBER, such as audiocaps=2 ({error})") from None
 
 
+def _start(cls: type[Stage], variant: Variant, init_from: str | None, begun: Mapping[str, Any]) -> tuple[str, Place] | None:
+    """What the first weights of a run are, as the user named it, and the folder; of a run that has begun, what it began with.
+
+    Raises UserError where the paper begins with given weights and nothing is said.
+    """
+    source = init_from or begun.get("start", {}).get("from", "")
+    if not source and not begun and (usual := cls.usual_start):
+        if cls.fits_usual_start(variant):
+            raise UserError(
+                f"{cls.name} of {variant.name} begins with the weights of {usual}, as in the paper: give --init-from {usual}, a folder of "
+                f"it, or an earlier {cls.name} to train on; --init-from {RANDOM} begins with nothing learned"
+            )
+        click.echo(f"{cls.name}: begins with random weights, since those of {usual} have other sizes", err=True)
+    return None if source in ("", RANDOM) else (source, start_folder(cls.name, source))
+
+
+def _identified(start: tuple[str, Place] | None) -> dict[str, str]:
+    """A start by name and by content."""
+    return {} if start is None else {"from": start[0], "weights": weights_hash(start[1].local_copy())}
+
+
 def _known_corpora(weights: Mapping[str, float], store: FeatureStore) -> dict[str, float]:
     """`weights`, if they are of corpora in the store and make sense."""
     there = store.table.values("corpus")
@@ -222,7 +253,7 @@ def _without_recipes(variant: Variant) -> dict[str, Any]:
 def _check_same(run: Path, identity: dict[str, Any]) -> None:
     """A run folder belongs to one configuration; its recipe (steps, rates) may change between calls."""
     before, now = _begun_as(run), json.loads(json.dumps(identity))
-    before.pop("clips", None)
+    before = {key: value for key, value in before.items() if key not in _BEGUN_WITH}
     if before and before != now:
         raise UserError(
             f"{run} holds a run of another configuration ({differences(before, now)}); "
@@ -230,18 +261,21 @@ def _check_same(run: Path, identity: dict[str, Any]) -> None:
         )
 
 
-def _check_clips(run: Path, identity: dict[str, Any], clips: str, accept_store: bool) -> None:
-    """A run stays with the clips that it began with, unless its user wants otherwise; what it is now gets written down."""
-    before = _begun_as(run).get("clips", clips)
-    if before != clips and not accept_store:
+def _check_begun(run: Path, identity: dict[str, Any], accept_store: bool) -> None:
+    """A run stays with the start that it began with, and with its clips unless the user wants otherwise. Writes down what holds now."""
+    begun = _begun_as(run)
+    if begun and (changes := differences(begun.get("start", {}), identity["start"])):
+        raise UserError(f"{run} began with other weights ({changes}); leave --init-from out to continue it, or start over with --fresh")
+    grown = begun.get("clips", identity["clips"]) != identity["clips"]
+    if grown and not accept_store:
         raise UserError(
             f"clips were added to {identity['store']} since {run} began, so that its epochs would hold others than before; "
             "continue it on the store as it is now with --accept-store, or start over with --fresh"
         )
-    if before != clips:
+    if grown:
         click.echo(f"{identity['stage']}: continues on the store as it is now; the order of its clips is a new one", err=True)
     run.mkdir(parents=True, exist_ok=True)
-    write_json(run / "job.json", identity | {"clips": clips})
+    write_json(run / "job.json", identity)
 
 
 def _begun_as(run: Path) -> dict[str, Any]:
@@ -322,6 +356,18 @@ def _input_hashes(stage: str, folders: Mapping[str, Place]) -> dict[str, str]:
     callback=pairs,
     metavar="CORPUS=TURNS",
     help="How often an epoch shows the clips of a corpus: 2, 0.5, or 0 for never. May be repeated.  [default: once]",
+)
+@click.option(
+    "--init-from",
+    metavar="FOLDER",
+    help="Begin with these weights: a released stage, a bundle, a diffusers folder, a hub id; for the translator also a GPT-2, and "
+    "`random` for none.  [default: none; where the paper has some, you are asked]",
+)
+@click.option(
+    "--init-allow",
+    multiple=True,
+    type=click.Choice(["missing", "shape"]),
+    help="What of --init-from may not fit: weights it lacks, or has in another shape, begin fresh. May be repeated.  [default: nothing]",
 )
 @click.option("--accept-store", is_flag=True, help="Continue a run although clips were added to the store since it began.")
 @click.option("--fresh", is_flag=True, help="Delete an earlier run of this stage and start over.")

@@ -36,16 +36,52 @@ def released_folders(work: str | Path | Place, given: Mapping[str, str]) -> dict
     folders = {s: stages / s for s in STAGES if (stages / s / "stage.json").exists()}
     for stage, source in given.items():
         require_stage(stage)
-        folder = Place.of(source if "://" in source else Path(source).expanduser())
-        if not folder.exists() and folder.local:
-            folder = Place.of(_from_hub(stage, source))
-        if not _lacking(stage, folder / stage):
-            folder = folder / stage  # a bundle keeps AudioMAE in a folder of its own
-        if missing := _lacking(stage, folder):
-            also = {"audiomae": " or a bundle that has one", "classifier": ""}.get(stage, ", a bundle or a diffusers AudioLDM 2 folder")
-            raise UserError(f"--with {stage}={source}: the folder lacks {', '.join(missing)}; expected a released stage{also}")
-        folders[stage] = folder
+        folders[stage] = _folder_of(stage, source, f"--with {stage}={source}")
     return folders
+
+
+def start_folder(stage: str, source: str) -> Place:
+    """The folder of weights that `stage` shall begin with: a release, a bundle, a diffusers folder a hub id, or a GPT-2 for the translator.
+
+    Raises UserError when it is none of these, or the hub does not give it.
+    """
+    from stages.starting import is_gpt2
+
+    said = f"--init-from {source}"
+    if stage == "translator":
+        folder = _there(source)
+        if folder is None:
+            hub = from_hub(source, ["config.json", "model.safetensors", "language_model/*", "projection_model/*", "text_encoder_2/*"], said)
+            folder = Place.of(hub)
+        if is_gpt2(folder.local_copy()):
+            return folder
+    if (
+        stage == "joint"
+        and (folder := _there(source)) is not None
+        and (folder / "unet").exists()
+        and not (folder / "language_model").exists()
+    ):
+        raise UserError(f"{said}: that is a T-UNet alone; joint training takes it as --with diffusion={source}")
+    return _folder_of(stage, source, said)
+
+
+def _there(source: str) -> Place | None:
+    """The folder that `source` names, if there is one."""
+    folder = Place.of(source if "://" in source else Path(source).expanduser())
+    return folder if folder.exists() or not folder.local else None
+
+
+def _folder_of(stage: str, source: str, said: str) -> Place:
+    """The folder with the weights of `stage` that `source` names, which the user called `said`."""
+    folder = _there(source)
+    if folder is None:
+        folder = Place.of(_from_hub(stage, source, said))
+    if not _lacking(stage, folder / stage):
+        folder = folder / stage  # a bundle keeps AudioMAE in a folder of its own
+    if missing := _lacking(stage, folder):
+        also = {"audiomae": " or a bundle that has one", "classifier": ""}.get(stage, ", a bundle or a diffusers AudioLDM 2 folder")
+        raise UserError(f"{said}: the folder lacks {', '.join(missing)}; expected a released stage{also}")
+    return folder
 
 
 def require_used(given: Mapping[str, str], used: Collection[str], who: str) -> None:
@@ -74,12 +110,12 @@ def _lacking(stage: str, folder: Place) -> list[str]:
     return [name for name in NEEDS[stage] if not (folder / name).exists()]
 
 
-def _from_hub(stage: str, name: str) -> Path:
+def _from_hub(stage: str, name: str, said: str) -> Path:
     """Fetch what the stage needs from the hub; only ever called with an id the user typed."""
     text, scale = ("text_encoder_2", "tokenizer_2"), ("vae/config.json",)
     also = {"clap": text, "translator": text, "joint": (*text, *scale), "diffusion": scale, "audiomae": ("config.json", "audiomae")}
     parts = (*NEEDS[stage], *also.get(stage, ()))
-    return from_hub(name, [f"{part}*/*" if "." not in part else part for part in parts], f"--with {stage}={name}")
+    return from_hub(name, [f"{part}*/*" if "." not in part else part for part in parts], said)
 
 
 def from_hub(name: str, patterns: list[str], said: str) -> Path:

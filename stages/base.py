@@ -54,6 +54,8 @@ class Stage(nn.Module):
     otherwise: ClassVar[str] = ""  # what to do where a store has nothing to train it on
     blocks: tuple[type[nn.Module], ...] = ()  # repeated blocks, sharded one by one before their part
     averaged: ClassVar[str] = ""  # the parameters that an average is kept of: those whose name begins so, by default all
+    usual_start: ClassVar[str] = ""  # what the paper begins with, as `--init-from` takes it; nothing for chance alone
+    may_lack: tuple[str, ...] = ()  # of `homes`: what a start may come without
     entries: tuple[type[nn.Module], ...] = ()  # modules inside a part that are also called alone: sharded on their own
 
     @classmethod
@@ -74,11 +76,19 @@ class Stage(nn.Module):
         return ()
 
     @classmethod
-    def prepare(cls, variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path) -> None:
+    def prepare(
+        cls, variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path, start: Path | None = None
+    ) -> None:
         """Make, once and before the workers start, what `build` needs from the data (tokenizers, scales).
 
-        The result lies in `folder` and reaches `build` as `released("prepared")`.
+        The result lies in `folder` and reaches `build` as `released("prepared")`. `start` holds the weights that the stage
+        will begin with, and what belongs to them.
         """
+
+    @classmethod
+    def fits_usual_start(cls, variant: Variant) -> bool:
+        """Whether the variant has the sizes of `usual_start`."""
+        return False
 
     @classmethod
     def build(cls, variant: Variant, released: Callable[[str], Path]) -> Stage:
@@ -117,6 +127,13 @@ class Stage(nn.Module):
     def listen(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Something to see or hear from one validation batch: "audio/…" [T] waveforms, "mel/…" [F, M] images."""
         return {}
+
+    def homes(self) -> dict[str, nn.Module]:
+        """The networks it can begin with, by the names of their folders or files in what `save` writes."""
+        raise TypeError(f"{type(self).__name__} does not start from given weights")
+
+    def started(self, folder: Path) -> None:
+        """Called when the weights of `folder` have been put into `homes`, for what depends on them."""
 
     def save(self, folder: Path) -> None:
         """Write the weights that later stages and the bundle use, as safetensors and JSON."""

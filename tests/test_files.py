@@ -131,7 +131,7 @@ def test_what_nothing_reads_is_said(monkeypatch):
 
 
 def test_a_store_that_does_not_answer_is_an_oserror(s3_server, monkeypatch):
-    """Whatever its library raises (botocore's errors are none): passes and ingests then take it for the world's fault, not the recording's."""
+    """Whatever its library raises (botocore's errors are none): a pass then takes it for the world's fault, not the recording's."""
     s3fs = pytest.importorskip("s3fs")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")

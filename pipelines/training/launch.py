@@ -16,7 +16,7 @@ from stages.files import whole_folder
 
 if TYPE_CHECKING:
     from pipelines.training.dataset import ClipDataset
-    from pipelines.training.loop import TrainJob
+    from pipelines.training.job import TrainJob
     from stages.base import Stage
 
 
@@ -27,7 +27,7 @@ def fit(job: TrainJob, cls: type[Stage], dataset: ClipDataset, workers: WorkerRa
     prepared = Path(job.run) / "prepared"
     if not prepared.is_dir():
         with whole_folder(prepared) as folder:
-            cls.prepare(job.variant, job.folder, dataset, folder)
+            cls.prepare(job.variant, job.folder, dataset, folder, job.start_folder())
     with _progress_bar(job):
         if in_this_process(workers):
             _fit_here(job)

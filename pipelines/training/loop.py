@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,11 +28,12 @@ from pipelines.tracking import Tracker
 from pipelines.training import checkpoint
 from pipelines.training.checkpoint import EMA, TrainingState
 from pipelines.training.dataset import ClipDataset, Examples, Share, step_rng, training_batches, validation_batches
+from pipelines.training.job import TrainJob
 from stages.base import Stage, release, stage_class
 from stages.config import Recipe, to_dict
 from stages.errors import UserError
-from stages.files import Place, write_json
-from stages.variants import Variant
+from stages.files import write_json
+from stages.starting import start_from
 
 LOG_EVERY = 10  # steps
 SHARD_FROM = 1_000_000  # parameters; smaller blocks are gathered together with their part, one message instead of many
@@ -40,41 +41,6 @@ PATIENCE = 20  # steps in a row without finite gradients before the run is given
 
 
 Losses = Iterator[tuple[str, Tensor, dict[str, Tensor]]]  # what `Stage.losses` returns: part, loss, logs
-
-
-@dataclass(frozen=True)
-class TrainJob:
-    """Everything a worker needs to know; travels to it as one value."""
-
-    stage: str
-    variant: Variant
-    store: str
-    run: str  # folder of this run: checkpoints, prepared/, progress.json
-    released: Mapping[str, str]  # folder or URL of every stage whose weights are available
-    output: str  # where the released weights go: a folder or URL
-    tracker: Any = None  # Tracker.handle() of the run this job logs to
-    seed: int = 0
-    precision: str = "auto"  # "auto", "bf16" or "fp32"
-    loader_workers: int = 0
-    validation_batches: int = 4
-    corpora: tuple[str, ...] = ()
-    weights: Mapping[str, float] = field(default_factory=dict)  # turns of a corpus' clips in an epoch
-    card: Mapping[str, Any] = field(default_factory=dict)  # provenance for the release
-
-    @property
-    def recipe(self) -> Recipe:
-        recipe: Recipe = getattr(self.variant.recipes, self.stage)
-        return recipe
-
-    def folder(self, stage: str) -> Path:
-        """Released weights of `stage`, on this machine. Raises UserError naming the command that makes them."""
-        if stage == "prepared":
-            return Path(self.run) / "prepared"
-        if stage not in self.released:
-            raise UserError(
-                f"{self.stage} needs the weights of {stage}: run `loa train {stage}` first or give them with --with {stage}=FOLDER"
-            )
-        return Place.of(self.released[stage]).local_copy()
 
 
 class Workers(Protocol):
@@ -175,11 +141,16 @@ def train(job: TrainJob, workers: Workers) -> dict[str, float]:
         held_out = clips
 
     torch.manual_seed(job.seed)  # equal first weights on every worker
-    stage = cls.build(job.variant, job.folder).to(device)
+    stage, latest, started = cls.build(job.variant, job.folder), workers.latest(), None
+    if job.start and latest is None:
+        started = start_from(stage, job.start_folder() or Path(), job.start[0], job.allow)
+        if workers.rank == 0:
+            print(f"{job.stage} {started.summary()}", file=sys.stderr)
+    stage = stage.to(device)
     parts = shard(stage, init_device_mesh(device.type, (workers.world,)))
     optimizers = {name: _optimizer(part, recipe) for name, part in parts.items()}
     state = TrainingState(parts, optimizers, EMA(parts, recipe.ema_decay, stage.averaged) if recipe.ema_decay else None)
-    if latest := workers.latest():
+    if latest is not None:
         checkpoint.load(latest, state)
 
     run = _Run(job, workers, stage, state)

@@ -37,7 +37,9 @@ class ClassifierStage(Stage):
         self.index = {name: i for i, name in enumerate(config.classes)}
 
     @classmethod
-    def prepare(cls, variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path) -> None:
+    def prepare(
+        cls, variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path, start: Path | None = None
+    ) -> None:
         """Collect the class names of the training clips into `classes.json`."""
         write_json(folder / "classes.json", sorted({row["labels"][0] for row in dataset.texts()}))
 
@@ -86,6 +88,9 @@ class ClassifierStage(Stage):
     def validate(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         loss, accuracy = _measure(self.model(batch["mel"]), batch["target"])
         return {"cross_entropy": loss, "accuracy": accuracy}
+
+    def homes(self) -> dict[str, nn.Module]:
+        return {"model.safetensors": self.model}
 
     def save(self, folder: Path) -> None:
         self.model.save(folder)

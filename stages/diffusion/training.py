@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import DDIMScheduler
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from stages.base import ClipSource, Stage
 from stages.conditions import condition_example, cut_padding
-from stages.diffusion.model import LatentDiffusion, TUNet, noise_schedule
+from stages.diffusion.model import LatentDiffusion, TUNet, latent_scale, noise_schedule
 from stages.errors import UserError
 from stages.files import write_json
 from stages.frozen import SoundDecoder, TextEncoders
@@ -66,6 +67,18 @@ def save_diffusion(folder: Path, network: TUNet, process: LatentDiffusion) -> No
     write_json(folder / "scale.json", {"scale_factor": process.scale})
 
 
+def require_prediction(variant: Variant, folder: Path) -> None:
+    """Refuse a T-UNet that was taught to predict something else: it would start from nothing."""
+    if not (folder / "scheduler").is_dir():
+        raise UserError(f"{folder} has no scheduler/, which says what its T-UNet predicts; name a folder that has one")
+    said = DDIMScheduler.load_config(folder / "scheduler").get("prediction_type", "epsilon")
+    if said != variant.diffusion.prediction:
+        raise UserError(
+            f"the T-UNet in {folder} predicts {said!r}, this variant {variant.diffusion.prediction!r}; "
+            f"give another one, or --set diffusion.prediction={said}"
+        )
+
+
 class DiffusionStage(Stage):
     """Stage 1a of the paper: LOA and latent come from the same sound, so no caption is needed.
 
@@ -96,8 +109,15 @@ class DiffusionStage(Stage):
         return ("vae", "vocoder") if variant.phonemes else ("clap", "vae", "vocoder")
 
     @classmethod
-    def prepare(cls, variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path) -> None:
+    def prepare(
+        cls, variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path, start: Path | None = None
+    ) -> None:
+        """The scale of the latents is the start's, where there is one: another would shift what it has learned."""
+        if start is not None:
+            require_prediction(variant, start)
         prepare_latents(variant, released, dataset, folder)
+        if start is not None:
+            write_json(folder / "scale.json", {"scale_factor": latent_scale(start)})
 
     @classmethod
     def build(cls, variant: Variant, released: Callable[[str], Path]) -> DiffusionStage:
@@ -147,6 +167,9 @@ class DiffusionStage(Stage):
         """The same sounds from their true LOA: what a perfect translator would give."""
         latents = self.process.sample(self.network, *self._conditions(batch), like=batch["latent"])
         return self.decoder.listen("from_true_loa", latents) | self.decoder.listen("real_latent", batch["latent"] / self.process.scale)
+
+    def homes(self) -> dict[str, nn.Module]:
+        return {"unet": self.network.unet}
 
     def save(self, folder: Path) -> None:
         save_diffusion(folder, self.network, self.process)

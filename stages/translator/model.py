@@ -180,6 +180,11 @@ class Translator(nn.Module):
         hidden = self.language_model.transformer(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
         return hidden[:, states.shape[1] - 1 :]
 
+    def homes(self) -> dict[str, nn.Module]:
+        """Its networks by the folders of `save`."""
+        speech = {} if self.phoneme_model is None else {"text_encoder_2": self.phoneme_model}
+        return {"language_model": self.language_model, "projection_model": self.projection_model, **speech}
+
     def save(self, folder: Path) -> None:
         """Write language_model/, projection_model/ and, for speech, text_encoder_2/."""
         self.language_model.save_pretrained(folder / "language_model")

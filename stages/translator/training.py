@@ -39,6 +39,7 @@ class TranslatorStage(Stage):
     name = "translator"
     needs = ("captions", "labels", "transcript")
     any_corpus = False
+    usual_start = "openai-community/gpt2"  # paper III-C
     blocks = (GPT2Block,)
 
     def __init__(
@@ -57,13 +58,19 @@ class TranslatorStage(Stage):
         return ("clap",) if variant.translator.clap_dropout else ()
 
     @classmethod
-    def prepare(cls, variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path) -> None:
+    def prepare(
+        cls, variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path, start: Path | None = None
+    ) -> None:
         ClapDropout.prepare(variant, released, folder)
 
     @classmethod
     def build(cls, variant: Variant, released: Callable[[str], Path]) -> TranslatorStage:
         drop_clap = ClapDropout.load(variant, released)
         return cls(build_translator(variant), variant.translator.loss, variant.text_length, variant.phonemes, drop_clap)
+
+    @classmethod
+    def fits_usual_start(cls, variant: Variant) -> bool:
+        return (variant.translator.width, variant.translator.layers, variant.translator.heads) == (768, 12, 12)
 
     @classmethod
     def asks(cls, variant: Variant) -> str:
@@ -93,6 +100,9 @@ class TranslatorStage(Stage):
             "loa_generated": translation_loss(free, batch["loa"], self.loss),
             "loa_of_mean": translation_loss(mean, batch["loa"], self.loss),
         }
+
+    def homes(self) -> dict[str, nn.Module]:
+        return self.translator.homes()
 
     def save(self, folder: Path) -> None:
         self.translator.save(folder)
