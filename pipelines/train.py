@@ -32,16 +32,16 @@ from pipelines.corpora import PUBLISHED
 from pipelines.leases import lease
 from pipelines.tracking import Tracker
 from pipelines.tracking import tracking_uri as find_tracking
+from pipelines.training.identity import begun_as, check_begun, check_same, identified, made_from_now, out_of_date, without_recipes
 from pipelines.weights import card_beside, released_folders, require_used, start_folder
 from stages import STAGES, require_stage
-from stages.config import Recipe, differences, flat, to_dict
+from stages.config import Recipe, flat, to_dict
 from stages.errors import UserError
-from stages.files import Place, weights_hash, write_json
+from stages.files import Place
 from stages.licences import inherited
 
 MOST_TURNS = 100  # of a clip in an epoch
 RANDOM = "random"  # the start that is none
-_BEGUN_WITH = ("clips", "start")  # of a run's identity: what is checked only when it continues
 
 if TYPE_CHECKING:
     from pipelines.features.store import FeatureStore
@@ -102,19 +102,22 @@ def train_stage(
     opened.require_audio(variant.audio, variant.name)
     output, folders = work / "stages" / stage, released_folders(work, given or {})
     weights = _known_corpora(weights or {}, opened)
-    identity = {"stage": stage, "variant": _without_recipes(variant), "seed": seed, "store": opened.root, "weights": weights}
+    identity = {"stage": stage, "variant": without_recipes(variant), "seed": seed, "weights": weights}
     with lease(Place.of(run.with_name(f".{stage}.lease")), f"the run of {stage} in {run}"):
         if fresh:
             _discard(run, output)
-        _check_same(run, identity)
+        check_same(run, identity)
+        made_from = made_from_now(cls, variant, opened, folders)
         if is_finished(output, stage, getattr(variant.recipes, stage)):
+            if stale := out_of_date(read_card(output, stage), made_from):
+                click.echo(f"{stage} is out of date: {stale}; --fresh trains it again", err=True)
             return output
-        start = _start(cls, variant, init_from, _begun_as(run))
-        identity |= {"clips": opened.digest, "start": _identified(start)}
-        _check_begun(run, identity, accept_store)
+        start = _start(cls, variant, init_from, begun_as(run))
+        made_from["start"] = identified(start)
+        check_begun(run, identity, made_from, accept_store)
         corpora = () if cls.any_corpus else _corpora_of(variant, opened)
         dataset = ClipDataset(opened, cls, cls.reads(variant), "train", corpora, weights)
-        card = _provenance(cls, variant, dataset, opened, folders, tracker) | ({"start": identity["start"]} if start else {})
+        card = _provenance(cls, variant, dataset, opened, folders, tracker) | {"made_from": made_from}
         if not cls.learns_from(dataset):
             raise UserError(nothing_to_train_on(cls, variant, opened, corpora))
         job = TrainJob(
@@ -168,7 +171,6 @@ def _provenance(
     return {
         "store": store.root,
         "store_recipes": recipes,
-        "inputs": _input_hashes(cls.name, folders),
         "clips_in_split": len(dataset),
         "licences": licences,
     }
@@ -201,7 +203,7 @@ def _start(cls: type[Stage], variant: Variant, init_from: str | None, begun: Map
 
     Raises UserError where the paper begins with given weights and nothing is said.
     """
-    source = init_from or begun.get("start", {}).get("from", "")
+    source = init_from or begun.get("made_from", {}).get("start", {}).get("from", "")
     if not source and not begun and (usual := cls.usual_start):
         if cls.fits_usual_start(variant):
             raise UserError(
@@ -210,11 +212,6 @@ def _start(cls: type[Stage], variant: Variant, init_from: str | None, begun: Map
             )
         click.echo(f"{cls.name}: begins with random weights, since those of {usual} have other sizes", err=True)
     return None if source in ("", RANDOM) else (source, start_folder(cls.name, source))
-
-
-def _identified(start: tuple[str, Place] | None) -> dict[str, str]:
-    """A start by name and by content."""
-    return {} if start is None else {"from": start[0], "weights": weights_hash(start[1].local_copy())}
 
 
 def _known_corpora(weights: Mapping[str, float], store: FeatureStore) -> dict[str, float]:
@@ -246,45 +243,6 @@ def nothing_to_train_on(cls: type[Stage], variant: Variant, store: FeatureStore,
     return f"{cls.name} needs {cls.asks(variant)}: {what}" + (f", {cls.otherwise}" if cls.otherwise else "")
 
 
-def _without_recipes(variant: Variant) -> dict[str, Any]:
-    return {k: v for k, v in to_dict(variant).items() if k not in ("name", "recipes", "summary")}
-
-
-def _check_same(run: Path, identity: dict[str, Any]) -> None:
-    """A run folder belongs to one configuration; its recipe (steps, rates) may change between calls."""
-    before, now = _begun_as(run), json.loads(json.dumps(identity))
-    before = {key: value for key, value in before.items() if key not in _BEGUN_WITH}
-    if before and before != now:
-        raise UserError(
-            f"{run} holds a run of another configuration ({differences(before, now)}); "
-            "repeat the old settings to continue it, use --fresh to start over, or choose another --work"
-        )
-
-
-def _check_begun(run: Path, identity: dict[str, Any], accept_store: bool) -> None:
-    """A run stays with the start that it began with, and with its clips unless the user wants otherwise. Writes down what holds now."""
-    begun = _begun_as(run)
-    if begun and (changes := differences(begun.get("start", {}), identity["start"])):
-        raise UserError(f"{run} began with other weights ({changes}); leave --init-from out to continue it, or start over with --fresh")
-    grown = begun.get("clips", identity["clips"]) != identity["clips"]
-    if grown and not accept_store:
-        raise UserError(
-            f"clips were added to {identity['store']} since {run} began, so that its epochs would hold others than before; "
-            "continue it on the store as it is now with --accept-store, or start over with --fresh"
-        )
-    if grown:
-        click.echo(f"{identity['stage']}: continues on the store as it is now; the order of its clips is a new one", err=True)
-    run.mkdir(parents=True, exist_ok=True)
-    write_json(run / "job.json", identity)
-
-
-def _begun_as(run: Path) -> dict[str, Any]:
-    """What a run folder says of its run; nothing where there is none."""
-    path = run / "job.json"
-    begun: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return begun
-
-
 def is_finished(output: Place, stage: str, recipe: Recipe) -> bool:
     """Whether `output` holds a release of `stage` that was trained for as long as the recipe asks."""
     from stages.base import read_card
@@ -299,16 +257,6 @@ def _discard(run: Path, output: Place) -> None:
     (output / "stage.json").remove()  # first: from now on it is no release
     output.remove_tree()
     Place.of(run).remove_tree()
-
-
-def _input_hashes(stage: str, folders: Mapping[str, Place]) -> dict[str, str]:
-    """Which weights were available when this stage was trained: provenance for its card."""
-    before = list(STAGES)[: list(STAGES).index(stage)]
-    hashes = {}
-    for name in before:
-        if name in folders and any((folder := folders[name].local_copy()).rglob("*.safetensors")):
-            hashes[name] = weights_hash(folder)
-    return hashes
 
 
 @click.command()

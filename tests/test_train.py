@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_store import make_store, run_here, small
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -35,7 +36,7 @@ from pipelines.preprocess import PASSES, build_pass
 from pipelines.preprocess import main as preprocess
 from pipelines.train import main, train_stage
 from pipelines.training import loop
-from pipelines.training.checkpoint import EMA, TrainingState, full_weights
+from pipelines.training.checkpoint import EMA, Checkpoints, TrainingState, full_weights
 from pipelines.training.dataset import ClipDataset
 from pipelines.training.loop import OneProcess
 from pipelines.weights import released_folders
@@ -421,16 +422,16 @@ def test_resumed_run_equals_the_uninterrupted_one(line: tuple[Path, Variant], tm
         return train_stage("diffusion", variant, folder, store=str(work / "store"), given=given, workers=0).path
 
     calls = {"n": 0}
-    keep = OneProcess.keep
+    save = Checkpoints.save
 
-    def killed(self: OneProcess, write, step: int) -> None:  # type: ignore[no-untyped-def]
-        keep(self, write, step)
+    def killed(self: Checkpoints, state: TrainingState) -> None:
+        save(self, state)
         calls["n"] += 1
         if calls["n"] == 1:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(OneProcess, "keep", killed)
+        patch.setattr(Checkpoints, "save", killed)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "interrupted")
     assert not (tmp_path / "interrupted" / "stages" / "diffusion").exists()
@@ -438,8 +439,123 @@ def test_resumed_run_equals_the_uninterrupted_one(line: tuple[Path, Variant], tm
     assert largest_difference(resumed, work / "stages" / "diffusion") < 1e-6
 
 
+@pytest.fixture
+def short(line: tuple[Path, Variant]) -> Callable[..., Path]:
+    """A training of AudioMAE on the line's store, of so many steps, with a checkpoint at every one."""
+    work, variant = line
+
+    def run(folder: Path, steps: int, workers: int = 0) -> Path:
+        recipe = replace(variant.recipes.audiomae, steps=steps, checkpoint_every=1, validate_every=100)
+        chosen = replace(variant, recipes=replace(variant.recipes, audiomae=recipe))
+        return train_stage("audiomae", chosen, folder, store=str(work / "store"), workers=workers).path
+
+    return run
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "runs" / "audiomae").iterdir() if "step_" in path.name)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbled", "uncommitted"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(short: Callable[..., Path], tmp_path: Path, damage: str) -> None:
+    """By its size, which COMMIT knows, by what it holds, or for want of a COMMIT; the run ends with the weights of an undisturbed one."""
+    short(tmp_path / "whole", 6)
+    short(tmp_path / "hurt", 4)
+    assert checkpoints(tmp_path / "hurt") == ["step_00000003", "step_00000004"]
+    newest = tmp_path / "hurt" / "runs" / "audiomae" / "step_00000004"
+    data = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    if damage == "truncated":
+        os.truncate(data, data.stat().st_size // 2)
+    elif damage == "garbled":
+        data.write_bytes(b"\0" * data.stat().st_size)
+    else:
+        (newest / "COMMIT").unlink()
+    with pytest.warns(UserWarning, match="step_00000004 (is no whole checkpoint|cannot be read)"):
+        short(tmp_path / "hurt", 6)
+    assert checkpoints(tmp_path / "hurt") == ["step_00000005", "step_00000006"]
+    assert largest_difference(tmp_path / "whole" / "stages" / "audiomae", tmp_path / "hurt" / "stages" / "audiomae") == 0.0
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(short: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third checkpoint does not fit: a limit on the size of files stands for the disk."""
+    save = Checkpoints.save
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(self: Checkpoints, state: TrainingState) -> None:
+        if state.progress.step == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        try:
+            save(self, state)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(Checkpoints, "save", full)
+    with pytest.raises(UserError, match=r"the checkpoint step_00000003 cannot be written .* step_00000002 is there: make room"):
+        short(tmp_path / "full", 5)
+    assert checkpoints(tmp_path / "full") == ["step_00000001", "step_00000002"]  # and nothing half-written
+    monkeypatch.undo()
+    short(tmp_path / "whole", 5), short(tmp_path / "full", 5)
+    assert largest_difference(tmp_path / "whole" / "stages" / "audiomae", tmp_path / "full" / "stages" / "audiomae") == 0.0
+
+
+@pytest.mark.slow
+def test_this_process_and_ray_continue_each_others_runs(short: Callable[..., Path], tmp_path: Path, ray_cluster: object) -> None:
+    short(tmp_path / "whole", 6)
+    for steps, workers in ((2, 0), (4, 1), (6, 0)):
+        short(tmp_path / "mixed", steps, workers)
+        assert checkpoints(tmp_path / "mixed")[-1] == f"step_{steps:08d}"
+    assert read_card(tmp_path / "mixed" / "stages" / "audiomae", "audiomae")["clips"] == 24
+    assert largest_difference(tmp_path / "whole" / "stages" / "audiomae", tmp_path / "mixed" / "stages" / "audiomae") < 1e-6
+
+
+@pytest.mark.slow
+def test_what_one_worker_cannot_read_ends_all(line: tuple[Path, Variant], tmp_path: Path, ray_cluster: object) -> None:
+    """Clips of every second position are the second worker's: the first waits for it in a collective, and must not wait for ever."""
+    work, variant = line
+    shutil.copytree(work / "store", tmp_path / "store")
+    store = FeatureStore.open(tmp_path / "store")
+    clips = ClipDataset(store, stage_class("audiomae"), ["waveform"], "train")
+    number = int(clips.numbers[clips.order(0).take(0, 2)[1].clip])
+    span = store.ledger("waveform").find(store.table.shard_of(number), number)
+    tar = Path(store.root) / "waveform" / span.object
+    data = bytearray(tar.read_bytes())
+    data[span.offsets[0] + span.offsets[1] // 2] ^= 1
+    tar.write_bytes(data)
+    began = time.monotonic()
+    with pytest.raises(UserError, match="the clip made-.* of the series 'waveform' is damaged"):
+        train_stage("audiomae", variant, tmp_path / "work", store=store.root, workers=2)
+    assert time.monotonic() - began < 240  # it used to be for ever; most of it is Ray starting its workers twice
+    assert not (tmp_path / "work" / "stages" / "audiomae").exists()
+
+
+# -------------------------------------------------------------------------------------------- what a run is made from
+
+
+def test_a_finished_stage_says_that_it_is_out_of_date(
+    line: tuple[Path, Variant], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The VAE is another one now: told of what is finished, refused for what continues. Where things lie does not matter."""
+    work, variant = line
+    shutil.copytree(work / "stages", tmp_path / "stages")
+    shutil.copytree(work / "runs", tmp_path / "runs")
+    shutil.copytree(work / "store", tmp_path / "store")
+    train_stage("diffusion", variant, tmp_path, workers=0)
+    assert "out of date" not in capsys.readouterr().err
+    path = tmp_path / "stages" / "vae" / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    save_file({key: value + 1 for key, value in tensors.items()}, path)
+    train_stage("diffusion", variant, tmp_path, workers=0)
+    assert "diffusion is out of date: the weights of vae changed since; --fresh trains it again" in capsys.readouterr().err
+    longer = replace(variant, recipes=replace(variant.recipes, diffusion=replace(variant.recipes.diffusion, steps=6)))
+    with pytest.raises(UserError, match="the weights of vae changed since .*diffusion began; put them back to continue it"):
+        train_stage("diffusion", longer, tmp_path, workers=0)
+    save_file(tensors, path)
+    train_stage("diffusion", longer, tmp_path, workers=0)
+    assert read_card(tmp_path / "stages" / "diffusion", "diffusion")["steps"] == 6
+
+
 def test_gathered_averages_stay_when_the_live_weights_come_back(tmp_path: Path) -> None:
-    world = OneProcess(tmp_path)
+    world = OneProcess()
     try:
         part = torch.nn.Linear(3, 2)
         parts = {"part": fully_shard(part, mesh=init_device_mesh("cpu", (1,)))}

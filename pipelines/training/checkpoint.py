@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -19,6 +25,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.tensor import DTensor
+
+from stages.errors import UserError
+
+KEPT = 2  # checkpoints of a run
+COMMIT = "COMMIT"
 
 
 @dataclass
@@ -101,13 +112,100 @@ class TrainingState:
         return state
 
 
-def save(folder: Path, state: TrainingState) -> None:
-    """Write a sharded checkpoint (every worker calls this with its own or a common folder)."""
-    dcp.save(state.tensors(), checkpoint_id=folder)
+class Checkpoints:
+    """The checkpoints of a run, which all workers write and read together, in this process or on Ray.
+
+    `step_00000010/` holds what every worker wrote, and COMMIT, which comes last and names the files with their sizes. What
+    has no such file, or another size, is no checkpoint; of those that are, the newest ones stay.
+    """
+
+    def __init__(self, run: Path, rank: int) -> None:
+        self.run, self.rank = Path(run), rank
+
+    def whole(self) -> list[Path]:
+        """Those that can be continued from, the newest first; the same on all workers."""
+        found: list[Any] = [None]
+        if self.rank == 0:
+            folders = sorted(self.run.glob("step_*"), reverse=True)
+            faults = {folder: _fault(folder) for folder in folders}
+            for folder, fault in faults.items():
+                if fault:
+                    warnings.warn(f"{folder} is no whole checkpoint ({fault}) and is left alone", stacklevel=2)
+            found = [[str(folder) for folder in folders if not faults[folder]]]
+        dist.broadcast_object_list(found)
+        return [Path(folder) for folder in found[0]]
+
+    def save(self, state: TrainingState) -> None:
+        """Write one and let older ones go.
+
+        Raises UserError when it cannot be written, the disk being full: what was there before stays.
+        """
+        name = f"step_{state.progress.step:08d}"
+        draft = self.run / f".{name}"
+        if self.rank == 0:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+        dist.barrier()
+        try:
+            dcp.save(state.tensors(), checkpoint_id=draft)
+            if self.rank == 0:
+                self._commit(draft, name)
+        except (CheckpointException, OSError) as error:
+            if self.rank == 0:
+                shutil.rmtree(draft, ignore_errors=True)  # the disk is not left full
+            kept = next(iter(sorted(path.name for path in self.run.glob("step_*"))[::-1]), "none")
+            raise UserError(
+                f"the checkpoint {name} cannot be written to {self.run} ({_cause(error)}); the last one that can: {kept}"
+            ) from error
+        dist.barrier()
+
+    def _commit(self, draft: Path, name: str) -> None:
+        sizes = {path.name: path.stat().st_size for path in sorted(draft.iterdir())}
+        with open(draft / COMMIT, "w", encoding="utf-8") as file:
+            json.dump(sizes, file)
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.rmtree(self.run / name, ignore_errors=True)
+        os.replace(draft, self.run / name)
+        for old in sorted(self.run.glob("step_*"))[:-KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def resume(self, state: TrainingState, folders: Sequence[Path]) -> None:
+        """Restore `state` in place from the first of `folders` that can be read, also on another number of workers.
+
+        Raises UserError when none can.
+        """
+        for folder in folders:
+            try:
+                _load(folder, state)
+                return
+            except CheckpointException as error:
+                warnings.warn(f"the checkpoint {folder} cannot be read ({_cause(error)}); going back to an older one", stacklevel=2)
+        raise UserError(f"no checkpoint in {self.run} can be read; start over with --fresh")
 
 
-def load(folder: Path, state: TrainingState) -> None:
-    """Restore `state` in place, also on another number of workers."""
+def _fault(folder: Path) -> str:
+    """What keeps a folder from being a checkpoint; "" for nothing."""
+    try:
+        sizes = json.loads((folder / COMMIT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return f"it has no {COMMIT}"
+    for name, size in sizes.items():
+        path = folder / name
+        there = path.stat().st_size if path.is_file() else None
+        if there != size:
+            return f"{name} has {there} bytes instead of {size}" if there is not None else f"{name} is missing"
+    return ""
+
+
+def _cause(error: BaseException) -> str:
+    """The first worker's error in one line."""
+    failures = getattr(error, "failures", {})
+    inner = next(iter(failures.values()))[0] if failures else error
+    return f"{type(inner).__name__}: {inner}".splitlines()[0]
+
+
+def _load(folder: Path, state: TrainingState) -> None:
     tensors = state.tensors()
     dcp.load(tensors, checkpoint_id=folder)
     for name, part in state.parts.items():

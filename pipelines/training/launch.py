@@ -38,7 +38,7 @@ def fit(job: TrainJob, cls: type[Stage], dataset: ClipDataset, workers: WorkerRa
 def _fit_here(job: TrainJob) -> None:
     from pipelines.training.loop import OneProcess, train
 
-    world = OneProcess(Path(job.run))
+    world = OneProcess()
     try:
         train(job, world)
     finally:
@@ -50,11 +50,11 @@ def _fit_on_ray(job: TrainJob, workers: WorkerRange, reserve: Reservation, max_f
     pool = cluster.worker_group(workers, reserve)
     cluster.await_room(pool, f"training {job.stage}")
     from ray import cloudpickle
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
-    from pipelines.training.ray_worker import ray_worker
+    from pipelines.training.ray_worker import REFUSED, ray_worker
     from pipelines.training.rendezvous import OneMachine
 
     class Trainer(TorchTrainer):
@@ -81,13 +81,13 @@ def _fit_on_ray(job: TrainJob, workers: WorkerRange, reserve: Reservation, max_f
             num_workers=pool.largest, use_gpu=pool.num_gpus > 0, resources_per_worker={k: v for k, v in pool.resources().items() if v}
         ),
         run_config=RunConfig(
-            name=Path(job.run).name,
-            storage_path=str(Path(job.run).parent),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            name="ray",
+            storage_path=job.run,  # for Ray's own notes: checkpoints are the workers' (`Checkpoints`)
             failure_config=FailureConfig(max_failures=max_failures),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
+    (Path(job.run) / REFUSED).unlink(missing_ok=True)
     result = trainer.fit()
     answer = result.return_value
     if isinstance(answer, dict) and "user_error" in answer:

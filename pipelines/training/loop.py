@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +24,7 @@ from torch.distributed.tensor import DTensor
 import local_ray
 from pipelines.features.store import FeatureStore
 from pipelines.tracking import Tracker
-from pipelines.training import checkpoint
-from pipelines.training.checkpoint import EMA, TrainingState
+from pipelines.training.checkpoint import EMA, Checkpoints, TrainingState, full_weights
 from pipelines.training.dataset import ClipDataset, Examples, Share, step_rng, training_batches, validation_batches
 from pipelines.training.job import TrainJob
 from stages.base import Stage, release, stage_class
@@ -50,20 +48,12 @@ class Workers(Protocol):
     world: int
     device: torch.device
 
-    def latest(self) -> Path | None:
-        """The newest whole checkpoint, as a local folder."""
-        ...
-
-    def keep(self, write: Callable[[Path], None], step: int) -> None:
-        """Make a checkpoint of what `write` puts into the folder it is given."""
-        ...
-
 
 class OneProcess:
-    """No Ray: checkpoints lie in the run folder, the newest two are kept."""
+    """No Ray."""
 
-    def __init__(self, run: Path) -> None:
-        self.rank, self.world, self.run = 0, 1, Path(run)
+    def __init__(self) -> None:
+        self.rank, self.world = 0, 1
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._store: str | None = None
         self._excepthook = sys.excepthook  # torch.distributed puts one of its own before it
@@ -71,21 +61,6 @@ class OneProcess:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", local_ray.LOOPBACK)  # one process has nobody to listen to
             self._store = tempfile.mktemp(prefix="loa-rendezvous-")
             dist.init_process_group("gloo", init_method=f"file://{self._store}", rank=0, world_size=1)
-
-    def latest(self) -> Path | None:
-        checkpoints = sorted(self.run.glob("step_*"))
-        return checkpoints[-1] if checkpoints else None
-
-    def keep(self, write: Callable[[Path], None], step: int) -> None:
-        draft = self.run / f".step_{step:08d}"
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        write(draft)
-        final = self.run / f"step_{step:08d}"
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(draft, final)
-        for old in sorted(self.run.glob("step_*"))[:-2]:
-            shutil.rmtree(old)
 
     def close(self) -> None:
         """End the process group this object began."""
@@ -141,8 +116,9 @@ def train(job: TrainJob, workers: Workers) -> dict[str, float]:
         held_out = clips
 
     torch.manual_seed(job.seed)  # equal first weights on every worker
-    stage, latest, started = cls.build(job.variant, job.folder), workers.latest(), None
-    if job.start and latest is None:
+    checkpoints = Checkpoints(Path(job.run), workers.rank)
+    stage, begun = cls.build(job.variant, job.folder), checkpoints.whole()
+    if job.start and not begun:
         started = start_from(stage, job.start_folder() or Path(), job.start[0], job.allow)
         if workers.rank == 0:
             print(f"{job.stage} {started.summary()}", file=sys.stderr)
@@ -150,10 +126,10 @@ def train(job: TrainJob, workers: Workers) -> dict[str, float]:
     parts = shard(stage, init_device_mesh(device.type, (workers.world,)))
     optimizers = {name: _optimizer(part, recipe) for name, part in parts.items()}
     state = TrainingState(parts, optimizers, EMA(parts, recipe.ema_decay, stage.averaged) if recipe.ema_decay else None)
-    if latest is not None:
-        checkpoint.load(latest, state)
+    if begun:
+        checkpoints.resume(state, begun)
 
-    run = _Run(job, workers, stage, state)
+    run = _Run(job, workers, stage, state, checkpoints)
     with Tracker.resume(job.tracker) if workers.rank == 0 else Tracker.off() as tracker:
         measures = run.fit(clips, held_out, tracker)
         weights = run.gather()
@@ -193,8 +169,9 @@ def _add(sums: dict[str, Tensor], values: Mapping[str, Tensor], weight: float = 
 class _Run:
     """One worker's run: the state of the loop and its few steps."""
 
-    def __init__(self, job: TrainJob, workers: Workers, stage: Stage, state: TrainingState) -> None:
+    def __init__(self, job: TrainJob, workers: Workers, stage: Stage, state: TrainingState, checkpoints: Checkpoints) -> None:
         self.job, self.recipe, self.workers, self.stage, self.state = job, job.recipe, workers, stage, state
+        self.checkpoints = checkpoints
         self.progress, self.share = state.progress, Share(workers.rank, workers.world)
         self.dtype = autocast_dtype(workers.device, job.precision)
         self.trained = {name: [p for p in part.parameters() if p.requires_grad] for name, part in state.parts.items()}
@@ -392,12 +369,12 @@ class _Run:
                 if buffer.is_floating_point() and not isinstance(buffer, DTensor):
                     dist.all_reduce(buffer)
                     buffer /= self.workers.world
-        self.workers.keep(lambda folder: checkpoint.save(folder, self.state), self.progress.step)
+        self.checkpoints.save(self.state)
 
     def gather(self) -> dict[str, dict[str, Tensor]]:
         """The weights to release, whole, on worker 0."""
         with self._averaged():
-            return {name: checkpoint.full_weights(part) for name, part in self.state.parts.items()}
+            return {name: full_weights(part) for name, part in self.state.parts.items()}
 
     def _tell(self, means: Mapping[str, float], measures: Mapping[str, float], finished: bool = False) -> None:
         """Leave word for the driver's progress bar."""
