@@ -128,6 +128,7 @@ def audioldm2_ljs() -> Variant:
         phonemes=PhonemeEncoderConfig(),
         translator=replace(full.translator, pooling=1),
         diffusion=replace(full.diffusion, poolings=(1,)),
+        joint=replace(full.joint, ground_truth=1.0),
     )
 
 

@@ -138,6 +138,7 @@ def test_recipes_are_the_stated_ones():
     assert (diffusion.learning_rate, diffusion.warmup_steps, diffusion.ema_decay) == (1e-4, 10_000, 0.9999)
     assert (FULL.vae_loss.kl_weight, FULL.vae_loss.adversarial_weight, FULL.vae_loss.critic_start) == (1000.0, 0.5, 25_000)
     assert (FULL.diffusion.condition_dropout, FULL.translator.clap_dropout, FULL.joint.ground_truth) == (0.1, 0.1, 0.25)
+    assert resolve("audioldm2-ljs").joint.ground_truth == resolve("audioldm2-ljs-pretrained").joint.ground_truth == 1.0
 
 
 def clip(rng, channels=4):

@@ -16,7 +16,7 @@ from stages.translator.model import Translator
 class JointConfig:
     """How the two are finetuned together (references.md#joint-finetuning)."""
 
-    ground_truth: float = 0.25  # P_gt, per batch; the rest of the batches see the translator's own LOA
+    ground_truth: float = 0.25  # P_gt, per batch; the rest of the batches see the translator's own LOA. Speech: 1 (fidelity.md, row 14)
     translation_weight: float = 2.0  # the authors' step adds the translation loss twice (fidelity.md, row 2)
 
 
