@@ -278,10 +278,10 @@ def _discard(run: Path, output: Place) -> None:
 @click.option("--seed", default=0, show_default=True, help="Seed of weights, data order and dropout.")
 @click.option(
     "--precision",
-    type=click.Choice(["auto", "bf16", "fp32"]),
+    type=click.Choice(["auto", "fast", "bf16", "fp32"]),
     default="auto",
     show_default=True,
-    help="auto: bf16 where the device is fast at it.",
+    help="auto: bf16 where the device is fast at it, but fp32 for vae and vocoder, where bf16 is heard; fast: for these as well.",
 )
 @click.option(
     "--loader-workers",

@@ -54,6 +54,7 @@ class Stage(nn.Module):
     otherwise: ClassVar[str] = ""  # what to do where a store has nothing to train it on
     blocks: tuple[type[nn.Module], ...] = ()  # repeated blocks, sharded one by one before their part
     averaged: ClassVar[str] = ""  # the parameters that an average is kept of: those whose name begins so, by default all
+    full_precision: ClassVar[bool] = False  # trains in float32 unless told otherwise
     usual_start: ClassVar[str] = ""  # what the paper begins with, as `--init-from` takes it; nothing for chance alone
     may_lack: tuple[str, ...] = ()  # of `homes`: what a start may come without
     entries: tuple[type[nn.Module], ...] = ()  # modules inside a part that are also called alone: sharded on their own

@@ -498,6 +498,36 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(short: Callable[..., Path], 
     assert largest_difference(tmp_path / "whole" / "stages" / "audiomae", tmp_path / "full" / "stages" / "audiomae") == 0.0
 
 
+def test_changed_settings_hold_when_a_run_continues(line: tuple[Path, Variant], tmp_path: Path) -> None:
+    """Those of the optimiser are this call's; an average that the run did not keep before begins with its weights."""
+    work, variant = line
+
+    def run(folder: Path, steps: int, **settings: Any) -> Path:
+        recipe = replace(variant.recipes.audiomae, steps=steps, checkpoint_every=1, learning_rate=0.1, **settings)
+        chosen = replace(variant, recipes=replace(variant.recipes, audiomae=recipe))
+        return train_stage("audiomae", chosen, folder, store=str(work / "store"), workers=0).path
+
+    def size(folder: Path) -> float:
+        return float(sum(value.float().norm() ** 2 for value in weights(folder).values()) ** 0.5)
+
+    run(tmp_path / "a", 1, weight_decay=0.0, warmup_steps=0, decay="constant")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    plain = size(run(tmp_path / "a", 3, weight_decay=0.0, warmup_steps=0, decay="constant"))
+    assert size(run(tmp_path / "b", 3, weight_decay=9.0, warmup_steps=0, decay="constant")) < plain / 2  # 0.1 of them is left after a step
+    averaged = run(tmp_path / "a", 4, weight_decay=0.0, warmup_steps=0, decay="constant", ema_decay=0.999)
+    assert read_card(averaged, "audiomae")["steps"] == 4 and np.isfinite(size(averaged))
+    run(tmp_path / "a", 5, weight_decay=0.0, warmup_steps=0, decay="constant")  # and back
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [("vae", None), ("vocoder", None), ("diffusion", torch.bfloat16)])
+def test_sound_is_trained_in_full_precision(stage: str, dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that is fast at bfloat16; told to, all stages use it."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    full, cpu = stage_class(stage).full_precision, torch.device("cpu")
+    assert loop.autocast_dtype(cpu, "auto", full) is dtype and loop.autocast_dtype(cpu, "bf16", full) is torch.bfloat16
+    assert loop.autocast_dtype(cpu, "fp32", full) is None and loop.autocast_dtype(cpu, "fast", full) is torch.bfloat16
+
+
 @pytest.mark.slow
 def test_this_process_and_ray_continue_each_others_runs(short: Callable[..., Path], tmp_path: Path, ray_cluster: object) -> None:
     short(tmp_path / "whole", 6)

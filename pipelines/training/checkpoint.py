@@ -69,6 +69,13 @@ class EMA:
         weight = 1.0 - min(self.decay, (1 + n) / (10 + n))
         torch._foreach_lerp_([local(a) for a in self.average.values()], [local(p.detach()) for p in self.live.values()], weight)
 
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begin anew from the live weights."""
+        self.updates.zero_()
+        for name, live in self.live.items():
+            local(self.average[name]).copy_(local(live.detach()))
+
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Within the block the parts carry the averaged weights."""
@@ -207,12 +214,18 @@ def _cause(error: BaseException) -> str:
 
 def _load(folder: Path, state: TrainingState) -> None:
     tensors = state.tensors()
+    held = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    averaged = any(name.startswith("ema.") for name in held)
+    if not averaged:
+        tensors.pop("ema", None)
     dcp.load(tensors, checkpoint_id=folder)
     for name, part in state.parts.items():
         set_model_state_dict(part, tensors["parts"][name])
         set_optimizer_state_dict(part, state.optimizers[name], tensors["optimizers"][name])
     step, cursor, skipped = tensors["progress"]["counts"].tolist()
     state.progress = Progress(step, cursor, float(tensors["progress"]["seconds"]), skipped)
+    if state.ema is not None and not averaged:
+        state.ema.restart()  # the run kept no average until now
 
 
 def full_weights(part: nn.Module) -> dict[str, Tensor]:

@@ -12,6 +12,8 @@ from stages.errors import UserError
 from stages.files import Place
 from stages.variants import Variant
 
+PRECISIONS = ("auto", "fast", "bf16", "fp32")
+
 
 @dataclass(frozen=True)
 class TrainJob:
@@ -25,7 +27,7 @@ class TrainJob:
     output: str  # where the released weights go: a folder or URL
     tracker: Any = None  # Tracker.handle() of the run this job logs to
     seed: int = 0
-    precision: str = "auto"  # "auto", "bf16" or "fp32"
+    precision: str = "auto"  # one of PRECISIONS
     loader_workers: int = 0
     validation_batches: int = 4
     corpora: tuple[str, ...] = ()

@@ -26,7 +26,7 @@ from pipelines.features.store import FeatureStore
 from pipelines.tracking import Tracker
 from pipelines.training.checkpoint import EMA, Checkpoints, TrainingState, full_weights
 from pipelines.training.dataset import ClipDataset, Examples, Share, step_rng, training_batches, validation_batches
-from pipelines.training.job import TrainJob
+from pipelines.training.job import PRECISIONS, TrainJob
 from stages.base import Stage, release, stage_class
 from stages.config import Recipe, to_dict
 from stages.errors import UserError
@@ -70,18 +70,19 @@ class OneProcess:
             sys.excepthook = self._excepthook
 
 
-def autocast_dtype(device: torch.device, precision: str) -> torch.dtype | None:
-    """bfloat16 where the device is fast at it, None for float32.
+def autocast_dtype(device: torch.device, precision: str, full: bool = False) -> torch.dtype | None:
+    """bfloat16, or None for float32. "auto": where the device is fast at it, but not for stages of `full` precision; "fast": also there.
 
     CPUs: only with AMX tiles. With AVX512-BF16 alone a T-UNet step took twice as long as in float32 (docs/log.md).
     """
-    if precision not in ("auto", "bf16", "fp32"):
-        raise UserError(f"precision is {precision!r}; expected auto, bf16 or fp32")
+    if precision not in PRECISIONS:
+        raise UserError(f"precision is {precision!r}; expected {', '.join(PRECISIONS)}")
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported()
     else:
         fast = torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and fast) else None
+    chosen = {"bf16": True, "fp32": False, "fast": fast, "auto": fast and not full}[precision]
+    return torch.bfloat16 if chosen else None
 
 
 def shard(stage: Stage, mesh: DeviceMesh) -> dict[str, nn.Module]:
@@ -128,6 +129,9 @@ def train(job: TrainJob, workers: Workers) -> dict[str, float]:
     state = TrainingState(parts, optimizers, EMA(parts, recipe.ema_decay, stage.averaged) if recipe.ema_decay else None)
     if begun:
         checkpoints.resume(state, begun)
+        for optimizer in optimizers.values():
+            for group in optimizer.param_groups:
+                group.update(_settings(recipe))  # those of today's call, not of the one that wrote the checkpoint
 
     run = _Run(job, workers, stage, state, checkpoints)
     with Tracker.resume(job.tracker) if workers.rank == 0 else Tracker.off() as tracker:
@@ -145,6 +149,7 @@ def train(job: TrainJob, workers: Workers) -> dict[str, float]:
                 "clips": progress.cursor,
                 "seconds": round(progress.seconds, 1),
                 "skipped_steps": progress.skipped,
+                "precision": "fp32" if run.dtype is None else "bf16",
                 "validation": measures,
                 **job.card,
             }
@@ -154,9 +159,12 @@ def train(job: TrainJob, workers: Workers) -> dict[str, float]:
 
 def _optimizer(part: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     trained = [p for p in part.parameters() if p.requires_grad]
-    return torch.optim.AdamW(
-        trained, lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.epsilon, weight_decay=recipe.weight_decay, fused=True
-    )
+    return torch.optim.AdamW(trained, lr=recipe.learning_rate, fused=True, **_settings(recipe))
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """What of an optimiser stays the same from step to step."""
+    return {"betas": recipe.betas, "eps": recipe.epsilon, "weight_decay": recipe.weight_decay}
 
 
 def _add(sums: dict[str, Tensor], values: Mapping[str, Tensor], weight: float = 1.0) -> None:
@@ -173,7 +181,7 @@ class _Run:
         self.job, self.recipe, self.workers, self.stage, self.state = job, job.recipe, workers, stage, state
         self.checkpoints = checkpoints
         self.progress, self.share = state.progress, Share(workers.rank, workers.world)
-        self.dtype = autocast_dtype(workers.device, job.precision)
+        self.dtype = autocast_dtype(workers.device, job.precision, stage.full_precision)
         self.trained = {name: [p for p in part.parameters() if p.requires_grad] for name, part in state.parts.items()}
         self.stuck = dict.fromkeys(
             self.trained, 0
