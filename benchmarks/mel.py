@@ -74,7 +74,7 @@ def main(folder: Path) -> None:
         for series in work.series:
             store.begin_series(series, work.recipe(series))
         work.load(torch.device("cpu"))
-        worker, unit = ShardWorker(store, work, 1), Unit(0, work.series, len(paths))
+        worker, unit = ShardWorker(store, work), Unit(0, work.series, len(paths))
         calls = [lambda: worker.make(unit), lambda: kernels(paths, audio, Path(temporary))]
         for call in calls:
             call()

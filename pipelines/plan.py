@@ -11,7 +11,7 @@ import click
 
 from options import again, friendly, set_option, tiny_option, variant_option, with_option, work_option
 from pipelines.tables import aligned
-from pipelines.weights import released_folders
+from pipelines.weights import card_beside, released_folders
 from stages.errors import UserError
 from stages.files import Place
 
@@ -28,7 +28,8 @@ def measure_passes(variant: Variant, work: Place, seconds: float, released: dict
     from pipelines.features.rates import keep_rates, made_rows, measure, random_weights
     from stages.translator.model import PhonemeEncoderConfig
 
-    folders = released_folders(work, released)
+    there = released_folders(work, released)
+    folders = {stage: folder for stage, folder in there.items() if stage in released or card_beside(folder).get("variant") == variant.name}
     rates = []
     with tempfile.TemporaryDirectory(prefix="loa-plan-") as scratch:
         rows = recordings(data, variant) if data else made_rows(Path(scratch), variant.audio)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,24 +80,19 @@ def train_stage(
         fresh: throw an earlier run of this stage away.
         runs: folder of its checkpoints, on a disk; `<work>/runs`, or this machine's cache where `work` is behind a URL.
         weights: how often the clips of a corpus come in an epoch, by its name; once where nothing is said.
-        init_from: what its first weights are (`start_folder`); `RANDOM` for fresh ones where the paper begins with others.
-        init_allow: what the start may lack ("missing"), and what of it may be left out ("shape").
+        init_from, init_allow: what its first weights are (`start_folder`, `RANDOM`), and what may be amiss (`start_from`).
         accept_store: continue an earlier run although clips were added to the store since.
 
-    Returns:
-        The folder of released weights. A run that is already finished is returned as it is.
+    Returns the folder of released weights; a run that is already finished is left as it is.
 
-    Raises:
-        UserError: something the stage needs is missing, an earlier run used another configuration, or another process is at it.
+    Raises UserError when something the stage needs is missing, an earlier run was another, or another process is at it.
     """
     from pipelines.features.store import FeatureStore
-    from pipelines.training.dataset import ClipDataset
     from pipelines.training.job import TrainJob
     from pipelines.training.launch import fit
-    from stages.base import read_card, stage_class
+    from stages.base import stage_class
 
-    run = run_folder(work := Place.of(work), stage, runs, workers)
-    cls = stage_class(stage)
+    run, cls = run_folder(work := Place.of(work), stage, runs, workers), stage_class(stage)
     require_used(given or {}, cls.builds_on(variant), stage)
     opened = FeatureStore.open(store or work / "store")
     opened.require_audio(variant.audio, variant.name)
@@ -108,38 +104,40 @@ def train_stage(
             _discard(run, output)
         check_same(run, identity)
         made_from = made_from_now(cls, variant, opened, folders)
-        if is_finished(output, stage, getattr(variant.recipes, stage)):
-            if stale := out_of_date(read_card(output, stage), made_from):
-                click.echo(f"{stage} is out of date: {stale}; --fresh trains it again", err=True)
+        if _is_done(output, stage, variant, made_from):
             return output
         start = _start(cls, variant, init_from, begun_as(run))
         made_from["start"] = identified(start)
         check_begun(run, identity, made_from, accept_store)
-        corpora = () if cls.any_corpus else _corpora_of(variant, opened)
-        dataset = ClipDataset(opened, cls, cls.reads(variant), "train", corpora, weights)
+        dataset = _training_clips(cls, variant, opened, weights)
         card = _provenance(cls, variant, dataset, opened, folders, tracker) | {"made_from": made_from}
-        if not cls.learns_from(dataset):
-            raise UserError(nothing_to_train_on(cls, variant, opened, corpora))
-        job = TrainJob(
-            stage=stage,
-            variant=variant,
-            store=opened.root,
-            run=str(run),
-            released={k: str(v) for k, v in folders.items()},
-            output=str(output),
-            tracker=tracker.handle() if tracker else None,
-            seed=seed,
-            precision=precision,
-            loader_workers=loader_workers,
-            corpora=corpora,
-            weights=weights,
-            start=start and (start[0], str(start[1])),
-            allow=tuple(init_allow),
-            card=card,
-        )
-        fit(job, cls, dataset, workers, reserve, max_failures)
-        read_card(output, stage)
+        released, handle = {name: str(folder) for name, folder in folders.items()}, tracker.handle() if tracker else None
+        job = TrainJob(stage, variant, opened.root, str(run), released, str(output), handle, seed, precision, loader_workers)
+        job = replace(job, corpora=dataset.corpora, weights=weights, start=start and (start[0], str(start[1])), allow=tuple(init_allow))
+        fit(replace(job, card=card), cls, dataset, workers, reserve, max_failures)
         return output
+
+
+def _is_done(output: Place, stage: str, variant: Variant, made_from: Mapping[str, Any]) -> bool:
+    """Whether the stage is finished; says so where it was made from what has changed since."""
+    from stages.base import read_card
+
+    if not is_finished(output, stage, getattr(variant.recipes, stage)):
+        return False
+    if stale := out_of_date(read_card(output, stage), made_from):
+        click.echo(f"{stage} is out of date: {stale}; --fresh trains it again", err=True)
+    return True
+
+
+def _training_clips(cls: type[Stage], variant: Variant, store: FeatureStore, weights: Mapping[str, float]) -> ClipDataset:
+    """What of the store the stage learns from. Raises UserError when that is not enough for it."""
+    from pipelines.training.dataset import ClipDataset
+
+    corpora = () if cls.any_corpus else _corpora_of(variant, store)
+    dataset = ClipDataset(store, cls, cls.reads(variant), "train", corpora, weights)
+    if not cls.learns_from(dataset):
+        raise UserError(nothing_to_train_on(cls, variant, store, corpora))
+    return dataset
 
 
 def run_folder(work: Place, stage: str, runs: str | Path | Place | None = None, workers: WorkerRange = None) -> Path:

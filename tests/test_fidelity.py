@@ -287,7 +287,7 @@ class Clips:
     def __len__(self):
         return 300
 
-    def clip(self, index):
+    def clip(self, index, series=()):
         rng = np.random.default_rng(index)
         return {"latent": np.concatenate([3 * rng.normal(size=(4, 16, 16)), np.full((4, 16, 16), 4.0)])}
 

@@ -1,6 +1,8 @@
 """Leases: the living are left alone and named, the dead are replaced."""
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -21,7 +23,7 @@ def place(request, tmp_path) -> Place:
 
 def test_a_lease_is_held_refused_and_given_back(place):
     with lease(place, "the run of vae", take_over="give another --work"):
-        said = rf"the run of vae is in use by process {os.getpid()} on .*pytest.*; give another --work"
+        said = rf"the run of vae is in use by process {os.getpid()} on .*{re.escape(shlex.join(sys.argv))}.*; give another --work"
         with pytest.raises(UserError, match=said), lease(place, "the run of vae", take_over="give another --work"):
             pass
         with pytest.raises(UserError, match=rf"kill {os.getpid()}.*remove {place}"), lease(place, "it"):

@@ -25,7 +25,7 @@ FP16_TOLERANCE = 0.01
 
 def loa(store, encoders, device, given=None, shards=None, monkeypatch=None):  # noqa: F811
     work = build_pass("loa", VARIANT, encoders)
-    monkeypatch.setattr(run, "_workers_device", lambda: device)
+    monkeypatch.setattr(run, "_workers_device", lambda *_: device)
     choose_precision(work, store, given)
     return execute(work, store, progress=False, shards=shards), work
 

@@ -57,7 +57,7 @@ class ClipDataset(Dataset):
         mask = self.reader.mask & self.table.among("split", [split]) & self.table.with_texts(stage.needs)
         if corpora:
             mask &= self.table.among("corpus", corpora)
-        self.weights = dict(weights or {})
+        self.corpora, self.weights = tuple(corpora), dict(weights or {})
         if none := [corpus for corpus, weight in self.weights.items() if weight == 0]:
             mask &= ~self.table.among("corpus", none)
         self.numbers = np.flatnonzero(mask)
