@@ -44,7 +44,8 @@ def test_a_series_keeps_the_precision_it_began_with(here, tmp_path, encoders, mo
     loa(whole, encoders, CPU, "bf16", monkeypatch=monkeypatch)
     _, work = loa(full, encoders, CPU, monkeypatch=monkeypatch)
     assert work.precision == "fp32"
-    assert tars(mixed) == tars(whole)
+    mixed_files, whole_files = ({k: v for k, v in tars(s).items() if not k.endswith("series.json")} for s in (mixed, whole))
+    assert mixed_files == whole_files  # series.json says on which device it began
     half, single = mixed.reader(["loa-1"]), full.reader(["loa-1"])
     differences = [np.abs(half.read(i)["loa"].astype(float) - single.read(i)["loa"]).max() for i in single.clip_ids]
     assert 1e-4 < max(differences) < BF16_TOLERANCE, max(differences)

@@ -160,9 +160,9 @@ class Checkpoints:
         except (CheckpointException, OSError) as error:
             if self.rank == 0:
                 shutil.rmtree(draft, ignore_errors=True)  # the disk is not left full
-            kept = next(iter(sorted(path.name for path in self.run.glob("step_*"))[::-1]), "none")
+            kept = max((path.name for path in self.run.glob("step_*")), default="none before it")
             raise UserError(
-                f"the checkpoint {name} cannot be written to {self.run} ({_cause(error)}); the last one that can: {kept}"
+                f"the checkpoint {name} cannot be written to {self.run} ({_cause(error)}); {kept} is there: make room, and run this again"
             ) from error
         dist.barrier()
 
