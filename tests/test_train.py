@@ -535,7 +535,8 @@ def test_this_process_and_ray_continue_each_others_runs(short: Callable[..., Pat
         short(tmp_path / "mixed", steps, workers)
         assert checkpoints(tmp_path / "mixed")[-1] == f"step_{steps:08d}"
     assert read_card(tmp_path / "mixed" / "stages" / "audiomae", "audiomae")["clips"] == 24
-    assert largest_difference(tmp_path / "whole" / "stages" / "audiomae", tmp_path / "mixed" / "stages" / "audiomae") < 1e-6
+    # Ray's worker may have another number of threads, which sum in another order; Adam makes a share of a step (1e-3) of that.
+    assert largest_difference(tmp_path / "whole" / "stages" / "audiomae", tmp_path / "mixed" / "stages" / "audiomae") < 1e-4
 
 
 @pytest.mark.slow
