@@ -42,6 +42,9 @@ JOURNEY: dict[str, dict[str, Job]] = {
         "evaluate": Job("pipelines.evaluate:main", "Generate for held-out captions, and score the clips."),
         "score": Job("pipelines.score:main", "Score a folder of clips from any system, beside a folder of real clips."),
         "compare": Job("pipelines.compare:main", "Compare scored systems with each other and with published numbers."),
+        "status": Job(
+            "pipelines.status:main", "Say how far a project is: its series, and each stage running, stopped, finished or out of date."
+        ),
         "clean": Job("pipelines.clean:main", "List what a project no longer needs, with sizes, and remove it when told to."),
         "report": Job("pipelines.report:main", "Write one page about a project: scores, sounds, curves, costs."),
     },

@@ -389,6 +389,7 @@ class _Run:
         if self.workers.rank == 0:
             state = {
                 "step": self.progress.step,
+                "seconds": self.progress.seconds,
                 "share": 1.0 if finished else self._share(self.progress.seconds),
                 "train": dict(means),
                 "val": dict(measures),
