@@ -55,12 +55,10 @@ def bare(work: Pass, store: FeatureStore) -> Callable[[int], Callable[[], Any]]:
         captions.sort(key=len)
 
         def texts(size: int) -> Callable[[], Any]:
-            chunk = captions[: size * TEXTS]
-            return lambda: [
-                (work.network.clap_text(part), work.network.t5(part)) for part in np.array_split(np.array(chunk), max(1, size // 2))
-            ]
+            parts = np.array_split(np.array(captions[: size * TEXTS]), max(1, size // 2))
+            return lambda: [(work.network.clap_text(part.tolist()), work.network.t5(part.tolist())) for part in parts]
 
-        return lambda size: texts(size)
+        return texts
     reader = store.reader(work.reads)
     clips = [reader.read(int(number)) for number in reader.numbers[:SHARD]]
     stacked = torch.from_numpy(np.stack([clip[work.reads[0]] for clip in clips])).to(device).float()
