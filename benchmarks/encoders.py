@@ -33,7 +33,28 @@ def make_store(root: Path, variant: Variant) -> FeatureStore:
     """A store whose mel pass is done."""
     (root / "recordings").mkdir()
     made = made_rows(root / "recordings", variant.audio)
-    words = np.array("a dog cat car rain wind barks meows passes falls blows near far loud soft room street roof".split())
+    words = np.array(
+        [
+            "a",
+            "dog",
+            "cat",
+            "car",
+            "rain",
+            "wind",
+            "barks",
+            "meows",
+            "passes",
+            "falls",
+            "blows",
+            "near",
+            "far",
+            "loud",
+            "soft",
+            "room",
+            "street",
+            "roof",
+        ]
+    )
     rng = np.random.default_rng(0)
     rows = [
         made[i % len(made)]

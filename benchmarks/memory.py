@@ -41,9 +41,7 @@ def peak(*words: str) -> float:
     code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=2); "
     code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)"
     command = [sys.executable, "-c", code, sys.executable, "-m", *words]
-    done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": "."}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=True
-    )
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": "."}, capture_output=True, text=True, check=True)
     return float(done.stdout)
 
 

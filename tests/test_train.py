@@ -635,7 +635,9 @@ def test_accumulated_micro_batches_equal_the_whole_batch(line: tuple[Path, Varia
     assert float(moved.mean()) < 2e-5
 
 
-def test_gradients_that_stay_infinite_end_the_run(line: tuple[Path, Variant], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_that_stay_infinite_end_the_run(
+    line: tuple[Path, Variant], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from stages.audiomae.training import AudioMAEStage
 
     work, variant = line
@@ -650,6 +652,8 @@ def test_gradients_that_stay_infinite_end_the_run(line: tuple[Path, Variant], tm
     with pytest.raises(UserError, match="not finite for 20 steps"):
         train_stage("audiomae", longer, tmp_path, store=str(work / "store"), workers=0)
     assert not (tmp_path / "stages" / "audiomae").exists()
+    told = [line for line in capsys.readouterr().err.splitlines() if "was not finite, so it moved nothing; its clips: made-" in line]
+    assert len(told) == loop.NAMED and told[0].count("made-") == 4  # the first few batches of four
 
 
 @pytest.mark.parametrize(

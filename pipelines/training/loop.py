@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from pipelines.tracking import Tracker
 from pipelines.training.checkpoint import EMA, Checkpoints, TrainingState, full_weights
 from pipelines.training.dataset import ClipDataset, Examples, Share, step_rng, training_batches, validation_batches
 from pipelines.training.job import PRECISIONS, TrainJob
+from pipelines.training.order import Order
 from stages.base import Stage, release, stage_class
 from stages.config import Recipe, to_dict
 from stages.errors import UserError
@@ -35,6 +37,7 @@ from stages.starting import start_from
 
 LOG_EVERY = 10  # steps
 SHARD_FROM = 1_000_000  # parameters; smaller blocks are gathered together with their part, one message instead of many
+NAMED = 5  # steps left out whose clips are named
 PATIENCE = 20  # steps in a row without finite gradients before the run is given up
 
 
@@ -200,7 +203,10 @@ class _Run:
         done = self._share_done()
         while done < 1.0:
             rate = self._set_rate(done, progress.cursor // order.length)
+            left_out = progress.skipped
             _add(sums, self._step(next(batches)))
+            if progress.skipped > left_out:
+                self._name_clips(clips, order)
             progress.step += 1
             progress.cursor += recipe.global_batch
             progress.seconds = before + time.monotonic() - clock
@@ -224,6 +230,16 @@ class _Run:
         self._require_moved()
         self._tell({}, measures, finished=True)
         return measures
+
+    def _name_clips(self, clips: ClipDataset, order: Order) -> None:
+        """Say of which clips the batch consisted whose gradients were not finite, the first few times."""
+        if self.workers.rank == 0 and self.progress.skipped <= NAMED:
+            turns = order.take(self.progress.cursor, self.recipe.global_batch)
+            ids = clips.table.ids(np.unique(clips.numbers[[turn.clip for turn in turns]]))
+            print(
+                f"{self.stage.name}: a gradient of step {self.progress.step} was not finite, so it moved nothing; its clips: {', '.join(ids)}",
+                file=sys.stderr,
+            )
 
     def _require_moved(self) -> None:
         """Refuse to release what no step of this call has trained although its turn came."""
