@@ -236,10 +236,8 @@ class _Run:
         if self.workers.rank == 0 and self.progress.skipped <= NAMED:
             turns = order.take(self.progress.cursor, self.recipe.global_batch)
             ids = clips.table.ids(np.unique(clips.numbers[[turn.clip for turn in turns]]))
-            print(
-                f"{self.stage.name}: a gradient of step {self.progress.step} was not finite, so it moved nothing; its clips: {', '.join(ids)}",
-                file=sys.stderr,
-            )
+            what = f"{self.stage.name}: a gradient of step {self.progress.step} was not finite, so it moved nothing"
+            print(f"{what}; its clips: {', '.join(ids)}", file=sys.stderr)
 
     def _require_moved(self) -> None:
         """Refuse to release what no step of this call has trained although its turn came."""
