@@ -24,10 +24,12 @@ class Job(NamedTuple):
 JOURNEY: dict[str, dict[str, Job]] = {
     "Start here": {
         "demo": Job("pipelines.demo:main", "Run the whole pipeline on a small corpus, from recordings to sound."),
-        "variants": Job("pipelines.plan:main", "List the systems that can be built, with their sizes and costs."),
+        "variants": Job("pipelines.variants:main", "List the systems that can be built, with their sizes and costs."),
     },
     "From recordings to features": {
+        "plan": Job("pipelines.plan:main", "Say what features of so many hours take: clips, bytes, hours, from measured rates."),
         "ingest": Job("pipelines.ingest:main", "Make one validated clip table from corpora or a folder of recordings."),
+        "validate": Job("pipelines.validate:main", "Check a folder of recordings or a feature store, without writing anything."),
         "preprocess": Job("pipelines.preprocess:main", "Compute mel, loa, latent, text or speech features of the clips."),
     },
     "From features to a system": {
@@ -40,6 +42,10 @@ JOURNEY: dict[str, dict[str, Job]] = {
         "evaluate": Job("pipelines.evaluate:main", "Generate for held-out captions, and score the clips."),
         "score": Job("pipelines.score:main", "Score a folder of clips from any system, beside a folder of real clips."),
         "compare": Job("pipelines.compare:main", "Compare scored systems with each other and with published numbers."),
+        "status": Job(
+            "pipelines.status:main", "Say how far a project is: its series, and each stage running, stopped, finished or out of date."
+        ),
+        "clean": Job("pipelines.clean:main", "List what a project no longer needs, with sizes, and remove it when told to."),
         "report": Job("pipelines.report:main", "Write one page about a project: scores, sounds, curves, costs."),
     },
     "From a bundle to sound": {

@@ -6,7 +6,7 @@ A job's command is built as
     @work_option
     @variant_option
     @friendly
-    def main(work: Path, variant: str) -> None: ...
+    def main(work: Place, variant: str) -> None: ...
 
 Neither this file nor a command's file imports torch, pyarrow and their like at its top: `--help`, completion and a mistyped
 option answer at once. A command imports what does the work where the work begins.
@@ -27,9 +27,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 import psutil
@@ -40,11 +41,16 @@ from stages.config import TINY
 from stages.errors import AudioError, UserError
 from stages.sampling import CHOICES, OPTIONS, PROFILES
 
+if TYPE_CHECKING:
+    from stages.files import Place
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 DEFAULT_WORK = "outputs"
 DEFAULT_VARIANT = "audioldm2-full"
 SAME_WISH = 2.0  # seconds
+AWAY = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ETIMEDOUT)  # a mount's errors
+OBJECT_STORES = ("botocore", "aiobotocore", "aiohttp")  # packages whose errors are not OSErrors
 STOPPED = "Stopped. What was finished is kept; the same command continues from there."
 
 
@@ -120,8 +126,21 @@ def plain_sentence(error: BaseException) -> str | None:
             sentence = str(cause)
         elif isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
             return f"no space left on the disk{_of(cause)}; free some or choose another folder with --work"
-        elif isinstance(cause, PermissionError) and cause.filename is not None:
-            return f"no permission to use {cause.filename}; check its owner or choose another folder"
+        elif isinstance(cause, PermissionError):
+            what = f"to use {cause.filename}; check its owner" if cause.filename is not None else f"({cause}); check the credentials"
+            return f"no permission {what} or choose another folder"
+        elif isinstance(cause, OSError) and cause.errno in AWAY:
+            return (
+                f"{cause.filename or 'a folder'} cannot be reached ({cause.strerror}): the disk or the network behind it is away; "
+                "when it is back, repeat the command, which continues where it stopped"
+            )
+        elif type(cause).__module__.partition(".")[0] in OBJECT_STORES:
+            return (
+                f"the object store cannot be used ({cause}); check its network, endpoint and credentials, then repeat the command, "
+                "which continues where it stopped"
+            )
+        elif isinstance(cause, FileNotFoundError) and (gone := _work_that_is_gone()):
+            return f"the work folder {gone} is not there; when it is back, repeat the command, which continues where it stopped"
         elif isinstance(cause, FileNotFoundError) and cause.filename is not None and cause is error:
             return f"{cause.filename} does not exist"
     if sentence is None and isinstance(error, (ImportError, RuntimeError)):
@@ -129,6 +148,13 @@ def plain_sentence(error: BaseException) -> str | None:
 
         return torchvision_fault()
     return sentence
+
+
+def _work_that_is_gone() -> str | None:
+    """The work folder of this call, when it lies on a disk and is not there."""
+    context = click.get_current_context(silent=True)
+    work = context.params.get("work") if context else None
+    return str(work) if work is not None and getattr(work, "local", False) and not work.exists() else None
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -170,6 +196,31 @@ def pairs(context: click.Context, parameter: click.Parameter, values: tuple[str,
     return pairs
 
 
+class PlaceType(click.ParamType):
+    """A folder as a path or a URL; arrives as `stages.files.Place`, which makes no local folder of a URL."""
+
+    name = "place"
+
+    def __init__(self, exists: bool = False, file_okay: bool = False) -> None:
+        self.exists, self.file_okay = exists, file_okay
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Place:
+        from stages.files import Place
+
+        try:
+            place = Place.of(value)
+        except UserError as error:
+            self.fail(str(error), param, ctx)
+        if place.local and not self.file_okay and os.path.isfile(place.url):
+            self.fail(f"Directory {str(value)!r} is a file.", param, ctx)
+        if place.local and self.exists and not place.exists():  # a URL is looked at where errors are sentences
+            self.fail(f"Path {str(value)!r} does not exist.", param, ctx)
+        return place
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="dir")]
+
+
 def _variant_names(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     from stages.variants import VARIANTS
 
@@ -178,12 +229,12 @@ def _variant_names(context: click.Context, parameter: click.Parameter, incomplet
 
 work_option = click.option(
     "--work",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=PlaceType(),
     default=DEFAULT_WORK,
     show_default=True,
     envvar="LOA_WORK",
     metavar="DIR",
-    help="Project folder with feature store, stages, runs and bundle. On a cluster, a folder that all nodes share.",
+    help="Project folder with feature store, stages, runs and bundle, or its URL (s3://…). On a cluster, one that all nodes reach.",
 )
 variant_option = click.option(
     "--variant",
@@ -216,6 +267,96 @@ tracking_option = click.option(
     metavar="URI",
     help="MLflow server or database to log to.  [default: mlflow.db in --work]",
 )
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """What one worker of a job reserves of its node; None where nothing is said of it.
+
+    Attributes:
+        cpus: CPUs; encoders use as many threads.
+        gpus: GPUs, or a share of one.
+        memory: bytes.
+    """
+
+    cpus: float | None = None
+    gpus: float | None = None
+    memory: int | None = None
+
+    def over(self, default: Reservation) -> Reservation:
+        """This one, and `default` for what it leaves open."""
+        return replace(default, **{name: value for name, value in vars(self).items() if value is not None})
+
+
+AS_NEEDED = Reservation()  # by the job
+WorkerRange = int | tuple[int, int] | None  # so many, or from the smallest to the largest number; None: nothing said
+
+
+def in_this_process(workers: WorkerRange) -> bool:
+    """Whether `--workers 0` was given: no Ray."""
+    return workers in (0, (0, 0))
+
+
+class _WorkersType(click.ParamType):
+    """N or MIN-MAX, as a pair."""
+
+    name = "MIN-MAX"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        low, dash, high = str(value).strip().partition("-")
+        if not (low.isdecimal() and (high.isdecimal() if dash else not high)):
+            self.fail(f"{value!r} is neither a number of workers nor a range such as 1-16", parameter, context)
+        smallest, largest = int(low), int(high or low)
+        if largest < smallest or (dash and not smallest):
+            self.fail(f"{value!r} is no range: write the smaller number first, at least 1", parameter, context)
+        return smallest, largest
+
+
+def _gpus(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    if value is not None and value > 1 and value != int(value):
+        raise click.BadParameter(f"{value:g} is neither a whole number of GPUs nor a share of one")
+    return value
+
+
+def worker_options(function: Function) -> Function:
+    """`--workers --cpu --gpu --memory`: the workers of a job on Ray, in the same words for every command.
+
+    They arrive as two arguments: `workers`, a pair of the smallest and largest number, (0, 0) for this process without Ray, or
+    None; and `reserve`, a Reservation.
+    """
+
+    @functools.wraps(function)
+    def given(*args: Any, cpu: float | None, gpu: float | None, memory: float | None, **kwargs: Any) -> Any:
+        return function(*args, reserve=Reservation(cpu, gpu, None if memory is None else int(memory * 1e9)), **kwargs)
+
+    command: Any = given
+    positive = click.FloatRange(min=0, min_open=True)
+    for option in reversed(
+        (
+            click.option(
+                "--workers",
+                type=_WorkersType(),
+                help="Workers at once: N, or from MIN up to MAX as the cluster has room; 0 works in this process, without Ray.  "
+                "[default: as many as there is work and room for; training: one per GPU, or one]",
+            ),
+            click.option("--cpu", type=positive, metavar="N", help="CPUs that each worker reserves.  [default: what the job needs]"),
+            click.option(
+                "--gpu",
+                type=click.FloatRange(min=0),
+                callback=_gpus,
+                metavar="N",
+                help="GPUs that each worker reserves; 0 does without, 0.5 shares one.  [default: what the job needs]",
+            ),
+            click.option(
+                "--memory", type=positive, metavar="GB", help="Memory that each worker reserves, in GB.  [default: what the job needs]"
+            ),
+        )
+    ):
+        command = option(command)
+    return cast(Function, command)
+
 
 _SAMPLING: dict[str, Any] = {
     "num_inference_steps": (("--steps",), click.IntRange(1), "Number of denoising steps; more are slower and sound better."),
@@ -261,10 +402,13 @@ def sampling_options(*left_out: str) -> Callable[[Function], Function]:
     return decorate
 
 
-def shown(path: Path | str) -> str:
-    """A path as people write it: relative to where they are if it lies there or next to it, else whole."""
+def shown(path: Path | str | Place) -> str:
+    """A path as people write it: relative to where they are if it lies there or next to it, else whole; a URL as it is."""
+    if "://" in str(path):
+        return str(path)
+    path = str(path)
     relative = os.path.relpath(path)
-    return str(path) if relative.startswith(os.path.join(os.pardir, os.pardir)) else relative
+    return path if relative.startswith(os.path.join(os.pardir, os.pardir)) else relative
 
 
 # ---------------------------------------------------------------------------------------- commands that messages name
@@ -322,7 +466,7 @@ def again(command: str) -> str:
     return " ".join([command, *(text for flag, text in _given(context) if flag in known and flag not in words)])
 
 
-def works_on(variant: str, work: Path | str | None = None) -> None:
+def works_on(variant: str, work: Path | str | Place | None = None) -> None:
     """Let the commands that messages name repeat a variant (and work folder) that is not among this call's options."""
     context = click.get_current_context(silent=True)
     if context is None:
@@ -348,7 +492,7 @@ def _given(context: click.Context) -> list[tuple[str, str]]:
         if isinstance(value, dict):  # --set: a recipe belongs to one stage, all else to the system
             values = [f"{key}={text}" for key, text in value.items() if not key.startswith("recipes.")]
         else:
-            values = [shown(value) if isinstance(value, Path) else str(value)]
+            values = [shown(value) if isinstance(parameter.type, PlaceType | click.Path) else str(value)]
         given += [(flag, flag if value is True else f"{flag} {shlex.quote(text)}") for text in values]
     return given
 

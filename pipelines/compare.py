@@ -11,14 +11,17 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from options import friendly, next_step, shown
+from options import PlaceType, friendly, next_step, shown
 from pipelines.evaluation.published import TABLES, PublishedTable
 from pipelines.evaluation.records import MEASURES, SILENT_LIMIT, Comparison, Protocol, Record, read_records, side_by_side
 from pipelines.tables import aligned
+
+if TYPE_CHECKING:
+    from stages.files import Place
 
 
 class Cell(NamedTuple):
@@ -174,7 +177,7 @@ FORMATS: dict[str, Callable[[Sequence[Block]], str]] = {"text": as_text, "markdo
 
 
 @click.command()
-@click.argument("sources", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path), metavar="RECORD_OR_FOLDER...")
+@click.argument("sources", nargs=-1, required=True, type=PlaceType(exists=True, file_okay=True), metavar="RECORD_OR_FOLDER...")
 @click.option(
     "--table",
     type=click.Choice([*TABLES, "none"], case_sensitive=False),
@@ -185,7 +188,7 @@ FORMATS: dict[str, Callable[[Sequence[Block]], str]] = {"text": as_text, "markdo
 @click.option("--format", "form", type=click.Choice(list(FORMATS)), default="text", show_default=True)
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write to a file.  [default: the screen]")
 @friendly
-def main(sources: tuple[Path, ...], table: str, form: str, output: Path | None) -> None:
+def main(sources: tuple[Place, ...], table: str, form: str, output: Path | None) -> None:
     """Put systems side by side that `loa evaluate` has scored.
 
     A source is a record, a folder of records, or a project folder. Scores that were not measured alike are refused, with the

@@ -18,12 +18,25 @@ from typing import TYPE_CHECKING, Any
 import click
 import psutil
 
-from options import friendly, require_disk, require_memory, set_option, shown, tracking_option, works_on
+from options import (
+    AS_NEEDED,
+    PlaceType,
+    Reservation,
+    WorkerRange,
+    friendly,
+    require_disk,
+    require_memory,
+    set_option,
+    shown,
+    tracking_option,
+    worker_options,
+    works_on,
+)
 from pipelines import cluster
 from pipelines.tracking import Tracker
 from stages.config import to_dict
 from stages.errors import UserError
-from stages.files import write_json
+from stages.files import Place, write_json
 
 if TYPE_CHECKING:
     from stages.variants import Variant
@@ -56,10 +69,18 @@ class Demo:
     """The line from recordings to report in one project folder."""
 
     def __init__(
-        self, work: Path, data: Path | None, variant: Variant, preset: Preset, workers: int, tracking_uri: str | None, seed: int
+        self,
+        work: Path,
+        data: Path | None,
+        variant: Variant,
+        preset: Preset,
+        workers: WorkerRange,
+        tracking_uri: str | None,
+        seed: int,
+        reserve: Reservation = AS_NEEDED,
     ) -> None:
         self.work, self.data, self.variant, self.preset = work, data, variant, preset
-        self.workers, self.tracking_uri, self.seed = workers, tracking_uri, seed
+        self.workers, self.reserve, self.tracking_uri, self.seed = workers, reserve, tracking_uri, seed
 
     # ------------------------------------------------------------------------------------------------- the steps
 
@@ -95,17 +116,20 @@ class Demo:
         return f"{made} in {shown(folder)}"
 
     def _ingest(self, tracker: Tracker) -> str:
+        from pipelines.features.store import FeatureStore
+        from pipelines.features.summary import log_ingest
         from pipelines.ingest import ingest
 
         report = ingest([self.data or self.work / "recordings"], str(self.work / "store"), self.variant.audio, seed=self.seed)
-        tracker.metrics({f"ingest/{k}": float(v) for k, v in report.counts().items()}, 0)
+        log_ingest(tracker, FeatureStore.open(report.store), report.counts())
         return report.summary()
 
     def _pass(self, name: str, tracker: Tracker) -> str:
         from pipelines.preprocess import run_pass
 
-        report = run_pass(name, str(self.work / "store"), variant=self.variant, work=self.work)
-        tracker.metrics({f"{name}/clips": report.clips, f"{name}/rejected": report.rejected, f"{name}/seconds": report.seconds}, 0)
+        report = run_pass(
+            name, str(self.work / "store"), variant=self.variant, work=self.work, reserve=self.reserve, tracker=lambda: tracker
+        )
         return f"{report.clips} clips, {report.rejected} rejected"
 
     def _train(self, stage: str, tracker: Tracker) -> str:
@@ -115,8 +139,10 @@ class Demo:
         if stage == "classifier" and not self._has_labels():
             return "skipped: the recordings have no labels; CLAP scores remain"
         # The judge learns in half a minute, less than Ray Train takes to start.
-        workers = 0 if stage == "classifier" else self.workers
-        folder = train_stage(stage, self.variant, self.work, workers=workers, tracker=tracker, seed=self.seed)
+        workers = 0 if stage == "classifier" else self.workers if self.workers is not None else 1
+        settings: dict[str, Any] = {"workers": workers, "reserve": self.reserve, "seed": self.seed}
+        # In minutes by the clock more steps are worth more than the last bits of the sound.
+        folder = train_stage(stage, self.variant, self.work, tracker=tracker, precision="fast", **settings)
         card = read_card(folder, stage)
         measures = ", ".join(f"{k} {v:.3g}" for k, v in card["validation"].items())
         return f"{card['steps']} steps, held out: {measures}"
@@ -129,7 +155,7 @@ class Demo:
 
         classifier = stage_class("classifier")
         clips = ClipDataset(FeatureStore.open(str(self.work / "store")), classifier, classifier.reads(self.variant), "train")
-        return classifier.learns_from(clips.rows)
+        return classifier.learns_from(clips)
 
     def _export(self, tracker: Tracker) -> str:
         from pipelines.export import export
@@ -153,7 +179,7 @@ class Demo:
     def _report(self, tracker: Tracker) -> str:
         from pipelines.report import write_report
 
-        path = write_report(self.work, tracking_uri=self.tracking_uri)
+        path = write_report(self.work, tracking_uri=self.tracking_uri).path
         tracker.artifact(path)
         return shown(path)
 
@@ -330,7 +356,7 @@ PRESETS = {
 @click.command()
 @click.option(
     "--work",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=PlaceType(),
     envvar="LOA_WORK",
     metavar="DIR",
     help="Project folder of the demo.  [default: outputs/demo, or outputs/demo-VARIANT, -PRESET, -DATA]",
@@ -355,17 +381,18 @@ PRESETS = {
     show_default=True,
     help="; ".join(f"{k}: {p.summary}" for k, p in PRESETS.items()),
 )
-@click.option("--workers", type=click.IntRange(min=0), default=1, show_default=True, help="Ray Train workers; 0 trains in this process.")
+@worker_options
 @click.option("--seed", default=0, show_default=True, help="Seed of the corpus, of training and of generation.")
 @set_option
 @tracking_option
 @friendly
 def main(
-    work: Path | None,
+    work: Place | None,
     data: Path | None,
     variant: str,
     preset: str,
-    workers: int,
+    workers: WorkerRange,
+    reserve: Reservation,
     seed: int,
     settings: dict[str, str],
     tracking_uri: str | None,
@@ -378,17 +405,17 @@ def main(
     resolved = resolve(variant, tiny=True, settings=chosen.settings | settings)
     if data is not None and not data.is_dir():
         raise UserError(f"--data {data} is not a folder; name the folder that holds your recordings")
-    work = (work or _default_work(variant, preset, data)).absolute()
-    works_on(resolved.name, work)
-    require_disk(work, DISK_GB)
+    folder_here = work.local_path("the demo") if work is not None else _default_work(variant, preset, data).absolute()
+    works_on(resolved.name, folder_here)
+    require_disk(folder_here, DISK_GB)
     require_memory(MEMORY_GB)
     cluster.connect()
     began = time.monotonic()
-    demo = Demo(work, data.absolute() if data else None, resolved, chosen, workers, tracking_uri, seed)
+    demo = Demo(folder_here, data.absolute() if data else None, resolved, chosen, workers, tracking_uri, seed, reserve)
     demo.run()
-    folder = shown(work)
+    folder = shown(folder_here)
     click.echo()
-    if (evaluation := Evaluation.read(work)) is not None:
+    if (evaluation := Evaluation.read(folder_here)) is not None:
         click.echo(evaluation.table())
     click.secho(f"done in {_minutes((time.monotonic() - began) / 60)}", bold=True)
     click.echo(f"  listen and look   {folder}/report.html")

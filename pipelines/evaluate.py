@@ -8,17 +8,20 @@ waveforms, which lie in `<work>/evaluation` with the record of how they were mad
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from options import friendly, next_step, sampling_options, shown, tracking_option, work_option, works_on
+from options import PlaceType, friendly, next_step, sampling_options, shown, tracking_option, work_option, works_on
 from pipelines.evaluation.options import PanelOptions, panel_options
+
+if TYPE_CHECKING:
+    from stages.files import Place
 
 
 @click.command()
 @work_option
-@click.option("--bundle", type=click.Path(file_okay=False, path_type=Path), help="What to evaluate.  [default: bundle in --work]")
+@click.option("--bundle", type=PlaceType(), metavar="DIR", help="What to evaluate, a folder or URL.  [default: bundle in --work]")
 @click.option("--store", metavar="DIR", help="Feature store with the held-out clips.  [default: store in --work]")
 @panel_options
 @click.option(
@@ -34,8 +37,8 @@ from pipelines.evaluation.options import PanelOptions, panel_options
 @tracking_option
 @friendly
 def main(
-    work: Path,
-    bundle: Path | None,
+    work: Place,
+    bundle: Place | None,
     store: str | None,
     panel: PanelOptions,
     captions: Path | None,
@@ -55,15 +58,18 @@ def main(
     from pipelines.evaluation.clips import Selection
     from pipelines.evaluation.run import evaluate
     from pipelines.tracking import Tracker
-    from stages.bundle import read_info
+    from pipelines.tracking import tracking_uri as find_tracking
+    from stages.bundle import local_bundle, read_info
     from stages.files import digest, weights_hash
     from stages.sampling import resolve
 
     selection = Selection(num_clips, split, captions, seed)
-    info = read_info(bundle or work / "bundle")
+    tracking_uri = find_tracking(work, tracking_uri)  # refused before any work
+    bundle = bundle or work / "bundle"
+    info = read_info(bundle)
     works_on(info.variant)
     # Each bundle and setting has a run of its own, so that MLflow can compare them.
-    run = digest([weights_hash(bundle or work / "bundle"), str(selection), str(resolve(**sampling))], 8)
+    run = digest([weights_hash(local_bundle(bundle)), str(selection), str(resolve(**sampling))], 8)
     with Tracker.open(tracking_uri, work=work, job=f"evaluate-{run}", name="evaluate", variant=info.variant) as tracker:
         evaluation = evaluate(work, selection, sampling, panel, bundle=bundle, store=store, name=name, tracker=tracker)
     click.echo(evaluation.table())

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from options import friendly, next_step, shown, tracking_option, with_option, work_option, works_on
+from options import PlaceType, friendly, next_step, shown, tracking_option, with_option, work_option, works_on
 from pipelines.tracking import Tracker
-from pipelines.weights import released_folders, require_used
+from pipelines.tracking import tracking_uri as find_tracking
+from pipelines.weights import card_beside, released_folders, require_used
 from stages.config import TINY, differences, to_dict
 from stages.errors import UserError
-from stages.files import code_version, weights_hash
+from stages.files import Place, code_version, weights_hash
+from stages.licences import inherited, warnings
 
 if TYPE_CHECKING:
     from stages.variants import Variant
@@ -24,16 +26,16 @@ ALWAYS = ("clap", "audiomae", "vae", "vocoder")
 
 
 def export(
-    work: Path,
+    work: str | Path | Place,
     variant: Variant | None = None,
     *,
-    out: Path | None = None,
+    out: str | Path | Place | None = None,
     given: Mapping[str, str] | None = None,
     joint: bool = True,
     force: bool = False,
     critics: bool = False,
-) -> Path:
-    """Build the bundle of the project folder `work` and return its folder.
+) -> Place:
+    """Build the bundle of the project folder `work` and return where it lies.
 
     Args:
         variant: which system the stages make up; by default what the newest of them says of itself.
@@ -48,30 +50,34 @@ def export(
     """
     from stages.bundle import assemble
 
+    out = Place.of(out) if out is not None else Place.of(work) / "bundle"
     folders = released_folders(work, given or {})
     if not joint or "joint" not in folders or any(stage in (given or {}) for stage in SEPARATE):
         folders.pop("joint", None)
     used = {s: f for s, f in folders.items() if s in ALWAYS or s == "joint" or ("joint" not in folders and s in SEPARATE)}
     require_used(given or {}, used, "the bundle")
-    cards = {stage: _card(folder) for stage, folder in used.items()}
+    copies = {stage: folder.local_copy() for stage, folder in used.items()}
+    cards = {stage: _card(folder) for stage, folder in copies.items()}
     variant = variant or _variant_of(cards)
     works_on(variant.name)
     _same_audio(cards, variant)
-    hashes = {folder: weights_hash(folder) for folder in set(used.values())}  # imported stages may share one folder
+    hashes = {folder: weights_hash(folder) for folder in set(copies.values())}  # imported stages may share one folder
     meta = {
         "variant": variant.name,
         "tiny": variant.name.endswith(TINY),
         "audio": variant.audio,
+        "licences": inherited({stage: card_beside(folder) for stage, folder in used.items()}),
         "provenance": {
             "code": code_version(),
             "stages": {
-                stage: {k: v for k, v in cards[stage].items() if k != "config"} | {"folder": str(folder), "weights": hashes[folder]}
+                stage: {k: v for k, v in cards[stage].items() if k != "config"} | {"folder": str(folder), "weights": hashes[copies[stage]]}
                 for stage, folder in sorted(used.items())
             },
             "config": to_dict(variant),
         },
     }
-    return assemble(used, out or Path(work) / "bundle", meta, force, critics)
+    assemble(copies, out, meta, force, critics)
+    return out
 
 
 def _card(folder: Path) -> dict[str, Any]:
@@ -104,9 +110,7 @@ def _same_audio(cards: Mapping[str, Mapping[str, Any]], variant: Variant) -> Non
 
 @click.command()
 @work_option
-@click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Where to write the bundle.  [default: bundle in --work]"
-)
+@click.option("--out", type=PlaceType(), metavar="DIR", help="Where to write the bundle, a folder or URL.  [default: bundle in --work]")
 @with_option
 @click.option(
     "--variant", metavar="NAME", help="Which system this is; needed only when all weights are imported.  [default: as the stages say]"
@@ -118,8 +122,8 @@ def _same_audio(cards: Mapping[str, Mapping[str, Any]], variant: Variant) -> Non
 @tracking_option
 @friendly
 def main(
-    work: Path,
-    out: Path | None,
+    work: Place,
+    out: Place | None,
     released: dict[str, str],
     variant: str | None,
     tiny: bool,
@@ -133,13 +137,16 @@ def main(
     from stages.variants import resolve
 
     chosen = resolve(variant, tiny) if variant else None
+    tracking_uri = find_tracking(work, tracking_uri)  # refused before anything is written
     bundle = export(work, chosen, out=out, given=released, joint=not no_joint, force=force, critics=critics)
     info = read_info(bundle)
     with Tracker.open(tracking_uri, work=work, job="export", variant=info.variant) as tracker:
         version = tracker.register(bundle, f"loa-{info.variant}")
-    size = sum(p.stat().st_size for p in bundle.rglob("*") if p.is_file()) / 1e6
+    size = sum(bundle.tree().values()) / 1e6
     folder = shown(bundle)
     click.echo(f"{folder}: {info.variant}, {size:.0f} MB, version {version} of the model loa-{info.variant} in MLflow")
+    for sentence in warnings(info.licences.get("clips", {}), info.licences.get("unstated", ())):
+        click.echo(f"Licences: {sentence}.", err=True)
     click.echo(f'listen: loa generate "rain on a tin roof" --bundle {folder}')
     click.echo(next_step("export"))
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import click
 
-from options import DEFAULT_VARIANT, again, friendly, pairs, set_option, shown, work_option
+from options import DEFAULT_VARIANT, PlaceType, again, friendly, pairs, set_option, shown, work_option
 from pipelines.weights import from_hub
 from stages.errors import UserError
-from stages.files import whole_folder
+from stages.files import Place, whole_folder
 from stages.public import PARTS, WEIGHTS
 
 AGREE = 1e-4  # embeddings of one CLAP in two packages; measured 1e-7
@@ -21,9 +21,9 @@ AGREE = 1e-4  # embeddings of one CLAP in two packages; measured 1e-7
 
 def import_weights(
     source: str,
-    work: Path,
+    work: str | Path | Place,
     *,
-    out: Path | None = None,
+    out: str | Path | Place | None = None,
     variant: str | None = None,
     tiny: bool = False,
     settings: Mapping[str, str] | None = None,
@@ -31,7 +31,7 @@ def import_weights(
     given: Mapping[str, str] | None = None,
     verify: bool = False,
     force: bool = False,
-) -> Path:
+) -> Place:
     """Read public weights in whatever layout `source` has.
 
     Args:
@@ -58,11 +58,12 @@ def import_weights(
     from stages.public.parts import add_audiomae, is_audiomae, require_parts
     from stages.variants import resolve
 
-    path = Path(source).expanduser()
-    if not path.exists():
-        path = from_hub(source, [f"{name}/*" for name in FILES] + ["model_index.json"], source)
+    work, out = Place.of(work), None if out is None else Place.of(out)
+    bundle = out or work / "bundle"
+    path = _here(source, [f"{name}/*" for name in FILES] + ["model_index.json"], source)
     if path.is_dir():
-        return import_folder(path, out or work / "bundle", variant, {"imported": {"source": source, "layout": "diffusers"}}, force)
+        import_folder(path, bundle, variant, {"imported": {"source": source, "layout": "diffusers"}}, force)
+        return bundle
     parts = {name: _part_folder(name, folder) for name, folder in (given or {}).items()}
     state = weights_of(read_checkpoint(path), path)
     if is_original(state):
@@ -71,7 +72,8 @@ def import_weights(
         chosen = resolve(variant or (like[0] if like else DEFAULT_VARIANT), tiny, settings)
         require_variant(unet, chosen, path)
         provenance = {"imported": {"source": path.name, "layout": "authors", "sha256": _sha256(path)}}
-        return import_original(state, chosen, out or work / "bundle", path, parts, weights=weights, provenance=provenance, force=force)
+        import_original(state, chosen, bundle, path, parts, weights=weights, provenance=provenance, force=force)
+        return bundle
     sizes = resolve(variant or DEFAULT_VARIANT, tiny, settings)
     if laion.is_laion(state):
         require_parts(parts, ("tokenizer",), path)
@@ -80,7 +82,7 @@ def import_weights(
         return _import_clap(state, path, _free(out or work / "imported" / "clap", force), parts, sizes.t5.max_length)
     if is_audiomae(state):
         final = _free(out or work / "imported" / "audiomae", force)
-        with whole_folder(final) as draft:
+        with final.writing_folder(["model.safetensors"]) as folder, whole_folder(folder) as draft:
             add_audiomae(draft, path, sizes.audiomae)
         return final
     raise UserError(
@@ -89,13 +91,14 @@ def import_weights(
     )
 
 
-def _import_clap(state: Mapping[str, Any], path: Path, final: Path, parts: Mapping[str, Path], t5_length: int) -> Path:
+def _import_clap(state: Mapping[str, Any], path: Path, final: Place, parts: Mapping[str, Path], t5_length: int) -> Place:
     """LAION's CLAP, and T5 where `parts` has one, as `--with clap=` takes them."""
     from stages.public import laion
     from stages.public.parts import add_t5, add_tokenizer, require_parts
 
     config = laion.clap_config(state)
-    with whole_folder(final) as draft:
+    last = ["feature_extractor/preprocessor_config.json"]  # no CLAP without it
+    with final.writing_folder(last) as folder, whole_folder(folder) as draft:
         laion.clap_of(state, path, config).save_pretrained(draft / "text_encoder")
         config.feature_extractor().save_pretrained(draft / "feature_extractor")
         add_tokenizer(draft, "tokenizer", parts["tokenizer"], config.text_vocab)
@@ -109,13 +112,19 @@ def _import_clap(state: Mapping[str, Any], path: Path, final: Path, parts: Mappi
 def _part_folder(name: str, source: str) -> Path:
     if name not in PARTS:
         raise UserError(f"--with {name}={source}: unknown part {name!r}; expected {', '.join(PARTS)}")
+    return _here(source, [f"{name}/*", "*.json", "*.txt", "*.model", "*.safetensors"], f"--with {name}={source}")
+
+
+def _here(source: str, patterns: list[str], said: str) -> Path:
+    """What a path, a URL or a hub id names, on this machine; of a hub id files of `patterns` alone."""
+    if "://" in source:
+        return Place.of(source).local_copy()
     path = Path(source).expanduser()
-    files = [f"{name}/*", "*.json", "*.txt", "*.model", "*.safetensors"]
-    return path if path.exists() else from_hub(source, files, f"--with {name}={source}")
+    return path if path.exists() else from_hub(source, patterns, said)
 
 
-def _free(out: Path, force: bool) -> Path:
-    if out.exists() and not force and any(out.iterdir() if out.is_dir() else [out]):
+def _free(out: Place, force: bool) -> Place:
+    if out.exists() and not force and (out.list() or out.folders() or not out.local or out.path.is_file()):
         raise UserError(f"{out} exists already; replace it with --force or choose another folder with --out")
     return out
 
@@ -137,9 +146,9 @@ def _verify(distance: Mapping[str, float]) -> None:
 @work_option
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PlaceType(),
     metavar="DIR",
-    help="Where to write the result.  [default: bundle, or imported/STAGE, in --work]",
+    help="Where to write the result, a folder or URL.  [default: bundle, or imported/STAGE, in --work]",
 )
 @click.option("--variant", metavar="NAME", help="Which system this is.  [default: the one its T-UNet looks like]")
 @click.option("--tiny", is_flag=True, help="With a checkpoint file: use the sizes of the variant's tiny configuration.")
@@ -164,8 +173,8 @@ def _verify(distance: Mapping[str, float]) -> None:
 @friendly
 def main(
     source: str,
-    work: Path,
-    out: Path | None,
+    work: Place,
+    out: Place | None,
     variant: str | None,
     tiny: bool,
     settings: dict[str, str],
@@ -189,8 +198,8 @@ def main(
         source, work, out=out, variant=variant, tiny=tiny, settings=settings, weights=weights, given=given, verify=verify, force=force
     )
     where = shlex.quote(shown(folder))
-    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6
-    if (folder / "model_index.json").is_file():
+    size = sum(folder.tree().values()) / 1e6
+    if (folder / "model_index.json").exists():
         from stages.bundle import read_info
 
         info = read_info(folder)
@@ -198,7 +207,7 @@ def main(
         words = ' --transcription "Hello there."' if info.speech else ""
         click.echo(f'next: loa generate "{"a woman speaks calmly" if info.speech else "rain on a tin roof"}"{words} --bundle {where}')
     else:
-        stage = "audiomae" if (folder / "model.safetensors").is_file() else "clap"
+        stage = "audiomae" if (folder / "model.safetensors").exists() else "clap"
         step = again("loa preprocess " + {"audiomae": "loa", "clap": "text"}[stage])
         click.echo(f"{where}: weights of {stage}, {size:.0f} MB\nnext: {step} --with {stage}={where}")
 

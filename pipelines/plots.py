@@ -236,6 +236,32 @@ def _draw_curves(axis: Axes, title: str, lines: Sequence[Curve], theme: Theme) -
         axis.legend(loc="best", handlelength=1.2, borderaxespad=0.1)
 
 
+def histograms(panels: Mapping[str, tuple[NDArray[np.floating], NDArray[np.integer]]], columns: int = 2) -> Picture:
+    """Histograms side by side.
+
+    Args:
+        panels: by title, the bins' edges `[B + 1]` and how many values each bin holds `[B]`.
+    """
+    columns = min(columns, len(panels))
+    rows = math.ceil(len(panels) / columns)
+
+    def draw(theme: Theme) -> Figure:
+        figure = Figure(figsize=(3.4 * columns, 1.95 * rows), layout="constrained")
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for axis, (title, (edges, counts)) in zip(axes, panels.items(), strict=False):
+            axis.bar(edges[:-1], counts, np.diff(edges), align="edge", color=SERIES_COLOURS[0])
+            axis.set_title(title)
+            axis.set_xlim(edges[0], edges[-1])
+            axis.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+            axis.grid(axis="y", color=theme.faint, alpha=0.18, linewidth=0.6)
+            axis.set_axisbelow(True)
+        for axis in axes[len(panels) :]:
+            axis.set_visible(False)
+        return figure
+
+    return Picture(draw)
+
+
 def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Gaussian average over a thirtieth of the curve, unbiased at both ends."""
     width = max(1.0, len(values) / 30)

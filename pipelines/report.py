@@ -7,22 +7,26 @@ there is; a folder without evaluation or without runs gives a shorter page that 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from options import friendly, next_step, shown, tracking_option, work_option
+from options import PlaceType, friendly, next_step, shown, tracking_option, work_option
+
+if TYPE_CHECKING:
+    from stages.files import Place
 
 NUM_CLIPS = 12  # captions to hear; fewer where the page would grow beyond what mails and browsers take
 
 
 def write_report(
-    work: Path,
+    work: str | Path | Place,
     *,
     tracking_uri: str | None = None,
-    output: Path | None = None,
+    output: str | Path | Place | None = None,
     num_clips: int = NUM_CLIPS,
     picture: Path | None = None,
-) -> Path:
+) -> Place:
     """Write the report of a project folder.
 
     Args:
@@ -40,12 +44,11 @@ def write_report(
     from pipelines.page.picture import write_picture
     from pipelines.page.project import Project
     from pipelines.page.render import render
-    from stages.files import replacing
+    from stages.files import Place
 
     project = Project.read(work, tracking_uri)
-    output = Path(output or project.work / "report.html")
-    with replacing(output) as draft:
-        draft.write_text(render(project, num_clips), encoding="utf-8")
+    output = Place.of(output or project.work / "report.html")
+    output.write(render(project, num_clips).encode())
     if picture is not None:
         write_picture(project, picture)
     return output
@@ -53,7 +56,13 @@ def write_report(
 
 @click.command()
 @work_option
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Where to write.  [default: report.html in --work]")
+@click.option(
+    "-o",
+    "--output",
+    type=PlaceType(file_okay=True),
+    metavar="FILE",
+    help="Where to write.  [default: report.html in --work]",
+)
 @click.option("--num-clips", type=click.IntRange(0), default=NUM_CLIPS, show_default=True, help="Captions to hear, at most.")
 @click.option(
     "--picture",
@@ -63,7 +72,7 @@ def write_report(
 )
 @tracking_option
 @friendly
-def main(work: Path, output: Path | None, num_clips: int, picture: Path | None, tracking_uri: str | None) -> None:
+def main(work: Place, output: Place | None, num_clips: int, picture: Path | None, tracking_uri: str | None) -> None:
     """Write report.html: a project's scores, sounds, curves and costs on one page that needs no network."""
     path = write_report(work, tracking_uri=tracking_uri, output=output, num_clips=num_clips, picture=picture)
     if picture is not None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from options import friendly, pairs, shown, work_option
+from options import PlaceType, friendly, pairs, shown, work_option
 from pipelines.evaluation.options import PanelOptions, panel_options
+from stages.files import Place
 
 
 def read_made(values: dict[str, str]) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def read_made(values: dict[str, str]) -> dict[str, Any]:
 )
 @work_option
 @click.option(
-    "-o", "--output", type=click.Path(file_okay=False, path_type=Path), help="Where the scores go.  [default: scores/NAME in --work]"
+    "-o", "--output", type=PlaceType(), metavar="DIR", help="Where the scores go, a folder or URL.  [default: scores/NAME in --work]"
 )
 @friendly
 def main(
@@ -67,8 +68,8 @@ def main(
     hypotheses: dict[str, str],
     name: str | None,
     made: dict[str, str],
-    work: Path,
-    output: Path | None,
+    work: Place,
+    output: Place | None,
     **chosen_from: Any,
 ) -> None:
     """Score FOLDER, a folder of clips from any system, beside the real clips of --reference.
@@ -87,7 +88,7 @@ def main(
     generated = folder_set(name, "system", folder, listed, made=read_made(made), seconds=seconds, **chosen_from)
     real = folder_set("real clips", "reference", reference)
     output = output or work / "scores" / name
-    evaluation = score_folders(generated, real, judged, output, cache=work / "scores" / "cache")
+    evaluation = score_folders(generated, real, judged, output, cache=(work / "scores" / "cache").scratch())
     click.echo(evaluation.table())
     click.echo(f"scores and records: {shown(output)}; next: loa compare {shown(output)} OTHER …")
 

@@ -13,7 +13,7 @@ import re
 import tempfile
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -26,7 +26,7 @@ from numpy.typing import ArrayLike
 
 from stages.config import to_dict
 from stages.errors import UserError
-from stages.files import code_version, weights_hash
+from stages.files import Place, code_version, weights_hash
 
 EXPERIMENT = "loa"
 RUN_KEY = "loa.run_key"
@@ -54,14 +54,17 @@ def mlflow() -> ModuleType:
     return mlflow
 
 
-def tracking_uri(work: Path | str, given: str | None = None) -> str:
+def tracking_uri(work: Path | str | Place, given: str | None = None) -> str:
     """Where runs of the project folder `work` go: `given`, else MLFLOW_TRACKING_URI, else the folder's own database."""
     uri = given or os.environ.get("MLFLOW_TRACKING_URI")
     if uri:
         return uri
     if "://" in str(work):
-        raise UserError(f"{work} is not a local folder, so it cannot contain MLflow's database; name a server with --tracking-uri")
-    return f"sqlite:///{Path(work).absolute() / 'mlflow.db'}"
+        raise UserError(
+            f"{work} is not a local folder, so it cannot contain MLflow's database; run `mlflow server` where all nodes reach it, "
+            "and name it with --tracking-uri or MLFLOW_TRACKING_URI"
+        )
+    return f"sqlite:///{Place.of(work) / 'mlflow.db'}"
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class Tracker:
         cls,
         uri: str | None = None,
         *,
-        work: Path | str,
+        work: Path | str | Place,
         job: str,
         variant: str = "",
         name: str | None = None,
@@ -256,16 +259,17 @@ class Tracker:
 
     # -------------------------------------------------------------------------------------------------------- registry
 
-    def register(self, bundle: Path, name: str, alias: str = "newest", tags: Mapping[str, str] | None = None) -> str:
+    def register(self, bundle: str | Path | Place, name: str, alias: str = "newest", tags: Mapping[str, str] | None = None) -> str:
         """Make a bundle a version of the registered model `name` and point `alias` at it; returns the version's number.
 
         The same weights are registered once. A database on this machine refers to the folder where it lies; a server
-        gets a copy of it among the run's artifacts, where its other readers can reach it.
+        gets a copy of it among the run's artifacts, where its other readers can reach it. A bundle behind a URL is referred to.
         """
         if self._client is None:
             return ""
-        client, bundle = self._client, Path(bundle).absolute()
-        digest = weights_hash(bundle)
+        client, place = self._client, Place.of(bundle)
+        folder = place.local_copy()
+        digest = weights_hash(folder)
         from mlflow.exceptions import MlflowException
 
         try:
@@ -277,14 +281,57 @@ class Tracker:
         if same:
             version = same[0]
         else:
-            source = bundle.as_uri()
-            if not self._handle.uri.startswith("sqlite:"):
-                self.artifact(bundle, "bundle")
+            source = folder.as_uri() if place.local else str(place)
+            if place.local and not self._handle.uri.startswith("sqlite:"):
+                self.artifact(folder, "bundle")
                 source = f"{client.get_run(self._handle.run_id).info.artifact_uri}/bundle"
             version_tags = {"loa.weights_sha256": digest, "loa.code_version": code_version(), **(tags or {})}
             version = client.create_model_version(name, source, run_id=self._handle.run_id, tags=version_tags)
         client.set_registered_model_alias(name, alias, version.version)
         return str(version.version)
+
+
+@contextmanager
+def opened_when_needed(uri: str | None = None, **run: Any) -> Iterator[Callable[[], Tracker]]:
+    """A function that opens a job's run at its first call, for work that is worth more than its record.
+
+    Importing MLflow takes seconds, and a server may be away: a run that cannot be opened or ended is warned of, once.
+
+    Args:
+        uri: see `tracking_uri`.
+        run: other arguments of `Tracker.open`.
+    """
+    opened: list[Tracker] = []
+
+    def tracker() -> Tracker:
+        if not opened:
+            try:
+                opened.append(Tracker.open(uri, **run))
+            except Exception as error:
+                log.warning("nothing of this run is logged: %s", error)
+                opened.append(Tracker.off())
+        return opened[0]
+
+    status = "FAILED"
+    try:
+        yield tracker
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        for each in opened:
+            with never_fatal("how the run ended"):
+                each.close(status)
+
+
+@contextmanager
+def never_fatal(what: str) -> Iterator[None]:
+    """Within the block an error of MLflow's is warned of and goes no further."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("MLflow did not take %s: %s", what, str(error).splitlines()[0] if str(error) else type(error).__name__)
 
 
 class _Waiting:
@@ -326,10 +373,9 @@ class _Waiting:
 # --------------------------------------------------------------------------------------------------------- small things
 
 
-def run_key(work: Path | str, job: str, variant: str = "") -> str:
+def run_key(work: Path | str | Place, job: str, variant: str = "") -> str:
     """What identifies a job's run: `<work>/<job>/<variant>`."""
-    project = str(work) if "://" in str(work) else str(Path(work).absolute())
-    return "/".join([project, job, *([variant] if variant else [])]).replace("'", "_")
+    return "/".join([str(Place.of(work)), job, *([variant] if variant else [])]).replace("'", "_")
 
 
 def _experiment(client: Any, name: str, uri: str) -> str:

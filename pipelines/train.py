@@ -3,28 +3,50 @@
 from __future__ import annotations
 
 import json
-import sys
-import threading
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from options import friendly, next_step, set_option, shown, tiny_option, tracking_option, variant_option, with_option, work_option
-from pipelines import cluster
+from options import (
+    AS_NEEDED,
+    PlaceType,
+    Reservation,
+    WorkerRange,
+    friendly,
+    in_this_process,
+    next_step,
+    pairs,
+    set_option,
+    shown,
+    tiny_option,
+    tracking_option,
+    variant_option,
+    with_option,
+    work_option,
+    worker_options,
+)
 from pipelines.corpora import PUBLISHED
+from pipelines.leases import lease
 from pipelines.tracking import Tracker
-from pipelines.weights import released_folders, require_used
+from pipelines.tracking import tracking_uri as find_tracking
+from pipelines.training.identity import begun_as, check_begun, check_same, identified, made_from_now, out_of_date, without_recipes
+from pipelines.weights import card_beside, released_folders, require_used, start_folder
 from stages import STAGES, require_stage
-from stages.config import Recipe, differences, flat, to_dict
+from stages.config import Recipe, flat, to_dict
 from stages.errors import UserError
-from stages.files import weights_hash, whole_folder, write_json
+from stages.files import Place
+from stages.licences import inherited
+
+MOST_TURNS = 100  # of a clip in an epoch
+RANDOM = "random"  # the start that is none
 
 if TYPE_CHECKING:
     from pipelines.features.store import FeatureStore
     from pipelines.training.dataset import ClipDataset
-    from pipelines.training.loop import TrainJob
     from stages.base import Stage
     from stages.variants import Variant
 
@@ -32,98 +54,124 @@ if TYPE_CHECKING:
 def train_stage(
     stage: str,
     variant: Variant,
-    work: Path,
+    work: str | Path | Place,
     *,
     store: str | None = None,
     given: Mapping[str, str] | None = None,
-    workers: int | None = None,
+    workers: WorkerRange = None,
+    reserve: Reservation = AS_NEEDED,
     tracker: Tracker | None = None,
     seed: int = 0,
     precision: str = "auto",
     loader_workers: int = 0,
     max_failures: int = 3,
     fresh: bool = False,
-) -> Path:
+    runs: str | Path | Place | None = None,
+    weights: Mapping[str, float] | None = None,
+    accept_store: bool = False,
+    init_from: str | None = None,
+    init_allow: Sequence[str] = (),
+) -> Place:
     """Train `stage` of `variant` in the project folder `work` and release it to `<work>/stages/<stage>`.
 
     Args:
         given: folders of weights that replace stages of `work`, by stage name.
-        workers: Ray Train workers; 0 trains in this process, None takes one per GPU or a single one.
+        workers, reserve: Ray Train's workers (`cluster.worker_group`); 0 trains in this process.
         fresh: throw an earlier run of this stage away.
+        runs: folder of its checkpoints, on a disk; `<work>/runs`, or this machine's cache where `work` is behind a URL.
+        weights: how often the clips of a corpus come in an epoch, by its name; once where nothing is said.
+        init_from, init_allow: what its first weights are (`start_folder`, `RANDOM`), and what may be amiss (`start_from`).
+        accept_store: continue an earlier run although clips were added to the store since.
 
-    Returns:
-        The folder of released weights. A run that is already finished is returned as it is.
+    Returns the folder of released weights; a run that is already finished is left as it is.
 
-    Raises:
-        UserError: something the stage needs is missing, or an earlier run used another configuration.
+    Raises UserError when something the stage needs is missing, an earlier run was another, or another process is at it.
     """
     from pipelines.features.store import FeatureStore
-    from pipelines.training.dataset import ClipDataset
-    from pipelines.training.loop import TrainJob
-    from stages.base import read_card, stage_class
+    from pipelines.training.job import TrainJob
+    from pipelines.training.launch import fit
+    from stages.base import stage_class
 
-    work = Path(work).absolute()
-    cls = stage_class(stage)
+    run, cls = run_folder(work := Place.of(work), stage, runs, workers), stage_class(stage)
     require_used(given or {}, cls.builds_on(variant), stage)
-    opened = FeatureStore.open(store or str(work / "store"))
+    opened = FeatureStore.open(store or work / "store")
     opened.require_audio(variant.audio, variant.name)
-    output, run = work / "stages" / stage, work / "runs" / stage
-    folders = released_folders(work, given or {})
-    identity = {"stage": stage, "variant": _without_recipes(variant), "seed": seed, "store": opened.root}
-    if fresh:
-        _discard(run, output)
-    _check_same(run, identity)
-    recipe = getattr(variant.recipes, stage)
-    if is_finished(output, stage, recipe):
+    output, folders = work / "stages" / stage, released_folders(work, given or {})
+    weights = _known_corpora(weights or {}, opened)
+    identity = {"stage": stage, "variant": without_recipes(variant), "seed": seed, "weights": weights}
+    with lease(Place.of(run.with_name(f".{stage}.lease")), f"the run of {stage} in {run}"):
+        if fresh:
+            _discard(run, output)
+        check_same(run, identity)
+        made_from = made_from_now(cls, variant, opened, folders)
+        if _is_done(output, stage, variant, made_from):
+            return output
+        start = _start(cls, variant, init_from, begun_as(run))
+        made_from["start"] = identified(start)
+        check_begun(run, identity, made_from, accept_store)
+        dataset = _training_clips(cls, variant, opened, weights)
+        card = _provenance(cls, variant, dataset, opened, folders, tracker) | {"made_from": made_from}
+        released, handle = {name: str(folder) for name, folder in folders.items()}, tracker.handle() if tracker else None
+        job = TrainJob(stage, variant, opened.root, str(run), released, str(output), handle, seed, precision, loader_workers)
+        job = replace(job, corpora=dataset.corpora, weights=weights, start=start and (start[0], str(start[1])), allow=tuple(init_allow))
+        fit(replace(job, card=card), cls, dataset, workers, reserve, max_failures)
         return output
-    series = cls.reads(variant)
-    corpora = () if cls.any_corpus else _corpora_of(variant, opened)
-    dataset = ClipDataset(opened, cls, series, "train", corpora)
-    card = _provenance(cls.name, opened, series, folders, tracker) | {"clips_in_split": len(dataset)}
-    if not cls.learns_from(dataset.rows):
-        raise UserError(nothing_to_train_on(cls, variant, opened, corpora))
-    job = TrainJob(
-        stage=stage,
-        variant=variant,
-        store=opened.root,
-        run=str(run),
-        released={k: str(v) for k, v in folders.items()},
-        output=str(output),
-        tracker=tracker.handle() if tracker else None,
-        seed=seed,
-        precision=precision,
-        loader_workers=loader_workers,
-        corpora=corpora,
-        card=card,
-    )
-    _fit(job, cls, dataset, workers, max_failures)
-    read_card(output, stage)
-    return output
 
 
-def _fit(job: TrainJob, cls: type[Stage], dataset: ClipDataset, workers: int | None, max_failures: int) -> None:
-    """Prepare what the stage needs once, then train it in this process or on Ray."""
-    for earlier in cls.builds_on(job.variant):
-        job.folder(earlier)  # refuses now, not on a worker
-    prepared = Path(job.run) / "prepared"
-    if not prepared.is_dir():
-        with whole_folder(prepared) as folder:
-            cls.prepare(job.variant, job.folder, dataset, folder)
-    with _progress_bar(job):
-        if workers == 0:
-            _fit_here(job)
-        else:
-            _fit_on_ray(job, workers, max_failures)
+def _is_done(output: Place, stage: str, variant: Variant, made_from: Mapping[str, Any]) -> bool:
+    """Whether the stage is finished; says so where it was made from what has changed since."""
+    from stages.base import read_card
+
+    if not is_finished(output, stage, getattr(variant.recipes, stage)):
+        return False
+    if stale := out_of_date(read_card(output, stage), made_from):
+        click.echo(f"{stage} is out of date: {stale}; --fresh trains it again", err=True)
+    return True
+
+
+def _training_clips(cls: type[Stage], variant: Variant, store: FeatureStore, weights: Mapping[str, float]) -> ClipDataset:
+    """What of the store the stage learns from. Raises UserError when that is not enough for it."""
+    from pipelines.training.dataset import ClipDataset
+
+    corpora = () if cls.any_corpus else _corpora_of(variant, store)
+    dataset = ClipDataset(store, cls, cls.reads(variant), "train", corpora, weights)
+    if not cls.learns_from(dataset):
+        raise UserError(nothing_to_train_on(cls, variant, store, corpora))
+    return dataset
+
+
+def run_folder(work: Place, stage: str, runs: str | Path | Place | None = None, workers: WorkerRange = None) -> Path:
+    """Where the checkpoints of a stage lie: on a disk that all of its workers reach.
+
+    Raises UserError when there is no such disk: checkpoints are not written to an object store.
+    """
+    if runs is None and not work.local and not in_this_process(workers) and os.environ.get("RAY_ADDRESS"):
+        raise UserError(
+            f"checkpoints of a training are not written to {work}, and the workers of a cluster need them in one place; "
+            "name a folder that all nodes share with --runs, or train on one machine, without RAY_ADDRESS"
+        )
+    folder = Place.of(runs) if runs is not None else work / "runs"
+    if runs is not None and not folder.local:
+        raise UserError(f"--runs {folder}: checkpoints are written to a disk; name a folder that all nodes share")
+    return folder.scratch() / stage
 
 
 def _provenance(
-    stage: str, store: FeatureStore, series: Sequence[str], folders: Mapping[str, Path], tracker: Tracker | None
+    cls: type[Stage], variant: Variant, dataset: ClipDataset, store: FeatureStore, folders: Mapping[str, Place], tracker: Tracker | None
 ) -> dict[str, Any]:
-    """What a stage is made from, for its card and for MLflow: the store, the recipes of its series, the weights of earlier stages."""
-    recipes = {name: recipe for name, recipe in store.recipes().items() if name in series}
+    """What a stage is made from, for its card and for MLflow: store, clips, licences, recipes of its series, weights of earlier stages."""
+    recipes = {name: recipe for name, recipe in store.recipes().items() if name in cls.reads(variant)}
+    before = inherited({name: card_beside(folders[name]) for name in cls.builds_on(variant) if name in folders})
+    licences = {"clips": dataset.licences(), "inputs": before["clips"], "unstated": before["unstated"]}
     if tracker is not None:
         tracker.tags({"loa.store": store.root} | {f"loa.store.{name}": json.dumps(recipe) for name, recipe in recipes.items()})
-    return {"store": store.root, "store_recipes": recipes, "inputs": _input_hashes(stage, folders)}
+        tracker.tags({"loa.licences": json.dumps(licences)})
+    return {
+        "store": store.root,
+        "store_recipes": recipes,
+        "clips_in_split": len(dataset),
+        "licences": licences,
+    }
 
 
 def _corpora_of(variant: Variant, store: FeatureStore) -> tuple[str, ...]:
@@ -131,7 +179,7 @@ def _corpora_of(variant: Variant, store: FeatureStore) -> tuple[str, ...]:
 
     Raises UserError when the store has neither.
     """
-    there = sorted(set(store.clips()["corpus"]))
+    there = store.table.values("corpus")
     used = tuple(c for c in there if c in variant.corpora or c not in PUBLISHED)
     if not used:
         raise UserError(
@@ -141,168 +189,72 @@ def _corpora_of(variant: Variant, store: FeatureStore) -> tuple[str, ...]:
     return used
 
 
+def _numbers(weights: Mapping[str, str]) -> dict[str, float]:
+    try:
+        return {corpus: float(turns) for corpus, turns in weights.items()}
+    except ValueError as error:
+        raise UserError(f"--weight expects CORPUS=NUMBER, such as audiocaps=2 ({error})") from None
+
+
+def _start(cls: type[Stage], variant: Variant, init_from: str | None, begun: Mapping[str, Any]) -> tuple[str, Place] | None:
+    """What the first weights of a run are, as the user named it, and the folder; of a run that has begun, what it began with.
+
+    Raises UserError where the paper begins with given weights and nothing is said.
+    """
+    source = init_from or begun.get("made_from", {}).get("start", {}).get("from", "")
+    if not source and not begun and (usual := cls.usual_start):
+        if cls.fits_usual_start(variant):
+            raise UserError(
+                f"{cls.name} of {variant.name} begins with the weights of {usual}, as in the paper: give --init-from {usual}, a folder of "
+                f"it, or an earlier {cls.name} to train on; --init-from {RANDOM} begins with nothing learned"
+            )
+        click.echo(f"{cls.name}: begins with random weights, since those of {usual} have other sizes", err=True)
+    return None if source in ("", RANDOM) else (source, start_folder(cls.name, source))
+
+
+def _known_corpora(weights: Mapping[str, float], store: FeatureStore) -> dict[str, float]:
+    """`weights`, if they are of corpora in the store and make sense."""
+    there = store.table.values("corpus")
+    for corpus, weight in weights.items():
+        if corpus not in there:
+            raise UserError(f"--weight {corpus}={weight:g}: the store {store.root} holds no clips of {corpus!r}, but of {', '.join(there)}")
+        if not 0 <= weight <= MOST_TURNS:
+            raise UserError(f"--weight {corpus}={weight:g}: expected a number from 0 (never) to {MOST_TURNS} (so many times an epoch)")
+    return dict(sorted(weights.items()))
+
+
 def nothing_to_train_on(cls: type[Stage], variant: Variant, store: FeatureStore, corpora: Sequence[str] = ()) -> str:
     """The sentence on a store without clips for a stage: what it needs, what there is, what to do."""
-    table = store.clips()
-    table = table[(table["split"] == "train") & (table["corpus"].isin(list(corpora)) if corpora else True)]
-    there = {name: sum(len(value) > 0 for value in table[name]) for name in ("captions", "labels", "transcript")}
-    if cls.learns_from(table.to_dict("records")):
+    from pipelines.features.table import TEXTS
+
+    mask = store.table.among("split", ["train"])
+    if corpora:
+        mask &= store.table.among("corpus", corpora)
+    there = {name: int((mask & store.table.with_texts([name])).sum()) for name in TEXTS}
+    if (mask & store.table.with_texts(cls.needs)).any():
         what = f"none of those in {store.root} is in the series {', '.join(cls.reads(variant))}: see what `loa preprocess` rejected"
     else:
         what = (
-            f"of the {len(table)} training clips in {store.root} {there['captions']} have captions, {there['labels']} labels and "
+            f"of the {int(mask.sum())} training clips in {store.root} {there['captions']} have captions, {there['labels']} labels and "
             f"{there['transcript']} transcripts; add them to the recordings' table and ingest it into another folder"
         )
     return f"{cls.name} needs {cls.asks(variant)}: {what}" + (f", {cls.otherwise}" if cls.otherwise else "")
 
 
-def _fit_here(job: TrainJob) -> None:
-    from pipelines.training.loop import OneProcess, train
-
-    world = OneProcess(Path(job.run))
-    try:
-        train(job, world)
-    finally:
-        world.close()
-
-
-def _fit_on_ray(job: TrainJob, workers: int | None, max_failures: int) -> None:
-    cluster.connect()
-    from ray import cloudpickle
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2.api.config import LoggingConfig
-
-    from pipelines.training.ray_worker import ray_worker
-    from pipelines.training.rendezvous import OneMachine
-
-    have = cluster.cluster_resources()
-    count = workers or max(1, have.gpus)
-    if have.gpus and count > have.gpus:
-        raise UserError(f"{count} workers were asked for and the cluster has {have.gpus} GPUs; choose at most {have.gpus}")
-    cores = cluster.local_resources().cpus
-    threads = max(1, cores // count) if not have.gpus else max(1, have.cpus // max(1, have.gpus))
-
-    class Trainer(TorchTrainer):
-        def _create_default_callbacks(self) -> list[Any]:
-            """Ray's, on a cluster of our own without the one that frees the workers' resources should the controller die.
-
-            It asks the cluster that `ray start` ran last, which is not ours: if that one is gone it waits for it, 12 idle
-            seconds at the end of every training (Ray 2.60), and our cluster dies with us anyway.
-            """
-            callbacks: list[Any] = super()._create_default_callbacks()
-            return [c for c in callbacks if not (cluster.ends_with_us() and type(c).__name__ == "PlacementGroupCleanerCallback")]
-
-        def _register_sigint_handler(self, controller: Any) -> None:
-            """Not Ray's, after which the driver leaves without a word; Ctrl-C is an exception here, as everywhere in loa.
-
-            The controller and its workers belong to this driver and end with it.
-            """
-
-    trainer = Trainer(
-        ray_worker,
-        train_loop_config={"job": cloudpickle.dumps(job), "threads": threads},  # opened by the workers alone
-        torch_config=OneMachine() if cluster.ends_with_us() else None,
-        scaling_config=ScalingConfig(
-            num_workers=count, use_gpu=have.gpus > 0, resources_per_worker={"CPU": 1} | ({"GPU": 1} if have.gpus else {})
-        ),
-        run_config=RunConfig(
-            name=Path(job.run).name,
-            storage_path=str(Path(job.run).parent),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-            failure_config=FailureConfig(max_failures=max_failures),
-            logging_config=LoggingConfig(log_level="ERROR"),
-        ),
-    )
-    result = trainer.fit()
-    answer = result.return_value
-    if isinstance(answer, dict) and "user_error" in answer:
-        raise UserError(answer["user_error"])
-
-
-class _progress_bar:
-    """A bar over the run's steps, fed by what its first worker leaves in the run folder."""
-
-    def __init__(self, job: TrainJob) -> None:
-        self.job, self.stop = job, threading.Event()
-
-    def __enter__(self) -> None:
-        self.thread = threading.Thread(target=self._show, daemon=True)
-        self.thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        self.thread.join()
-
-    def _show(self) -> None:
-        from tqdm import tqdm
-
-        from pipelines.training.loop import follow
-
-        steps = self.job.recipe.steps
-        interval = 1.0 if sys.stderr.isatty() else 15.0
-        with tqdm(total=steps, desc=self.job.stage, unit="step", mininterval=interval, file=sys.stderr, dynamic_ncols=True) as bar:
-            for state in follow(self.job):
-                # A run that stops by the clock has its bar stretched to that end.
-                share, step = float(state["share"]), int(state["step"])
-                if step and share:
-                    bar.total = max(step, round(step / share))
-                bar.n = step
-                logs = {k.removeprefix("train/"): v for k, v in state["train"].items() if "grad_norm" not in k and "rate" not in k}
-                if logs:
-                    bar.set_postfix({k: f"{v:.3g}" for k, v in list(logs.items())[:4]}, refresh=False)
-                bar.update(0)
-                if self.stop.wait(0.5):
-                    bar.refresh()
-                    return
-
-
-def _without_recipes(variant: Variant) -> dict[str, Any]:
-    return {k: v for k, v in to_dict(variant).items() if k not in ("name", "recipes", "summary")}
-
-
-def _check_same(run: Path, identity: dict[str, Any]) -> None:
-    """A run folder belongs to one configuration; its recipe (steps, rates) may change between calls."""
-    path = run / "job.json"
-    now = json.loads(json.dumps(identity))
-    if not path.is_file():
-        run.mkdir(parents=True, exist_ok=True)
-        write_json(path, now)
-        return
-    before = json.loads(path.read_text())
-    before.get("variant", {}).pop("name", None)  # earlier versions kept it; the settings say all
-    if before != now:
-        raise UserError(
-            f"{run} holds a run of another configuration ({differences(before, now)}); "
-            "repeat the old settings to continue it, use --fresh to start over, or choose another --work"
-        )
-
-
-def is_finished(output: Path, stage: str, recipe: Recipe) -> bool:
+def is_finished(output: Place, stage: str, recipe: Recipe) -> bool:
     """Whether `output` holds a release of `stage` that was trained for as long as the recipe asks."""
     from stages.base import read_card
 
-    if not output.is_dir():
+    if not output.exists() or not (output.local or (output / "stage.json").exists()):  # half an upload is nothing
         return False
     card = read_card(output, stage)
     return bool(card["steps"] >= recipe.steps or (recipe.max_seconds is not None and card["seconds"] >= recipe.max_seconds))
 
 
-def _discard(run: Path, output: Path) -> None:
-    import shutil
-
-    for folder in (run, output):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _input_hashes(stage: str, folders: Mapping[str, Path]) -> dict[str, str]:
-    """Which weights were available when this stage was trained: provenance for its card."""
-    before = list(STAGES)[: list(STAGES).index(stage)]
-    hashes = {}
-    for name in before:
-        if name in folders and any(Path(folders[name]).rglob("*.safetensors")):
-            hashes[name] = weights_hash(folders[name])
-    return hashes
+def _discard(run: Path, output: Place) -> None:
+    (output / "stage.json").remove()  # first: from now on it is no release
+    output.remove_tree()
+    Place.of(run).remove_tree()
 
 
 @click.command()
@@ -314,14 +266,20 @@ def _input_hashes(stage: str, folders: Mapping[str, Path]) -> dict[str, str]:
 @with_option
 @tracking_option
 @click.option("--store", metavar="DIR", help="Feature store to read.  [default: store in --work]")
-@click.option("--workers", type=click.IntRange(min=0), help="Ray Train workers; 0 trains in this process.  [default: one per GPU, else 1]")
+@click.option(
+    "--runs",
+    type=PlaceType(),
+    metavar="DIR",
+    help="Disk folder of checkpoints.  [default: runs in --work, or a cache beside a URL]",
+)
+@worker_options
 @click.option("--seed", default=0, show_default=True, help="Seed of weights, data order and dropout.")
 @click.option(
     "--precision",
-    type=click.Choice(["auto", "bf16", "fp32"]),
+    type=click.Choice(["auto", "fast", "bf16", "fp32"]),
     default="auto",
     show_default=True,
-    help="auto: bf16 where the device is fast at it.",
+    help="auto: bf16 where the device is fast at it, but fp32 for vae and vocoder, where bf16 is heard; fast: for these as well.",
 )
 @click.option(
     "--loader-workers",
@@ -337,25 +295,46 @@ def _input_hashes(stage: str, folders: Mapping[str, Path]) -> dict[str, str]:
     show_default=True,
     help="How often a training is restarted after a worker died.",
 )
+@click.option(
+    "--weight",
+    "weights",
+    multiple=True,
+    callback=pairs,
+    metavar="CORPUS=TURNS",
+    help="How often an epoch shows the clips of a corpus: 2, 0.5, or 0 for never. May be repeated.  [default: once]",
+)
+@click.option(
+    "--init-from",
+    metavar="FOLDER",
+    help="Begin with these weights: a released stage, a bundle, a diffusers folder, a hub id; for the translator also a GPT-2, and "
+    "`random` for none.  [default: none; where the paper has some, you are asked]",
+)
+@click.option(
+    "--init-allow",
+    multiple=True,
+    type=click.Choice(["missing", "shape"]),
+    help="What of --init-from may not fit: weights it lacks, or has in another shape, begin fresh. May be repeated.  [default: nothing]",
+)
+@click.option("--accept-store", is_flag=True, help="Continue a run although clips were added to the store since it began.")
 @click.option("--fresh", is_flag=True, help="Delete an earlier run of this stage and start over.")
 @click.option("--dry-run", is_flag=True, help="Print the resolved configuration, sizes and estimates, without training.")
 @friendly
 def main(
     stage: str,
-    work: Path,
+    work: Place,
     variant: str,
     tiny: bool,
     settings: dict[str, str],
     released: dict[str, str],
     tracking_uri: str | None,
     store: str | None,
-    workers: int | None,
+    runs: Place | None,
+    workers: tuple[int, int] | None,
     seed: int,
-    precision: str,
-    loader_workers: int,
-    max_failures: int,
+    weights: dict[str, str],
     fresh: bool,
     dry_run: bool,
+    **options: Any,
 ) -> None:
     """Train STAGE: clap, audiomae, vae, vocoder, translator, diffusion, joint or classifier.
 
@@ -367,14 +346,17 @@ def main(
 
     resolved = resolve(variant, tiny, settings)
     if dry_run:
-        from pipelines.plan import describe
+        from pipelines.variants import describe
 
-        click.echo(describe(resolved, stage, workers))
+        click.echo(describe(resolved, stage, workers[1] if workers else None))
         return
-    before = not fresh and is_finished(work.absolute() / "stages" / stage, stage, getattr(resolved.recipes, stage))
+    turns = _numbers(weights)
+    tracking_uri = find_tracking(work, tracking_uri)  # refused before anything is read
+    run_folder(work, stage, runs, workers)
+    before = not fresh and is_finished(work / "stages" / stage, stage, getattr(resolved.recipes, stage))
     tags = {"loa.stage": stage, "loa.variant": resolved.name}
     with Tracker.open(tracking_uri, work=work, job=f"train-{stage}", variant=resolved.name, tags=tags, fresh=fresh) as tracker:
-        tracker.params({"seed": seed, **flat(to_dict(resolved))})
+        tracker.params({"seed": seed, **flat({"weight": weights}), **flat(to_dict(resolved))})
         folder = train_stage(
             stage,
             resolved,
@@ -384,10 +366,10 @@ def main(
             workers=workers,
             tracker=tracker,
             seed=seed,
-            precision=precision,
-            loader_workers=loader_workers,
-            max_failures=max_failures,
             fresh=fresh,
+            runs=runs,
+            weights=turns,
+            **options,
         )
     if before:
         steps, where = read_card(folder, stage)["steps"], shown(folder)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from stages import STAGES, require_stage
 from stages.errors import UserError
+from stages.files import Place
 
 # What makes a folder usable for a stage (the layout of a released stage, or of a diffusers AudioLDM 2 folder).
 NEEDS: dict[str, tuple[str, ...]] = {
@@ -22,24 +25,63 @@ NEEDS: dict[str, tuple[str, ...]] = {
 FILE_ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")  # a mistyped path is never looked up on the hub
 
 
-def released_folders(work: Path, given: Mapping[str, str]) -> dict[str, Path]:
+def released_folders(work: str | Path | Place, given: Mapping[str, str]) -> dict[str, Place]:
     """Folder of every stage whose weights are available: `given` ones first, then those released in `work`.
+
+    What needs them as files takes `local_copy()`, on the machine that needs them.
 
     Raises UserError for an unknown stage, a folder that is not one, or a hub id that cannot be had.
     """
-    folders = {s: Path(work) / "stages" / s for s in STAGES if (Path(work) / "stages" / s / "stage.json").is_file()}
+    stages = Place.of(work) / "stages"
+    folders = {s: stages / s for s in STAGES if (stages / s / "stage.json").exists()}
     for stage, source in given.items():
         require_stage(stage)
-        folder = Path(source).expanduser()
-        if not folder.exists():
-            folder = _from_hub(stage, source)
-        if not _lacking(stage, folder / stage):
-            folder = folder / stage  # a bundle keeps AudioMAE in a folder of its own
-        if missing := _lacking(stage, folder):
-            also = {"audiomae": " or a bundle that has one", "classifier": ""}.get(stage, ", a bundle or a diffusers AudioLDM 2 folder")
-            raise UserError(f"--with {stage}={source}: the folder lacks {', '.join(missing)}; expected a released stage{also}")
-        folders[stage] = folder.absolute()
+        folders[stage] = _folder_of(stage, source, f"--with {stage}={source}")
     return folders
+
+
+def start_folder(stage: str, source: str) -> Place:
+    """The folder of weights that `stage` shall begin with: a release, a bundle, a diffusers folder a hub id, or a GPT-2 for the translator.
+
+    Raises UserError when it is none of these, or the hub does not give it.
+    """
+    from stages.starting import is_gpt2
+
+    said = f"--init-from {source}"
+    if stage == "translator":
+        folder = _there(source)
+        if folder is None:
+            hub = from_hub(source, ["config.json", "model.safetensors", "language_model/*", "projection_model/*", "text_encoder_2/*"], said)
+            folder = Place.of(hub)
+        if is_gpt2(folder.local_copy()):
+            return folder
+    if (
+        stage == "joint"
+        and (folder := _there(source)) is not None
+        and (folder / "unet").exists()
+        and not (folder / "language_model").exists()
+    ):
+        raise UserError(f"{said}: that is a T-UNet alone; joint training takes it as --with diffusion={source}")
+    return _folder_of(stage, source, said)
+
+
+def _there(source: str) -> Place | None:
+    """The folder that `source` names, if there is one."""
+    folder = Place.of(source if "://" in source else Path(source).expanduser())
+    return folder if folder.exists() or not folder.local else None
+
+
+def _folder_of(stage: str, source: str, said: str) -> Place:
+    """The folder with the weights of `stage` that `source` names, which the user called `said`."""
+    folder = _there(source)
+    if folder is None:
+        folder = Place.of(_from_hub(stage, source, said))
+    if not _lacking(stage, folder / stage):
+        folder = folder / stage  # a bundle keeps AudioMAE in a folder of its own
+    if missing := _lacking(stage, folder):
+        also = {"audiomae": " or a bundle that has one", "classifier": ""}.get(stage, ", a bundle or a diffusers AudioLDM 2 folder")
+        raise UserError(f"{said}: the folder lacks {', '.join(missing)}; expected a released stage{also}")
+    return folder
 
 
 def require_used(given: Mapping[str, str], used: Collection[str], who: str) -> None:
@@ -55,16 +97,25 @@ def require_used(given: Mapping[str, str], used: Collection[str], who: str) -> N
             raise UserError(f"--with {stage}={source}: {why}; --with names weights that are used as they are, so leave it out")
 
 
-def _lacking(stage: str, folder: Path) -> list[str]:
+def card_beside(folder: Place) -> dict[str, Any]:
+    """What weights say of themselves: the card of a released stage, or of the bundle they lie in; public weights say nothing."""
+    for path in (folder / "stage.json", folder / "loa.json", folder.parent / "loa.json"):
+        if path.exists():
+            card: dict[str, Any] = json.loads(path.read())
+            return card
+    return {}
+
+
+def _lacking(stage: str, folder: Place) -> list[str]:
     return [name for name in NEEDS[stage] if not (folder / name).exists()]
 
 
-def _from_hub(stage: str, name: str) -> Path:
+def _from_hub(stage: str, name: str, said: str) -> Path:
     """Fetch what the stage needs from the hub; only ever called with an id the user typed."""
     text, scale = ("text_encoder_2", "tokenizer_2"), ("vae/config.json",)
     also = {"clap": text, "translator": text, "joint": (*text, *scale), "diffusion": scale, "audiomae": ("config.json", "audiomae")}
     parts = (*NEEDS[stage], *also.get(stage, ()))
-    return from_hub(name, [f"{part}*/*" if "." not in part else part for part in parts], f"--with {stage}={name}")
+    return from_hub(name, [f"{part}*/*" if "." not in part else part for part in parts], said)
 
 
 def from_hub(name: str, patterns: list[str], said: str) -> Path:

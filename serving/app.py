@@ -11,15 +11,17 @@ import os
 import signal
 import socket
 import threading
-from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import local_ray
-from options import friendly
+from options import PlaceType, friendly, shown
 from stages.errors import UserError
+
+if TYPE_CHECKING:
+    from stages.files import Place
 
 ANSWER_WITHIN = 900  # seconds; a CPU takes its time
 
@@ -72,7 +74,7 @@ def connect(num_replicas: int) -> tuple[int, int]:
     return int(have.get("CPU", 1)), int(have.get("GPU", 0))
 
 
-def run(bundle: Path, host: str, port: int, num_replicas: int, max_batch: int, max_queue: int, max_seconds: float) -> None:
+def run(bundle: Place, host: str, port: int, num_replicas: int, max_batch: int, max_queue: int, max_seconds: float) -> None:
     """Serve `bundle` until interrupted or terminated.
 
     Raises UserError when the bundle is not whole, the port is taken or the cluster has no room for the replicas.
@@ -102,10 +104,10 @@ def run(bundle: Path, host: str, port: int, num_replicas: int, max_batch: int, m
         )
         quiet = {"log_level": "ERROR", "enable_access_log": False}
         serve.start(http_options={"host": host, "port": port, "request_timeout_s": ANSWER_WITHIN}, logging_config=quiet)
-        click.echo(f"Loading {info.variant} from {os.path.relpath(bundle)} …")
+        click.echo(f"Loading {info.variant} from {shown(bundle)} …")
         serve.run(build(args), name="loa", route_prefix="/")
-        shown = "localhost" if is_loopback(host) else host
-        click.echo(f"Ready at http://{shown}:{port} - a page to try it; the API is POST /v1/audio/generations. Press Ctrl-C to stop.")
+        reached = "localhost" if is_loopback(host) else host
+        click.echo(f"Ready at http://{reached}:{port} - a page to try it; the API is POST /v1/audio/generations. Press Ctrl-C to stop.")
         if not is_loopback(host):
             click.echo(
                 "Anyone who can reach this address can use it: there is no authentication. Put a proxy with authentication in front.",
@@ -134,9 +136,9 @@ def _wait_for_end() -> None:
 @click.command()
 @click.option(
     "--bundle",
-    type=click.Path(path_type=Path),
+    type=PlaceType(),
     metavar="DIR",
-    help="Bundle to serve.  [default: $LOA_BUNDLE, or the newest under ./outputs]",
+    help="Bundle to serve, a folder or URL.  [default: $LOA_BUNDLE, or the newest under ./outputs]",
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 accepts requests from other machines.")
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="Port to listen on.")
@@ -157,7 +159,7 @@ def _wait_for_end() -> None:
 )
 @click.option("--max-seconds", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True, help="Maximum length of a sound.")
 @friendly
-def main(bundle: Path | None, host: str, port: int, num_replicas: int, max_batch: int, max_queue: int, max_seconds: float) -> None:
+def main(bundle: Place | None, host: str, port: int, num_replicas: int, max_batch: int, max_queue: int, max_seconds: float) -> None:
     """Serve a bundle over HTTP, with a page to try it."""
     from stages.bundle import find_bundle
 

@@ -11,9 +11,9 @@ import click
 import numpy as np
 from tqdm import tqdm
 
-from options import friendly, next_step, sampling_options
+from options import PlaceType, friendly, next_step, sampling_options
 from stages.errors import UserError
-from stages.files import replacing
+from stages.files import Place, replacing
 from stages.sampling import resolve
 
 FORMATS = {".wav": "WAV", ".flac": "FLAC"}
@@ -58,7 +58,10 @@ def write_sound(path: Path, waveform: np.ndarray, sample_rate: int) -> None:
     help="WAV or FLAC file to write.  [default: a name made of the prompt's words]",
 )
 @click.option(
-    "--bundle", type=click.Path(path_type=Path), metavar="DIR", help="Bundle to use.  [default: $LOA_BUNDLE, or the newest under ./outputs]"
+    "--bundle",
+    type=PlaceType(),
+    metavar="DIR",
+    help="Bundle, a folder or URL.  [default: $LOA_BUNDLE, or the newest under ./outputs]",
 )
 @click.option("--seconds", type=float, help="Length in seconds.  [default: the clip length of the bundle]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed; the same seed gives the same sound.")
@@ -75,7 +78,7 @@ def write_sound(path: Path, waveform: np.ndarray, sample_rate: int) -> None:
 def main(
     prompt: str,
     out: Path | None,
-    bundle: Path | None,
+    bundle: Place | None,
     seconds: float | None,
     seed: int,
     negative_prompt: str | None,

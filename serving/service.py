@@ -11,7 +11,6 @@ import difflib
 import io
 import json
 import logging
-import os
 import secrets
 import threading
 import time
@@ -33,6 +32,7 @@ from ray.serve.handle import DeploymentHandle
 
 from stages.bundle import BundleInfo, read_info
 from stages.errors import UserError
+from stages.files import Place
 from stages.generator import AudioGenerator
 from stages.sampling import PROFILES, SCHEDULERS, Sampling, resolve
 
@@ -405,8 +405,8 @@ class ServeArgs(BaseModel):
 
 def build(args: ServeArgs) -> serve.Application:
     """The application. Raises UserError when the bundle cannot be served."""
-    bundle = os.path.abspath(args.bundle)
-    info = read_info(Path(bundle))
+    bundle = str(Place.of(args.bundle))  # replicas on other nodes make copies of their own
+    info = read_info(bundle)
     api = create_api(_backend_here, info, Limits.of(info, args.max_seconds))
     model = serve.deployment(
         SoundModel,

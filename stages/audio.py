@@ -24,10 +24,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stages.errors import AudioError
+from stages.recordings import open_recording, parse_address
 
 Waveform = NDArray[np.float32]
 Source = str | PathLike[str] | bytes | BinaryIO
 
+SILENCE = 1e-4  # a clip whose samples all lie below holds no sound
 PEAK = 0.5  # level of every training waveform
 LOG_FLOOR = 1e-5  # the log-mel spectrogram bottoms out at ln 1e-5 = -11.5129
 
@@ -103,7 +105,7 @@ def load_audio(source: Source, sample_rate: int, start: float = 0.0, seconds: fl
     """Decode (part of) one channel of a recording, or their mean, and resample it.
 
     Args:
-        source: a path, the bytes of a whole file, or a seekable binary file.
+        source: a path, an address (`stages.recordings`), the bytes of a whole file, or a seekable binary file.
         sample_rate: wanted rate in Hz.
         start: where to begin, in seconds.
         seconds: how much to read at most; None reads to the end.
@@ -114,6 +116,7 @@ def load_audio(source: Source, sample_rate: int, start: float = 0.0, seconds: fl
 
     Raises:
         AudioError: the recording is missing, unreadable, empty, ends before `start`, or holds non-finite samples.
+        OSError: the file of an address that is more than a path cannot be read.
     """
     name = _name(source)
     with _open(source) as file:
@@ -136,6 +139,30 @@ def load_audio(source: Source, sample_rate: int, start: float = 0.0, seconds: fl
     if rate != sample_rate:
         waveform = soxr.resample(waveform, rate, sample_rate, quality="HQ")
     return waveform if seconds is None else waveform[: round(seconds * sample_rate)]
+
+
+def check_audio(source: Source) -> float:
+    """Decode a whole recording piece by piece, in bounded memory, and return its seconds.
+
+    Raises AudioError as `load_audio` does, also when it ends before its header says or is silent throughout; OSError likewise.
+    """
+    name = _name(source)
+    decoded, peak = 0, 0.0
+    with _open(source) as file:
+        try:
+            for block in file.blocks(1 << 16, dtype="float32", always_2d=True):
+                loudest = float(np.abs(block).max(initial=0.0))  # NaN where a sample is
+                if not math.isfinite(loudest):
+                    raise AudioError(f"{name} contains samples that are not finite numbers")
+                decoded, peak = decoded + len(block), max(peak, loudest)
+        except soundfile.SoundFileError as error:
+            raise AudioError(f"{name} is damaged: decoding failed at {decoded / file.samplerate:.2f} s ({_reason(error)})") from error
+        seconds, promised = decoded / file.samplerate, file.frames / file.samplerate
+        if decoded < file.frames:
+            raise AudioError(f"{name} is truncated: its header promises {promised:.2f} s and {seconds:.2f} s can be decoded")
+        if peak <= SILENCE:
+            raise AudioError(f"{name} is silent: no sample is louder than {SILENCE:g} of full scale")
+        return seconds
 
 
 def write_wav(target: str | PathLike[str] | BinaryIO, waveform: Waveform, sample_rate: int) -> None:
@@ -165,12 +192,13 @@ def _to_int16(waveform: Waveform) -> NDArray[np.int16]:
 
 def _open(source: Source) -> soundfile.SoundFile:
     name = _name(source)
+    readable = _readable(source)
     try:
-        file = soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else source)
+        file = soundfile.SoundFile(readable)
     except (soundfile.SoundFileError, TypeError) as error:  # TypeError: ".raw", which soundfile reads only with a format
-        if isinstance(source, (str, PathLike)):
+        if isinstance(readable, (str, PathLike)):
             try:
-                with open(source, "rb"):
+                with open(readable, "rb"):
                     pass
             except OSError as reason:
                 raise AudioError(f"{name} cannot be opened: {reason.strerror}") from error
@@ -179,6 +207,15 @@ def _open(source: Source) -> soundfile.SoundFile:
         file.close()
         raise AudioError(f"{name} is empty: it has no samples")
     return file
+
+
+def _readable(source: Source) -> str | PathLike[str] | BinaryIO:
+    """What libsndfile opens: a plain path by itself, anything else through a file object."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    if not isinstance(source, (str, PathLike)):
+        return source
+    return source if parse_address(source).plain else open_recording(source)
 
 
 def _name(source: Source) -> str:

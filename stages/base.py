@@ -13,19 +13,26 @@ from torch import Tensor, nn
 
 from stages import STAGES, require_stage
 from stages.errors import UserError
-from stages.files import whole_folder, write_json
+from stages.files import Place, whole_folder, write_json
 from stages.variants import Variant
 
 STAGE_FORMAT = 1
+LAST = ("config.json", "stage.json")  # what makes a folder a release: uploads bring them last
 
 
 class ClipSource(Protocol):
-    """Training clips as `Stage.prepare` sees them: the wanted rows of the clip table, and one clip with its arrays."""
+    """Training clips as `Stage.prepare` sees them: those that the stage wants."""
 
-    rows: list[dict[str, Any]]
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
 
-    def clip(self, index: int) -> dict[str, Any]:
-        """Row `index` together with its arrays, by member name."""
+    def texts(self) -> Iterator[Mapping[str, Any]]:
+        """`captions`, `labels` and `transcript` of every clip in turn; there may be millions."""
+        ...
+
+    def clip(self, index: int, series: Sequence[str] = ()) -> dict[str, Any]:
+        """`clip_id`, `captions`, `labels` and `transcript` of clip `index`, with its arrays by member name: of `series`, or of all."""
         ...
 
 
@@ -43,8 +50,13 @@ class Stage(nn.Module):
     name: ClassVar[str]
     any_corpus: ClassVar[bool] = True  # learns from whatever the store holds, not from the variant's corpora alone
     series: ClassVar[tuple[str, ...]] = ()  # feature-store series it reads
+    needs: ClassVar[tuple[str, ...]] = ()  # wants clips that have one of these: captions, labels, transcript; none: all clips
     otherwise: ClassVar[str] = ""  # what to do where a store has nothing to train it on
     blocks: tuple[type[nn.Module], ...] = ()  # repeated blocks, sharded one by one before their part
+    averaged: ClassVar[str] = ""  # the parameters that an average is kept of: those whose name begins so, by default all
+    full_precision: ClassVar[bool] = False  # trains in float32 unless told otherwise
+    usual_start: ClassVar[str] = ""  # what the paper begins with, as `--init-from` takes it; nothing for chance alone
+    may_lack: tuple[str, ...] = ()  # of `homes`: what a start may come without
     entries: tuple[type[nn.Module], ...] = ()  # modules inside a part that are also called alone: sharded on their own
 
     @classmethod
@@ -52,17 +64,32 @@ class Stage(nn.Module):
         """The feature-store series it reads for this variant."""
         return cls.series
 
+    def reads_now(self, rng: np.random.Generator | None) -> tuple[str, ...]:
+        """Which of these series one step needs, by that step's generator, before a clip is read; () for all of them.
+
+        `losses` gets a generator in the same state, and draws first what was drawn here. None stands for validation.
+        """
+        return ()
+
     @classmethod
     def builds_on(cls, variant: Variant) -> tuple[str, ...]:
         """The earlier stages whose released weights `prepare` and `build` read for this variant."""
         return ()
 
     @classmethod
-    def prepare(cls, variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path) -> None:
+    def prepare(
+        cls, variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path, start: Path | None = None
+    ) -> None:
         """Make, once and before the workers start, what `build` needs from the data (tokenizers, scales).
 
-        The result lies in `folder` and reaches `build` as `released("prepared")`.
+        The result lies in `folder` and reaches `build` as `released("prepared")`. `start` holds the weights that the stage
+        will begin with, and what belongs to them.
         """
+
+    @classmethod
+    def fits_usual_start(cls, variant: Variant) -> bool:
+        """Whether the variant has the sizes of `usual_start`."""
+        return False
 
     @classmethod
     def build(cls, variant: Variant, released: Callable[[str], Path]) -> Stage:
@@ -74,19 +101,14 @@ class Stage(nn.Module):
         raise TypeError(f"{type(self).__name__} does not name its parts")
 
     @classmethod
-    def wants(cls, row: Mapping[str, Any]) -> bool:
-        """Whether a clip of the table (a row without arrays) is of use to this stage."""
-        return True
-
-    @classmethod
     def asks(cls, variant: Variant) -> str:
         """What it needs of a store, in words: "clips with captions or labels"."""
         return "clips"
 
     @classmethod
-    def learns_from(cls, rows: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether these training clips are enough for it."""
-        return any(cls.wants(row) for row in rows)
+    def learns_from(cls, dataset: ClipSource) -> bool:
+        """Whether these training clips, which it wants, are enough for it."""
+        return len(dataset) > 0
 
     def example(self, clip: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Tensor]:
         """One training example from a clip's row and arrays; every random choice is drawn from `rng`."""
@@ -107,6 +129,13 @@ class Stage(nn.Module):
         """Something to see or hear from one validation batch: "audio/…" [T] waveforms, "mel/…" [F, M] images."""
         return {}
 
+    def homes(self) -> dict[str, nn.Module]:
+        """The networks it can begin with, by the names of their folders or files in what `save` writes."""
+        raise TypeError(f"{type(self).__name__} does not start from given weights")
+
+    def started(self, folder: Path) -> None:
+        """Called when the weights of `folder` have been put into `homes`, for what depends on them."""
+
     def save(self, folder: Path) -> None:
         """Write the weights that later stages and the bundle use, as safetensors and JSON."""
         raise TypeError(f"{type(self).__name__} does not say how it is released")
@@ -115,22 +144,22 @@ class Stage(nn.Module):
 # ---------------------------------------------------------------------------------------------- released folders
 
 
-def release(stage: Stage, folder: Path, card: Mapping[str, Any]) -> None:
-    """Save a trained stage as `folder` with its card (`stage.json`: what it is and what made it)."""
-    with whole_folder(folder) as draft:
+def release(stage: Stage, folder: str | Path | Place, card: Mapping[str, Any]) -> None:
+    """Save a trained stage as `folder` with its card (`stage.json`: what it is and what made it), whole or not at all."""
+    with Place.of(folder).writing_folder(LAST) as local, whole_folder(local) as draft:
         stage.save(draft)
         write_json(draft / "stage.json", {"format": STAGE_FORMAT, "stage": stage.name, **card})
 
 
-def read_card(folder: Path, stage: str) -> dict[str, Any]:
+def read_card(folder: str | Path | Place, stage: str) -> dict[str, Any]:
     """The card of a released stage.
 
     Raises UserError when the folder is not a release of `stage` in this format.
     """
-    path = Path(folder) / "stage.json"
-    if not path.is_file():
+    path = Place.of(folder) / "stage.json"
+    if not path.exists():
         raise UserError(f"{folder} contains no released stage (no stage.json); run `loa train {stage}` or name another folder")
-    card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    card: dict[str, Any] = json.loads(path.read())
     if card.get("format") != STAGE_FORMAT:
         raise UserError(f"{path} has format {card.get('format')}, this version of loa reads {STAGE_FORMAT}")
     if card.get("stage") != stage:

@@ -9,15 +9,13 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-import transformers
 from diffusers import AutoencoderKL, DDIMScheduler
 from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2ProjectionModel, AudioLDM2UNet2DConditionModel
 from safetensors import SafetensorError
@@ -35,7 +33,8 @@ from stages.audio import AudioConfig
 from stages.config import tiny_name
 from stages.diffusion.model import latent_scale
 from stages.errors import UserError
-from stages.files import weights_hash, whole_folder, write_json
+from stages.files import Place, weights_hash, whole_folder, write_json
+from stages.quiet import quiet
 from stages.tokenizers import read_tokenizer
 
 BUNDLE_FORMAT = 1
@@ -70,6 +69,7 @@ FILES = {
     "vocoder": ("config.json", "model.safetensors"),
 }
 CRITIC = "discriminator.safetensors"
+LAST = ("loa.json", "model_index.json")  # a bundle without them is not whole: uploads bring them last
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class BundleInfo:
     speech: bool  # conditioned by a transcription instead of T5 states
     tiny: bool = False
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    licences: Mapping[str, Any] = field(default_factory=dict)  # of what it was trained on (`stages.licences.inherited`)
 
 
 @dataclass(frozen=True)
@@ -106,13 +107,15 @@ class Components:
 # ------------------------------------------------------------------------------------------------------- writing
 
 
-def assemble(stages: Mapping[str, Path], out: Path, meta: Mapping[str, Any], force: bool = False, critics: bool = False) -> Path:
+def assemble(
+    stages: Mapping[str, Path], out: Path | Place, meta: Mapping[str, Any], force: bool = False, critics: bool = False
+) -> Path | Place:
     """Build the bundle `out` from released stages: whole or not at all.
 
     Args:
         stages: folders of `clap`, `vae`, `vocoder`, `audiomae` (optional) and `joint`, or `translator` and `diffusion`.
             Folders of a diffusers AudioLDM 2 pipeline serve as well.
-        meta: `variant`, `tiny`, `audio` (an AudioConfig or its dict), `provenance`, and optionally `unconditional`.
+        meta: `variant`, `tiny`, `audio` (an AudioConfig or its dict), `provenance`, and optionally `unconditional`, `licences`.
         force: replace another bundle at `out`.
         critics: add the discriminators of VAE and vocoder, for further training.
 
@@ -122,20 +125,16 @@ def assemble(stages: Mapping[str, Path], out: Path, meta: Mapping[str, Any], for
     Raises:
         UserError: a stage or a file of it is missing, or `out` holds something else.
     """
-    out = Path(out)
     folders = {"translator": stages.get("joint"), "diffusion": stages.get("joint")}
     folders = {name: folder or stages.get(name) for name, folder in folders.items()}
     folders |= {name: stages.get(name) for name in ("clap", "vae", "vocoder")}
     _require_stages(folders)
     where = {name: Path(folders[stage] or "") for name, stage in SOURCE.items()}
-    speech = model_type(where["language_model"] / "text_encoder_2") == "vits"
-    if speech:
+    if speech := model_type(where["language_model"] / "text_encoder_2") == "vits":
         where["text_encoder_2"] = where["tokenizer_2"] = where["language_model"]
     _require_files(where)
-    if out.exists() and not (out / "model_index.json").is_file():
-        raise UserError(f"{out} exists and is not a bundle; choose another folder with --out")
-
-    with whole_folder(out) as draft:
+    before = _existing(Place.of(out))
+    with Place.of(out).writing_folder(LAST) as folder, whole_folder(folder) as draft:
         for name, folder in where.items():
             _copy(folder / name, draft / name)
         if "audiomae" in stages:
@@ -157,12 +156,27 @@ def assemble(stages: Mapping[str, Path], out: Path, meta: Mapping[str, Any], for
             "loa_tokens": tokens,
             "unconditional": meta.get("unconditional", "zeros"),
             "weights": weights_hash(draft),
+            "licences": dict(meta.get("licences", {})),
             "provenance": dict(meta.get("provenance", {})),
         }
         write_json(draft / "loa.json", card)
-        if out.exists() and not force and not _same_content(draft, out):
-            raise UserError(f"{out} holds another bundle ({_title(out)}); replace it with --force or choose another folder with --out")
+        if before is not None and not force and not _same_content(draft, before):
+            raise UserError(f"{out} holds another bundle ({_title(before)}); replace it with --force or choose another folder with --out")
     return out
+
+
+def _existing(out: Place) -> Path | None:
+    """The bundle that is at `out`, as a local folder; None where there is nothing, or an upload that was broken off.
+
+    Raises UserError when something else is there.
+    """
+    if not out.exists():
+        return None
+    if (out / "model_index.json").exists():
+        return out.local_copy()
+    if not out.local and {*out.folders(), *out.list()} <= {*FILES, *LAST, "audiomae", "discriminators"}:
+        return None
+    raise UserError(f"{out} exists and is not a bundle; choose another folder with --out")
 
 
 def _require_stages(folders: Mapping[str, Path | None]) -> None:
@@ -278,7 +292,7 @@ def _same_content(a: Path, b: Path) -> bool:
             return None
         if path.name == "loa.json":
             card = json.loads(path.read_text(encoding="utf-8"))
-            return {k: v for k, v in card.items() if k != "provenance"} | {"variant": _variant(card)}
+            return {k: v for k, v in card.items() if k not in ("licences", "provenance")} | {"variant": _variant(card)}
         return path.read_bytes()
 
     files = [{p.relative_to(root).as_posix(): content(p) for p in root.rglob("*") if p.is_file()} for root in (a, b)]
@@ -293,12 +307,25 @@ def _title(bundle: Path) -> str:
 # ------------------------------------------------------------------------------------------------------- reading
 
 
-def read_info(bundle: Path) -> BundleInfo:
+def local_bundle(bundle: str | Path | Place) -> Path:
+    """The folder of a bundle: itself where it is local, else this machine's copy of it, fetched anew when it has changed.
+
+    Raises UserError when there is none behind a URL, or one that is not whole.
+    """
+    place = Place.of(bundle)
+    if place.local:
+        return place.path
+    if not (place / "model_index.json").exists():
+        raise UserError(f"there is no whole bundle at {place} (no model_index.json); make one with `loa export` or name another")
+    return place.local_copy()
+
+
+def read_info(bundle: str | Path | Place) -> BundleInfo:
     """What the bundle is, without loading it.
 
     Raises UserError when the folder is no bundle, lacks parts, or has a format this version does not read.
     """
-    bundle = Path(bundle)
+    bundle = local_bundle(bundle)
     if not bundle.is_dir():
         raise UserError(f"there is no bundle at {bundle}; make one with `loa export` or name another folder with --bundle")
     if not (bundle / "model_index.json").is_file():
@@ -323,6 +350,7 @@ def read_info(bundle: Path) -> BundleInfo:
         speech=speech,
         tiny=card["tiny"],
         provenance=card["provenance"],
+        licences=card.get("licences", {}),
     )
 
 
@@ -348,7 +376,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def load(bundle: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Components:
+def load(bundle: str | Path | Place, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Components:
     """Load a bundle onto `device`, from safetensors and JSON only.
 
     `dtype` is that of the text encoders, the language model and the T-UNet. VAE and vocoder are a small part of the
@@ -356,7 +384,7 @@ def load(bundle: Path, device: str | torch.device = "cpu", dtype: torch.dtype = 
 
     Raises UserError when the bundle is not whole, damaged, or of another format, or a tokenizer is not that of its network.
     """
-    bundle = Path(bundle)
+    bundle = local_bundle(bundle)
     info = read_info(bundle)
 
     def network(cls: Any, name: str, precision: torch.dtype) -> Any:
@@ -390,35 +418,17 @@ def load(bundle: Path, device: str | torch.device = "cpu", dtype: torch.dtype = 
         )
 
 
-def find_bundle(given: Path | None) -> Path:
+def find_bundle(given: str | Path | Place | None) -> Place:
     """The bundle a command means: the one named, $LOA_BUNDLE, or the newest under ./outputs.
 
     Raises UserError when there is none.
     """
     named = given or os.environ.get("LOA_BUNDLE")
     if named:
-        return Path(named)
+        return Place.of(named)
     bundles = [p.parent for pattern in ("bundle", "*/bundle") for p in Path("outputs").glob(f"{pattern}/model_index.json")]
     if not bundles:
         raise UserError(
             "no bundle found under ./outputs; make one with `loa demo` or `loa export`, or name one with --bundle (or $LOA_BUNDLE)"
         )
-    return max(bundles, key=lambda folder: folder.stat().st_mtime)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars and no chatter of the libraries while weights load."""
-    loggers = transformers.utils.logging, diffusers.utils.logging
-    levels = [logger.get_verbosity() for logger in loggers]
-    shown = [logger.is_progress_bar_enabled() for logger in loggers]
-    for logger in loggers:
-        logger.set_verbosity_error()
-        logger.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for logger, level, bar in zip(loggers, levels, shown, strict=True):
-            logger.set_verbosity(level)
-            if bar:
-                logger.enable_progress_bar()
+    return Place.of(max(bundles, key=lambda folder: folder.stat().st_mtime))

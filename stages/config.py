@@ -13,6 +13,7 @@ from typing import Any
 from stages.errors import UserError
 
 TINY = "-tiny"
+DECAY = 0.999  # per epoch, HiFi-GAN's (references.md#optimisers)
 
 
 def tiny_name(variant: str) -> str:
@@ -32,7 +33,7 @@ class Recipe:
     epsilon: float = 1e-8  # Adam divides by sqrt(second moment) + epsilon
     weight_decay: float = 0.01
     warmup_steps: int = 0
-    decay: str = "constant"  # after the warm-up: "constant", "linear" or "cosine" down to zero
+    decay: str = "constant"  # after the warm-up: "constant"; "linear" or "cosine" down to zero; "exponential", DECAY per epoch
     clip_norm: float | None = 1.0
     micro_batch: int | None = None  # clips per forward on one worker; None = the worker's whole share
     ema_decay: float | None = None  # release and validate the averaged weights
@@ -41,13 +42,16 @@ class Recipe:
     max_seconds: float | None = None  # stop earlier than `steps`, with the schedule brought to its end in time
 
     def __post_init__(self) -> None:
-        if self.decay not in ("constant", "linear", "cosine"):
-            raise UserError(f"decay is {self.decay!r}; expected constant, linear or cosine")
+        if self.decay not in ("constant", "linear", "cosine", "exponential"):
+            raise UserError(f"decay is {self.decay!r}; expected constant, linear, cosine or exponential")
         if self.steps < 1 or self.global_batch < 1:
             raise UserError(f"steps and global_batch must be positive, got {self.steps} and {self.global_batch}")
 
-    def rate_at(self, step: int, progress: float) -> float:
-        """Learning rate of the update after `step` finished ones; `progress` in [0, 1] is the share of the run done."""
+    def rate_at(self, step: int, progress: float, epoch: int) -> float:
+        """Learning rate of the update after `step` finished ones.
+
+        `progress` in [0, 1] is the share of the run done, `epoch` how often all clips have been seen.
+        """
         rate = self.learning_rate
         if step < self.warmup_steps:
             return rate * (step + 1) / self.warmup_steps
@@ -55,6 +59,8 @@ class Recipe:
             return rate * (1.0 - progress)
         if self.decay == "cosine":
             return rate * 0.5 * (1.0 + math.cos(math.pi * progress))
+        if self.decay == "exponential":
+            return float(rate * DECAY**epoch)
         return rate
 
 

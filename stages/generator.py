@@ -18,6 +18,7 @@ from stages.bundle import Components, load
 from stages.clap.model import clap_mel
 from stages.diffusion.solvers import make_solver
 from stages.errors import UserError
+from stages.files import Place
 from stages.frozen import resample
 from stages.phonemes import phoneme_ids
 from stages.sampling import Sampling, resolve
@@ -61,7 +62,7 @@ class AudioGenerator:
         self.max_steps: int = components.scheduler.config.num_train_timesteps - 1
 
     @classmethod
-    def load(cls, bundle: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> AudioGenerator:
+    def load(cls, bundle: str | Path | Place, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> AudioGenerator:
         """Load a bundle, by default onto the GPU (in bfloat16) if there is one, else the CPU (in float32).
 
         Raises UserError when the bundle is missing, not whole, or of another format, or when there is no such device.
@@ -75,7 +76,7 @@ class AudioGenerator:
             ) from error
         if dtype is None:
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        return cls(load(Path(bundle), device, dtype))
+        return cls(load(bundle, device, dtype))
 
     @property
     def device(self) -> torch.device:

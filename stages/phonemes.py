@@ -41,8 +41,9 @@ _TO_ASCII = str.maketrans({
     "£": "PS", "¥": "Y=", "¡": "!", "¿": "?", "©": "(c)", "®": "(r)", "°": "deg",
 })  # fmt: skip
 _MARKUP = re.compile(r"<.*?>")
-# A run of marks with the blanks around it. The words between two runs are pronounced on their own.
-_MARKS = re.compile(r"(\s*[;:,.!?¡¿—…\"«»“”(){}\[\]]+\s*)")
+# A run of marks with the blanks around it. The words between two runs are pronounced on their own. A comma or point
+# between two digits belongs to the number, as in phonemizer since 3.4: espeak reads "42.50" as "forty two point five zero".
+_MARKS = re.compile(r"(\s*(?:[;:!?¡¿—…\"«»“”(){}\[\]]|(?<!\d)[,.]|[,.](?!\d))+\s*)")
 
 
 def clean(text: str) -> str:

@@ -76,12 +76,10 @@ def clip_bytes(variant: Variant) -> dict[str, int]:
     """Bytes one clip takes in each series of the feature store (FLAC at half the samples' size)."""
     audio, width = variant.audio, variant.audiomae.width
     channels, frames, bins = variant.latent_shape
-    pooling = variant.translator.pooling
     sizes = {
         "mel": 2 * audio.mel_frames * audio.mel_bins,
         "waveform": audio.clip_samples,
-        "loa-1": 2 * variant.loa_tokens(1) * width,
-        f"loa-{pooling}": 2 * variant.loa_tokens(pooling) * width,
+        **{f"loa-{pooling}": 2 * variant.loa_tokens(pooling) * width for pooling in variant.poolings},
         "latent": 2 * 2 * channels * frames * bins,
     }
     if variant.phonemes is None:

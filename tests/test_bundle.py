@@ -13,7 +13,7 @@ from stages.base import read_card
 from stages.bundle import assemble, find_bundle, load, read_info
 from stages.config import to_dict
 from stages.errors import UserError
-from stages.files import write_json
+from stages.files import Place, write_json
 from stages.variants import resolve
 
 META = {"variant": "audioldm2-full", "tiny": True, "audio": AUDIO, "provenance": {"made_by": "tests"}}
@@ -179,10 +179,10 @@ def test_find_bundle_takes_the_newest(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         write_json(folder / "model_index.json", {})
         os.utime(folder, (2e9 - age, 2e9 - age))
-    assert find_bundle(None).as_posix() == "outputs/speech/bundle"
+    assert find_bundle(None) == Place.of("outputs/speech/bundle")
     monkeypatch.setenv("LOA_BUNDLE", "elsewhere")
-    assert find_bundle(None).as_posix() == "elsewhere"
-    assert find_bundle(tmp_path) == tmp_path
+    assert find_bundle(None) == Place.of("elsewhere")
+    assert find_bundle(tmp_path) == Place.of(tmp_path)
 
 
 def release_all(work, variant):
@@ -197,7 +197,7 @@ def test_export_gathers_a_project(tmp_path):
     release_all(tmp_path, variant)
     out = export(tmp_path)
     info = read_info(out)
-    assert out == tmp_path / "bundle"
+    assert out.path == tmp_path / "bundle"
     assert (info.variant, info.tiny, info.audio) == ("audioldm2-ac-tiny", True, variant.audio)
     assert info.provenance["stages"]["diffusion"]["steps"] == 3
     assert len(info.provenance["stages"]["vae"]["weights"]) == 64

@@ -42,17 +42,17 @@ def clips():
 @pytest.fixture
 def stage(clips, tmp_path):
     torch.manual_seed(0)
-    rows = [*clips, {"labels": np.array([], object)}]
-    ClassifierStage.prepare(VARIANT, lambda name: tmp_path, SimpleNamespace(rows=rows), tmp_path)
+    ClassifierStage.prepare(VARIANT, lambda name: tmp_path, SimpleNamespace(texts=lambda: iter(clips)), tmp_path)
     return ClassifierStage.build(VARIANT, lambda name: tmp_path)
 
 
 def test_classes_come_from_the_training_clips(stage, tmp_path):
     assert json.loads((tmp_path / "classes.json").read_text()) == ["high", "low", "middle"]
     assert stage.model.config.classes == ("high", "low", "middle")
-    assert ClassifierStage.wants(clip("low", 0)) and not ClassifierStage.wants({"labels": np.array([], object)})
-    assert ClassifierStage.learns_from([clip("low", 0), clip("high", 1)])
-    assert not ClassifierStage.learns_from([clip("low", 0), clip("low", 1)]) and not ClassifierStage.learns_from([])
+    assert ClassifierStage.needs == ("labels",)
+    for labels, enough in ((["low", "high"], True), (["low", "low"], False), ([], False)):
+        source = SimpleNamespace(texts=lambda labels=labels: ({"labels": [label]} for label in labels))
+        assert ClassifierStage.learns_from(source) == enough
 
 
 def test_it_learns_to_tell_bands_apart(stage, clips):

@@ -20,8 +20,10 @@ from click.testing import CliRunner
 
 import loa
 import options as cli
+from options import Reservation, worker_options
 from stages import STAGES
 from stages.errors import AudioError, UserError
+from stages.files import Place
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -97,6 +99,44 @@ def test_every_option_says_its_default(name: str) -> None:
     assert silent == []
 
 
+def test_all_commands_on_ray_ask_for_workers_in_the_same_words() -> None:
+    found = {}
+    for name in ("demo", "ingest", "preprocess", "train"):
+        command = loa.main.get_command(click.Context(loa.main), name)
+        for each in command.commands.values() if isinstance(command, click.Group) else [command]:
+            options = {p.opts[0]: (p.help, p.default) for p in each.params if p.name in ("workers", "cpu", "gpu", "memory")}
+            assert list(options) == ["--workers", "--cpu", "--gpu", "--memory"], each.name
+            found[name, each.name] = options
+    assert len({str(options) for options in found.values()}) == 1 and len(found) == 8
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], (None, Reservation())),
+        (["--workers", "0"], ((0, 0), Reservation())),
+        (["--workers", "3", "--gpu", "0"], ((3, 3), Reservation(gpus=0.0))),
+        (["--workers", "2-16", "--cpu", "2", "--gpu", "0.5", "--memory", "1.5"], ((2, 16), Reservation(2.0, 0.5, 1_500_000_000))),
+        (["--workers", "16-2"], "'16-2' is no range"),
+        (["--workers", "0-2"], "'0-2' is no range"),
+        (["--workers", "-1"], "'-1' is neither a number of workers nor a range such as 1-16"),
+        (["--workers", "two"], "'two' is neither"),
+        (["--workers", "2-"], "'2-' is neither"),
+        (["--gpu", "1.5"], "1.5 is neither a whole number of GPUs nor a share of one"),
+        (["--cpu", "0"], "0.0 is not in the range x>0"),
+    ],
+)
+def test_how_workers_are_asked_for(given: list[str], expected: tuple[object, Reservation] | str) -> None:
+    @click.command()
+    @worker_options
+    def command(workers: object, reserve: Reservation) -> None:
+        click.echo((workers, reserve))
+
+    result = CliRunner().invoke(command, given)
+    assert str(expected) in " ".join(result.output.split())
+    assert (result.exit_code == 0) == (not isinstance(expected, str))
+
+
 @pytest.mark.parametrize("name", [name for name, job in loa.JOBS.items() if job.target.startswith("pipelines.")])
 def test_jobs_are_the_modules_that_python_m_runs(name: str) -> None:
     module, _, attribute = loa.JOBS[name].target.partition(":")
@@ -115,7 +155,7 @@ def test_mistyped_commands_are_recognised(typed: str, meant: str) -> None:
 def test_unknown_commands_get_the_list() -> None:
     result = run("xyzzy")
     assert result.exit_code == 2
-    assert "There are: demo, variants, ingest" in result.output
+    assert "There are: demo, variants, plan, ingest" in result.output
 
 
 def test_version() -> None:
@@ -319,10 +359,10 @@ def options(**values: Any) -> None:
 
 def test_options_have_one_meaning() -> None:
     result = CliRunner().invoke(options, ["--set", "diffusion.condition_dropout=0.2", "--set", "a=b=c", "--with", "clap=weights/clap"])
-    values = eval(result.output, {"PosixPath": Path})
+    values = eval(result.output, {"Place": Place})
     assert values["settings"] == {"diffusion.condition_dropout": "0.2", "a": "b=c"}
     assert values["released"] == {"clap": "weights/clap"}
-    assert (values["work"], values["variant"], values["tracking_uri"]) == (Path(cli.DEFAULT_WORK), cli.DEFAULT_VARIANT, None)
+    assert (values["work"], values["variant"], values["tracking_uri"]) == (Place.of(cli.DEFAULT_WORK), cli.DEFAULT_VARIANT, None)
 
 
 @pytest.mark.parametrize("text", ["clap", "clap=", "=folder"])

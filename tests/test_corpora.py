@@ -14,6 +14,7 @@ import soundfile
 from pipelines import corpora
 from pipelines.corpora import Recording, Rejected, audiocaps, audioset, folder, gigaspeech, ljspeech, msd, wavcaps
 from pipelines.corpora.files import BadLine, csv_lines, hash_split, inside, json_entries, safe_id, tidy, walk_audio
+from pipelines.corpora.words import class_name
 from stages.errors import UserError
 
 
@@ -38,7 +39,7 @@ def kinds(rejected):
 @pytest.mark.parametrize(
     ("corpus", "recordings", "rejected", "splits"),
     [
-        ("audioset", 240, {}, {"train": 160, "test": 80}),
+        ("audioset", 240, {}, {"train": 153, "validation": 7, "test": 80}),
         ("audiocaps", 0, {"missing file": 51308}, {}),
         ("wavcaps", 80, {"missing file": 1232}, None),
         ("msd", 18, {}, {"train": 14, "validation": 2, "test": 2}),
@@ -60,9 +61,10 @@ def test_discover_finds_all_and_what_they_say(shared):
     by_corpus = {name: split(corpora.read(name, root))[0] for name, root in corpora.discover(shared / "data") if name != "audiocaps"}
     first = {name: next((r for r in records), None) for name, records in by_corpus.items()}
     assert first["audioset"].labels == ("Dog", "Bark") and first["audioset"].precut
-    assert first["wavcaps"].captions == ("A dog barks.",) and first["wavcaps"].labels == ("dog", "bark")
+    assert first["wavcaps"].captions == ("A dog barks.",) and first["wavcaps"].labels == ("Dog", "Bark")
     assert first["gigaspeech"].transcript == "Four, six four five two five three." and first["gigaspeech"].start == 0.957
-    assert any(r.captions == ("ragtime, piano, happy, playful, solo piano",) for r in by_corpus["msd"])
+    tags = "ragtime, piano, happy, playful, solo piano"
+    assert (tags, f"Pistachio Ice Cream Ragtime (1) by Lena Orsa: {tags}") in {r.captions for r in by_corpus["msd"]}
     assert first["ljspeech"].transcript.startswith("Seven one nine")
 
 
@@ -86,6 +88,23 @@ def test_audioset_lines_and_names(tmp_path):
     ]
     assert kinds(bad) == {"malformed line": 4, "missing file": 1, "not listed": 1}
     assert [r.reason.split(":")[1].strip() for r in bad if r.kind == "malformed line"] == ["line 4", "line 5", "line 6", "line 7"]
+
+
+def test_audioset_holds_out_validation_from_the_balanced_list(tmp_path):
+    """The lists have no validation split; which videos it takes depends on their ids alone."""
+    videos = [f"video{i:04d}" for i in range(600)]
+    (tmp_path / "balanced_train_segments.csv").write_text("".join(f'{v}, 0, 10, "/m/1"\n' for v in videos[:400]))
+    (tmp_path / "unbalanced_train_segments.csv").write_text("".join(f'{v}, 0, 10, "/m/1"\n' for v in videos[400:]))
+    (tmp_path / "audio").mkdir()
+    for video in videos:
+        (tmp_path / "audio" / f"{video}.wav").touch()
+    splits = {r.recording_id: r.split for r in split(audioset.read(tmp_path))[0]}
+    counts = Counter(splits[v] for v in videos[:400])
+    assert set(counts) == {"train", "validation"} and 8 <= counts["validation"] <= 34
+    assert {splits[v] for v in videos[400:]} == {"train"}
+    (tmp_path / "balanced_train_segments.csv").write_text("".join(f'{v}, 0, 10, "/m/1"\n' for v in videos[100:400]))
+    fewer = {r.recording_id: r.split for r in split(audioset.read(tmp_path))[0]}
+    assert all(splits[v] == name for v, name in fewer.items())
 
 
 def test_audiocaps_groups_captions(tmp_path):
@@ -184,6 +203,121 @@ def test_gigaspeech_segments(tmp_path):
         ("P1_S3", "Well!", "test", 3.0, 1.0),
     ]
     assert kinds(bad) == {"no speech": 2, "malformed line": 2, "missing file": 1}
+
+
+def test_gigaspeech_without_official_splits_is_dealt_by_recording(tmp_path):
+    """Whoever speaks in a recording is in one split only."""
+    audios = []
+    for number in range(60):
+        sid = f"POD{number:03d}"
+        segments = [{"sid": f"{sid}_S{i}", "begin_time": i, "end_time": i + 1, "text_tn": "HELLO", "subsets": ["{XL}"]} for i in range(20)]
+        audios.append({"aid": sid, "path": f"audio/{sid}.opus", "subsets": ["{XL}"], "segments": segments})
+        (tmp_path / "audio").mkdir(exist_ok=True)
+        (tmp_path / "audio" / f"{sid}.opus").touch()
+    (tmp_path / "GigaSpeech.json").write_text(json.dumps({"audios": audios}))
+    splits: dict[str, set[str]] = {}
+    for r in split(gigaspeech.read(tmp_path))[0]:
+        splits.setdefault(r.path, set()).add(r.split)
+    assert all(len(names) == 1 for names in splits.values()) and set().union(*splits.values()) == {"train", "validation", "test"}
+
+
+def test_msd_captions_are_tags_titles_and_artists(tmp_path):
+    make_msd(tmp_path, {str(i): f"{i}.mp3" for i in range(3)})
+    for i in range(3):
+        sound(tmp_path / "audio" / f"{i}.mp3")
+    annotation = {
+        "TR0": {"tag": ["rock", "loud"], "title": "Song", "artist_name": "The Band", "release": "Album"},
+        "TR1": {"tag": ["rock"], "title": "Song"},
+        "TR2": {"tag": [], "artist_name": "The Band"},
+    }
+    (tmp_path / "ecals_annotation" / "annotation.json").write_text(json.dumps(annotation))
+    assert [r.captions for r in split(msd.read(tmp_path))[0]] == [
+        ("rock, loud", "Song by The Band: rock, loud"),
+        ("rock", "Song: rock"),
+        ("The Band",),
+    ]
+
+
+def test_msd_without_lists_is_dealt_by_artist(tmp_path):
+    make_msd(tmp_path, {str(i): f"{i}.mp3" for i in range(3)})
+    (tmp_path / "ecals_annotation" / "ecals_track_split.json").unlink()
+    for i in range(3):
+        sound(tmp_path / "audio" / f"{i}.mp3")
+    for artist in (f"artist {i}" for i in range(40)):
+        annotation = {f"TR{i}": {"tag": ["rock"], "artist_name": artist} for i in range(3)}
+        (tmp_path / "ecals_annotation" / "annotation.json").write_text(json.dumps(annotation))
+        assert {r.split for r in split(msd.read(tmp_path))[0]} == {hash_split(artist)}
+
+
+def test_second_files_of_a_name_are_counted(tmp_path):
+    (tmp_path / "metadata.csv").write_text("A-1|text|text\n")
+    sound(tmp_path / "wavs" / "A-1.flac")
+    sound(tmp_path / "wavs" / "A-1.wav")
+    good, bad = split(ljspeech.read(tmp_path))
+    assert [Path(r.path).name for r in good] == ["A-1.flac"] and kinds(bad) == {"second file of a name": 1}
+
+
+# ------------------------------------------------------------------------------------- what all corpora have in common
+
+
+@pytest.mark.parametrize(
+    ("label", "name"),
+    [
+        ("dog", "Dog"),
+        (" DOG.", "Dog"),
+        ("waves surf", "Waves, surf"),
+        ("Crowing_cock a doodle doo", "Crowing, cock-a-doodle-doo"),
+        ("Whimper (dog)", "Whimper (dog)"),
+        ("Trip-Hop", "trip hop"),
+        ("Drum_and-Bass", "Drum and bass"),
+        ("R&B", "r&b"),
+        ("Müllabfuhr", "müllabfuhr"),
+    ],
+)
+def test_one_spelling_of_every_class(label, name):
+    assert class_name(label) == name == class_name(name)
+
+
+def test_real_corpora_share_their_classes(shared):
+    recordings = [r for name, root in corpora.discover(shared / "data") for r in split(corpora.read(name, root))[0]]
+    first = {r.labels[0] for r in recordings if r.labels}
+    assert len(first) == 16 and {"Dog", "Rain", "ragtime"} < first
+
+
+def test_links_out_of_a_corpus_are_left_out_and_counted(tmp_path):
+    elsewhere, data = tmp_path / "elsewhere", tmp_path / "data"
+    for path in (elsewhere / "a.wav", elsewhere / "deep" / "b.wav", data / "own.wav"):
+        sound(path)
+    (data / "one.wav").symlink_to(elsewhere / "a.wav")
+    (data / "all").symlink_to(elsewhere / "deep")
+    (data / "inner.wav").symlink_to(data / "own.wav")
+    (elsewhere / "deep" / "circle").symlink_to(data)
+    assert corpora.discover(data) == [("folder", data)]
+    good, bad = split(corpora.read("folder", data))
+    assert [Path(r.path).name for r in good] == ["inner.wav", "own.wav"]
+    assert sorted(Path(r.path).name for r in bad) == ["all", "one.wav"] and kinds(bad) == {"link out of the corpus": 2}
+    assert all("--follow-links" in r.reason and str(elsewhere) in r.reason for r in bad)
+    good, bad = split(corpora.read("folder", data, follow_links=True))
+    assert sorted(Path(r.path).name for r in good) == ["b.wav", "inner.wav", "one.wav", "own.wav"] and not bad
+
+
+def test_corpora_made_of_links(tmp_path):
+    real, data = tmp_path / "real", tmp_path / "data"
+    sound(real / "wavs" / "L-1.wav")
+    (real / "metadata.csv").write_text("L-1|Hello.|Hello.\n")
+    data.mkdir()
+    (data / "lj").symlink_to(real)
+    assert corpora.discover(data, follow_links=True) == [("ljspeech", data / "lj")]
+    assert corpora.discover(data) == [("folder", data)]
+    assert [r.kind for r in corpora.read("folder", data)] == ["link out of the corpus"]
+    assert len(split(corpora.read("ljspeech", data / "lj"))[0]) == 1  # a root that is a link is where the user pointed
+
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "metadata.csv").write_text("L-1|Hello.|Hello.\n")
+    (own / "wavs").symlink_to(real / "wavs")
+    assert kinds(split(corpora.read("ljspeech", own))[1]) == {"missing file": 1, "link out of the corpus": 1}
+    assert len(split(corpora.read("ljspeech", own, follow_links=True))[0]) == 1
 
 
 # ------------------------------------------------------------------------------------------------- a person's folder

@@ -269,6 +269,6 @@ def test_jobs_run_when_submitted_to_a_cluster(head: str, tmp_path: Path) -> None
     ingest([recordings], str(work / "store"), variant.audio)
     submit(head, "pipelines.preprocess", "mel", "--work", str(work), "--tiny")
     short = ("--set", "recipes.audiomae.steps=3", "--set", "recipes.audiomae.global_batch=4")
-    submit(head, "pipelines.train", "audiomae", "--work", str(work), "--tiny", *short)
+    submit(head, "pipelines.train", "audiomae", "--work", str(work), "--tiny", "--gpu", "0", *short)
     assert len(FeatureStore.open(str(work / "store")).reader(["mel"])) == 40
     assert read_card(work / "stages" / "audiomae", "audiomae")["steps"] == 3

@@ -327,21 +327,21 @@ def test_a_whole_bundle_is_evaluated(tmp_path):
 
 def test_clips_are_taken_in_turn_from_all_classes(tmp_path):
     store = make_store(tmp_path, sounds=("low", "low", "high"))
-    table, reader = store.clips(), store.reader(["waveform"])
-    chosen = choose_clips(table, reader, Selection(6))
+    reader = store.reader(["waveform"])
+    chosen = choose_clips(reader, Selection(6))
     clips, others = chosen.clips, chosen.others
     assert chosen.split == "test" and [c.label for c in clips] == ["high", "low"] * 3
     assert len(others) == 6 and not {c.clip_id for c in clips} & {c.clip_id for c in others}
-    assert choose_clips(table, reader, Selection(4)).clips == clips[:4]
-    assert choose_clips(table, reader, Selection(6, seed=1)).clips != clips
+    assert choose_clips(reader, Selection(4)).clips == clips[:4]
+    assert choose_clips(reader, Selection(6, seed=1)).clips != clips
     assert {c.text for c in clips} <= {text for label in PITCH for text in (f"a {label} tone", f"{label} beeping")}
 
 
 def test_validation_stands_in_for_a_missing_test_split(tmp_path):
     store = make_store(tmp_path, split="validation")
-    assert choose_clips(store.clips(), store.reader(["waveform"]), Selection(2)).split == "validation"
+    assert choose_clips(store.reader(["waveform"]), Selection(2)).split == "validation"
     with pytest.raises(UserError, match=r"split test has a caption.*'validation': 12.*--split"):
-        choose_clips(store.clips(), store.reader(["waveform"]), Selection(2, "test"))
+        choose_clips(store.reader(["waveform"]), Selection(2, "test"))
 
 
 def test_a_missing_bundle_is_a_plain_sentence(tmp_path):

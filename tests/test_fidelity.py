@@ -23,10 +23,11 @@ from stages.clap.model import ClapConfig, clap_mel
 from stages.conditions import ClapDropout
 from stages.config import override
 from stages.diffusion.model import DiffusionConfig, LatentDiffusion, noise_schedule
-from stages.diffusion.training import prepare_latents
+from stages.diffusion.training import build_unet, prepare_latents
 from stages.errors import UserError
 from stages.files import write_json
 from stages.frozen import TextEncoders
+from stages.joint.model import System
 from stages.joint.training import JointStage
 from stages.translator.training import TranslatorStage, translation_loss
 from stages.variants import resolve
@@ -129,9 +130,15 @@ def test_translation_loss_is_absolute_unless_told():
 def test_recipes_are_the_stated_ones():
     translator, diffusion = FULL.recipes.translator, FULL.recipes.diffusion
     assert (translator.learning_rate, translator.warmup_steps, translator.decay) == (1e-4, 10_000, "constant")
+    assert all(
+        getattr(FULL.recipes, stage).clip_norm is None for stage in ("audiomae", "vae", "vocoder", "translator", "diffusion", "joint")
+    )
+    vocoder = FULL.recipes.vocoder
+    assert [vocoder.rate_at(step, 0.5, epoch) for step, epoch in ((0, 0), (10, 0), (11, 3))] == pytest.approx([2e-4, 2e-4, 2e-4 * 0.999**3])
     assert (diffusion.learning_rate, diffusion.warmup_steps, diffusion.ema_decay) == (1e-4, 10_000, 0.9999)
     assert (FULL.vae_loss.kl_weight, FULL.vae_loss.adversarial_weight, FULL.vae_loss.critic_start) == (1000.0, 0.5, 25_000)
     assert (FULL.diffusion.condition_dropout, FULL.translator.clap_dropout, FULL.joint.ground_truth) == (0.1, 0.1, 0.25)
+    assert resolve("audioldm2-ljs").joint.ground_truth == resolve("audioldm2-ljs-pretrained").joint.ground_truth == 1.0
 
 
 def clip(rng, channels=4):
@@ -168,7 +175,7 @@ class FakeSystem(nn.Module):
 
     truths: list[bool] = []
 
-    def forward(self, clap, text, mask, loa, noisy, timestep, drop, use_truth):
+    def forward(self, clap, text, mask, loa, noisy, timestep, use_truth, without=None):
         self.truths.append(use_truth)
         return torch.zeros_like(noisy), torch.full_like(loa, 3.0)
 
@@ -191,6 +198,25 @@ def test_joint_weighs_translation_twice_and_hears_the_truth_by_p_gt():
         ((part, loss, logs),) = stage.losses(batch | {"step_rng": np.random.default_rng(step)})
         assert (part, loss.item(), logs["noise"].item(), logs["loa"].item()) == ("system", 4.0 + 2.0 * 2.0, 4.0, 2.0)
     assert 0.2 < np.mean(FakeSystem.truths) < 0.3
+    process.dropout = 1.0  # a batch without conditions says nothing of the translation
+    ((_, loss, logs),) = stage.losses(batch | {"step_rng": np.random.default_rng(0)})
+    assert (loss.item(), logs["loa"].item()) == (4.0, 2.0)
+
+
+def test_a_batch_without_conditions_leaves_the_translator_alone():
+    translator, network = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def translate(clap, text, mask, loa=None):
+        return translator(text)
+
+    system = System(nn.Module(), nn.Module())  # type: ignore[arg-type]
+    system.translator.forward, system.network.forward = translate, lambda noisy, t, loa, text, mask: network(noisy) + loa  # type: ignore[method-assign]
+    x = torch.ones(2, 4)
+    predicted, forced = system(x, x, x, x, x, x, use_truth=False, without=lambda loa, text, mask: (torch.zeros_like(loa), text, mask))
+    predicted.sum().backward()
+    assert translator.weight.grad is None and not forced.requires_grad and network.weight.grad is not None
+    system(x, x, x, x, x, x, use_truth=False)[0].sum().backward()
+    assert translator.weight.grad is not None
 
 
 # ----------------------------------------------------------------------------------------------------------- diffusion
@@ -202,13 +228,25 @@ def test_conditions_are_dropped_together_for_the_whole_batch():
     loa, text, mask = torch.ones(3, 2, 5), torch.ones(3, 4, 8), torch.ones(3, 4, dtype=torch.long)
     dropped = 0
     for step in range(1000):
-        heard, read, read_mask = process.drop(np.random.default_rng(step), loa, text, mask)
-        if read is text:
-            assert heard is loa and read_mask is mask
-        else:
-            dropped += 1
-            assert not heard.any() and torch.equal(read, null.expand(3, 1, 8)) and read_mask.shape == (3, 1) and read_mask.all()
+        dropped += process.drops(np.random.default_rng(step))
     assert 70 <= dropped <= 130
+    nothing, empty, empty_mask = process.without_conditions(loa, text, mask)
+    assert not nothing.any() and torch.equal(empty, null.expand(3, 1, 8)) and empty_mask.shape == (3, 1) and empty_mask.all()
+
+
+@pytest.mark.parametrize("name", ["audioldm2-full", "audioldm2-full-large", "audioldm2-ljs"])
+def test_a_fresh_t_unet_says_nothing(name):
+    """So that its first loss is the variance of the noise, 1.00 (it was 1.10)."""
+    variant = resolve(name, tiny=True)
+    network = build_unet(variant)
+    torch.manual_seed(0)
+    noisy = torch.randn(2, *variant.latent_shape)
+    loa, text = torch.randn(2, variant.loa_tokens(4), variant.audiomae.width), torch.randn(2, 3, variant.t5.width)
+    mask = torch.ones(2, 3, dtype=torch.long)
+    assert not network(noisy, torch.tensor([1, 900]), loa, text, mask).any()
+    # Their last layers learn at once, the others as soon as these are no longer zero.
+    network(noisy, torch.tensor([1, 900]), loa, text, mask).square().sum().backward()
+    assert network.unet.conv_out.weight.grad is not None
 
 
 def heads(unet):
@@ -246,9 +284,10 @@ def test_transformers_per_place(name, transformers, blocks):
 class Clips:
     """Clips whose latents have mean 0, deviation 3 between them, and 4 within the posterior: 5 in all."""
 
-    rows = list(range(300))
+    def __len__(self):
+        return 300
 
-    def clip(self, index):
+    def clip(self, index, series=()):
         rng = np.random.default_rng(index)
         return {"latent": np.concatenate([3 * rng.normal(size=(4, 16, 16)), np.full((4, 16, 16), 4.0)])}
 
@@ -270,6 +309,11 @@ def test_averages_warm_up_as_the_references():
     with ema.swapped_in():
         assert part.weight.item() == pytest.approx(expected)
     assert part.weight.item() == 5.0
+
+
+def test_joint_averages_the_t_unet_alone():
+    parts = {"system": nn.ModuleDict({"translator": nn.Linear(2, 2), "network": nn.Linear(2, 2)})}
+    assert sorted(EMA(parts, 0.9999, JointStage.averaged).average) == ["system.network.bias", "system.network.weight"]
 
 
 def test_the_phoneme_encoder_is_vits():

@@ -20,7 +20,7 @@ from tiny_bundle import make_bundle, roberta_tokenizer, t5_tokenizer
 from transformers import GPT2LMHeadModel
 
 import loa
-from pipelines.import_weights import import_weights
+from pipelines import import_weights as job
 from stages.audiomae.model import AudioMAE
 from stages.bundle import load, read_info
 from stages.checkpoints import fold_weight_norm, read_checkpoint, weights_of
@@ -30,6 +30,12 @@ from stages.generator import AudioGenerator
 from stages.public import laion, layout
 from stages.public.original import UNET, parts, structure_of
 from stages.variants import VARIANTS, resolve
+
+
+def import_weights(*arguments, **settings):
+    """The job's folder as a path."""
+    return job.import_weights(*arguments, **settings).path
+
 
 # Of a tiny variant's networks those that cost time, narrower still.
 SMALL = {

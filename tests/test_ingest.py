@@ -11,9 +11,11 @@ import soundfile
 from click.testing import CliRunner
 
 from pipelines.corpora import Recording, Rejected
+from pipelines.corpora.cut import Windows, cut
 from pipelines.corpora.headers import probe_header, probe_headers
+from pipelines.corpora.twins import without_twins
 from pipelines.features.store import FeatureStore
-from pipelines.ingest import cut, ingest, main, without_leaks
+from pipelines.ingest import ingest, main
 from stages.audio import AudioConfig
 from stages.errors import UserError
 
@@ -39,9 +41,25 @@ def test_windows():
     assert places(cut(recording(), 2.9, AUDIO)) == [("c-r", 0, 2.0)]
     assert places(cut(recording(), 3.0, AUDIO)) == [("c-r-0", 0, 2.0), ("c-r-1", 2.0, 1.0)]
     assert places(cut(recording(start=10.0, seconds=4.5), 60, AUDIO)) == [("c-r-0", 10, 2), ("c-r-1", 12, 2)]
-    assert [c.start for c in cut(recording(), 200, AUDIO, max_windows=4)] == [0, 66, 132, 198]
-    assert [c.start for c in cut(recording(), 200, AUDIO, max_windows=1)] == [0]
     assert cut(recording(), 0.001, AUDIO).kind == "empty"
+    assert cut(recording(start=3.0), 2.0, AUDIO).kind == "outside the recording"
+
+
+def test_long_recordings_are_used_whole_or_by_a_choice_of_their_id():
+    clips = cut(recording(), 300, AUDIO)  # five minutes
+    assert len(clips) == 150 and sum(c.seconds for c in clips) == 300 and len({c.clip_id for c in clips}) == 150
+    drawn = cut(recording(), 300, AUDIO, Windows(most=5))
+    assert len(drawn) == 5 and set(drawn) < set(clips)
+    assert places(drawn) == places(cut(recording(path="/moved.wav"), 300, AUDIO, Windows(most=5)))
+    assert drawn != cut(recording(), 300, AUDIO, Windows(most=5, seed=1))
+    others = {tuple(c.start for c in cut(recording(recording_id=f"r{i}"), 300, AUDIO, Windows(most=5))) for i in range(20)}
+    assert len(others) == 20
+
+
+def test_short_ones_are_left_out_when_asked():
+    assert cut(recording(), 1.5, AUDIO, Windows(min_seconds=1.6)).kind == "short"
+    assert places(cut(recording(), 1.5, AUDIO, Windows(min_seconds=1.5))) == [("c-r", 0, 1.5)]
+    assert places(cut(recording(), 3.2, AUDIO, Windows(min_seconds=1.5))) == [("c-r", 0, 2.0)]
 
 
 def test_stretches_cut_out_beforehand():
@@ -71,10 +89,38 @@ def test_held_out_sounds_leave_the_training_of_other_corpora():
         recording(corpus="a", origin="youtube:2"),
         recording(corpus="a"),
     ]
-    result = without_leaks(records[:2] + records[3:])
+    result = without_twins(records[:2] + records[3:], LENGTHS)
     assert [isinstance(r, Rejected) for r in result] == [False, True, False, False]
-    assert result[1].reason == "held out: in the test split of a"
-    assert without_leaks(records[2:4]) == records[2:4]
+    assert result[1].reason == "held out: in the test split of a, as r"
+    assert without_twins(records[2:4], LENGTHS) == records[2:4]
+
+
+LENGTHS = {"/x.wav": 20.0, "/y.wav": 20.0}
+
+
+def test_exact_copies():
+    """In training the copy with words stays and takes over those of the others; held-out ones stay, and their copies leave training."""
+    plain = recording(corpus="a", content="1", labels=("Dog",), licence="CC0")
+    worded = recording(corpus="b", path="/y.wav", content="1", captions=("A dog.",), licence="MIT")
+    other = recording(corpus="a", recording_id="s", content="2")
+    first, second, third = without_twins([plain, worded, other], LENGTHS)
+    assert first.kind == "duplicate" and "b-r" in first.reason and third == other
+    assert (second.captions, second.labels, second.licence) == (("A dog.",), ("Dog",), "MIT; CC0")
+    for order in ([0, 1], [1, 0]):
+        pair = [plain, recording(corpus="b", content="1", split="test")]
+        result = without_twins([pair[i] for i in order], LENGTHS)
+        assert {type(r): r.corpus for r in result} == {Rejected: "a", Recording: "b"}
+    tests = [recording(corpus=c, content="1", split="test") for c in "ab"]
+    assert without_twins(tests, LENGTHS) == tests
+
+
+def test_segments_of_one_file_are_no_copies():
+    segments = [
+        recording(recording_id=f"s{i}", content="1", start=2.0 * i, seconds=2.0, split=s) for i, s in enumerate(("train", "train", "test"))
+    ]
+    assert without_twins(segments, LENGTHS) == segments
+    whole = recording(corpus="other", content="1")
+    assert [r.kind for r in without_twins([*segments, whole], LENGTHS) if isinstance(r, Rejected)] == ["held out"]
 
 
 def test_headers_of_anything(tmp_path):
@@ -87,6 +133,10 @@ def test_headers_of_anything(tmp_path):
     names = ("good.wav", "text.wav", "zero.wav", "pipe.wav", "half.flac", "none.wav", "gone.wav")
     found = {name: probe_header(str(tmp_path / name)) for name in names}
     assert found["good.wav"] == (pytest.approx(1.5), "")
+    (tmp_path / "copy.wav").write_bytes(good.read_bytes())
+    files = probe_headers([str(tmp_path / name) for name in ("good.wav", "copy.wav", "text.wav", "f.flac")])
+    contents = [file.content for file in files.values()]
+    assert contents[0] == contents[1] != contents[3] and len(contents[0]) == 32 and contents[2] == ""
     reasons = {name: problem.partition(":")[0] for name, (_, problem) in found.items()}
     assert reasons == {
         "good.wav": "",
@@ -98,7 +148,7 @@ def test_headers_of_anything(tmp_path):
         "gone.wav": "missing file",
     }
     assert str(tmp_path) not in found["text.wav"][1]
-    assert probe_headers([str(good)]) == {str(good): found["good.wav"]}
+    assert probe_headers([str(good)]) == {str(good): (*found["good.wav"], contents[0])}
 
 
 def test_headers_by_ray(ray_cluster, tmp_path):
@@ -119,33 +169,62 @@ def test_ingest_makes_a_store_once(data, tmp_path):
     report = ingest([data], tmp_path / "store", AUDIO)
     store = FeatureStore.open(tmp_path / "store")
     clips = store.clips().sort_values("clip_id")
-    assert clips["clip_id"].tolist() == [f"folder-data_long-{i}" for i in (0, 1, 3, 4)] + ["folder-data_short"]
-    assert clips["split"].tolist() == ["train"] * 4 + ["test"] and store.audio == AUDIO
+    assert clips["clip_id"].tolist() == [f"folder-data_long-{i}" for i in range(5)] + ["folder-data_short"]
+    assert clips["split"].tolist() == ["train"] * 5 + ["test"] and store.audio == AUDIO
     short = clips.iloc[-1]
-    assert (list(short.captions), list(short.labels), short.path, short.seconds) == (["A tone."], ["Tone"], str(data / "short.wav"), 1.0)
+    assert (list(short.captions), list(short.labels), short.path, short.seconds) == (["A tone."], ["tone"], str(data / "short.wav"), 1.0)
     assert store.rejected()["reason"].str.startswith("unreadable").tolist() == [True]
-    assert report.counts() == {"recordings": 2, "clips": 5, "hours": pytest.approx(report.counts()["hours"]), "captions": 5, "rejected": 1}
+    counts = report.counts()
+    assert counts["hours"] * 3600 == pytest.approx(10) and counts["hours_left_out"] == pytest.approx(0)
+    assert {k: v for k, v in counts.items() if "hours" not in k} == {
+        "listed": 3,
+        "recordings": 2,
+        "clips": 6,
+        "captions": 6,
+        "filtered": 0,
+        "rejected": 1,
+    }
     assert "1 unreadable" in report.table() and not report.already
 
-    before = (tmp_path / "store" / "clips.parquet").read_bytes()
+    before = {path: path.read_bytes() for path in (tmp_path / "store").rglob("*") if path.is_file()}
     again = ingest([data], tmp_path / "store", AUDIO)
     assert again.already and again.counts() == report.counts() and "already ingested" in again.summary()
-    (tmp_path / "store" / "ingest.json").unlink()  # killed just before the end
-    assert not ingest([data], tmp_path / "store", AUDIO).already
-    assert (tmp_path / "store" / "clips.parquet").read_bytes() == before
-
     with pytest.raises(UserError, match="clip_seconds: was 2.0, now 4.0.*--work"):
         ingest([data], tmp_path / "store", AudioConfig(clip_seconds=4.0))
-    sound(data / "new.wav", 1.0)
-    with pytest.raises(UserError, match="recordings.folder in .*: was 3 recordings, .*, now 4 recordings"):
-        ingest([data], tmp_path / "store", AUDIO)
+    assert {path: path.read_bytes() for path in (tmp_path / "store").rglob("*") if path.is_file()} == before
+
+
+def test_what_is_new_in_a_folder_is_added(data, tmp_path):
+    ingest([data], tmp_path / "store", AUDIO)
+    old = FeatureStore.open(tmp_path / "store").clips()
+    sound(data / "new.wav", 3.0)
+    sound(data / "broken.wav", 1.0)  # mended
+    (data / "long.wav").unlink()
+    report = ingest([data], tmp_path / "store", AUDIO)
+    assert report.summary().startswith("added to 6 clips: 3 clips") and report.corpora[0].rejected == {"missing file": 1}
+    clips = FeatureStore.open(tmp_path / "store").clips()
+    assert clips[:6].equals(old) and sorted(clips["clip_id"][6:]) == ["folder-data_broken", "folder-data_new-0", "folder-data_new-1"]
+    again = ingest([data], tmp_path / "store", AUDIO)
+    assert again.already and len(FeatureStore.open(tmp_path / "store").parts) == 2
+    (data / "new.wav").unlink()
+    assert ingest([data], tmp_path / "store", AUDIO).already  # nothing new, and nothing leaves
 
 
 def test_ids_stay_unique(data, tmp_path):
+    """Equal names with other suffixes, in other folders of one name, or like another's window: each is a recording of its own."""
     soundfile.write(data / "short.flac", np.ones(8000) * 0.1, 8000)
-    report = ingest([data], tmp_path / "store", AUDIO)
-    assert report.corpora[0].rejected == {"unreadable": 1, "duplicate id": 1}
-    assert FeatureStore.open(tmp_path / "store").clips()["clip_id"].is_unique
+    soundfile.write(data / "long-0.wav", np.ones(8000) * 0.2, 8000)
+    soundfile.write(data / "short_flac.wav", np.ones(8000) * 0.3, 8000)
+    (tmp_path / "b" / "data").mkdir(parents=True)
+    soundfile.write(tmp_path / "b" / "data" / "long.wav", np.ones(8000) * 0.4, 8000)
+    soundfile.write(tmp_path / "b" / "data" / "short_wav.wav", np.ones(8000) * 0.5, 8000)
+    report = ingest([data, tmp_path / "b" / "data"], tmp_path / "store", AUDIO)
+    assert [c.rejected for c in report.corpora] == [{"unreadable": 1}, {}] and report.counts()["recordings"] == 7
+    clips = FeatureStore.open(tmp_path / "store").clips()
+    assert clips["clip_id"].is_unique and clips["path"].nunique() == 7
+    assert {"folder-data_short_wav", "folder-data_short_flac", "folder-data_long"} < set(
+        clips["clip_id"].str.replace(r"-\d$", "", regex=True)
+    )
 
 
 def test_nothing_usable(tmp_path):
@@ -177,7 +256,49 @@ def test_real_recordings(shared, tmp_path):
     }
     clips = FeatureStore.open(tmp_path / "store").clips()
     assert len(clips) == 525 and (clips["seconds"] <= 10.24).all() and (clips["seconds"] > 0).all()
-    assert Counter(clips["split"]) == report.splits
+    assert Counter(clips["split"]) == report.splits and (clips["licence"] != "").all()
+    assert report.counts()["listed"] == 494 + 51308 + 5 + 1232
+    assert any("51,308 times missing file" in warning for warning in report.warnings())
+
+
+def test_licences_choose(data, tmp_path):
+    (data / "captions.csv").write_text("file,caption,licence\nshort.wav,A tone.,CC0 1.0\n")
+    with pytest.raises(UserError, match="nothing in .* can be used.* 3 other licence"):
+        ingest([data], tmp_path / "store", AUDIO, licences=["GPL*"])
+    report = ingest([data], tmp_path / "store", AUDIO, licences=["cc0*", "CC BY"])
+    assert report.corpora[0].filtered == {"other licence": 2} and report.corpora[0].rejected == {}
+    assert FeatureStore.open(tmp_path / "store").clips()["licence"].tolist() == ["CC0 1.0"]
+    everything = ingest([data], tmp_path / "all", AUDIO)
+    assert set(FeatureStore.open(tmp_path / "all").clips()["licence"]) == {"CC0 1.0", "not stated"} and not everything.corpora[0].filtered
+
+
+def test_counts_add_up(data, tmp_path):
+    """Whatever an option or a defect takes away, every line of what was listed is in one of the counts."""
+    soundfile.write(data / "tiny.wav", np.ones(1600) * 0.1, 8000)
+    (data / "copy.wav").write_bytes((data / "long.wav").read_bytes())
+    (data / "captions.csv").write_text("file,caption\nshort.wav,A tone.\ngone.wav,Gone.\n")
+    report = ingest([data], tmp_path / "store", AUDIO, min_seconds=0.5, max_windows=2)
+    counts = report.counts()
+    assert counts["listed"] == 6 == counts["recordings"] + counts["filtered"] + counts["rejected"]
+    assert report.corpora[0].filtered == {"short": 1}
+    assert report.corpora[0].rejected == {"missing file": 1, "unreadable": 1, "duplicate": 1}
+    assert counts["clips"] == 3 and counts["hours_left_out"] * 3600 == pytest.approx(5)
+    assert "listed 6 = 2 recordings used + 1 filtered + 3 rejected" in report.summary()
+
+
+def test_dry_run_writes_nothing(data, tmp_path):
+    run = CliRunner().invoke(main, [str(data), "--work", str(tmp_path / "w"), "--tiny", "--clip-seconds", "2.56", "--dry-run"])
+    assert run.exit_code == 0 and not (tmp_path / "w").exists(), run.output
+    assert "5 clips" in run.output and "nothing was written" in run.output and "loa-1" in run.output
+    made = ingest([data], tmp_path / "store", AUDIO)
+    assert ingest([data], tmp_path / "store", AUDIO, dry_run=True).counts() == made.counts()
+
+
+def test_a_table_of_no_use_is_said_aloud(data, tmp_path):
+    (data / "captions.csv").write_text("sound;words\nshort.wav;A tone.\n")
+    run = CliRunner().invoke(main, [str(data), "--work", str(tmp_path / "w"), "--clip-seconds", "2"])
+    assert run.exit_code == 0, run.output
+    assert "WARNING" in run.output and "its columns are sound, words; expected one that names the recording (file, " in run.output
 
 
 def test_command(data, tmp_path):

@@ -70,6 +70,26 @@ def test_cleaner():
     assert clean("Астрид 東京").strip() == ""
 
 
+@pytest.mark.parametrize(
+    ("written", "spoken"),
+    [
+        ("42.50", "forty two point five zero"),
+        ("$42.50", "dollar forty two point five zero"),
+        ("1,234,567", "one million two hundred thirty four thousand five hundred sixty seven"),
+        ("It costs 3.5, no: 4.", "it costs three point five, no: four."),
+        ("In 1999, 42 came.", "in nineteen hundred ninety nine, forty two came."),
+    ],
+)
+def test_numbers_stay_whole(written, spoken):
+    """A point or comma between digits belongs to the number; every other one is punctuation."""
+    assert without_stress(pronounce(written)) == without_stress(pronounce(spoken))
+
+
+def without_stress(phonemes):
+    """Stress and word boundaries differ between a number in digits and in words."""
+    return phonemes.translate(str.maketrans("", "", "ˈˌ "))
+
+
 def test_long_text_is_cut_and_loses_its_stop_symbol():
     ids = phoneme_ids("seventy seven " * 60)
     assert ids.shape == (MAX_LENGTH,) and ids.dtype == np.int16

@@ -1,6 +1,5 @@
 """The passes on a local cluster: what they write, what they reject, and what a crash costs."""
 
-import json
 import os
 import re
 import signal
@@ -8,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +17,15 @@ import soundfile
 import torch
 from click.testing import CliRunner
 
+from options import Reservation
 from pipelines import cluster
-from pipelines.features.passes import MelPass
-from pipelines.features.run import ShardWorker, execute
+from pipelines.features.passes import MelPass, Pass
+from pipelines.features.run import Unit, execute, make_shard
 from pipelines.features.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore, StoreWarning
 from pipelines.preprocess import build_pass, main, run_pass
 from stages.audio import fbank, load_audio, log_mel, normalise, pad_or_cut
 from stages.errors import UserError
+from stages.files import Place
 from stages.variants import resolve
 
 REPO = Path(__file__).resolve().parent.parent
@@ -58,25 +60,26 @@ def tone(folder: Path, number: int, seconds: float = 1.0) -> Path:
     return path
 
 
-def make_store(root: Path, rows: list[dict[str, object]], shard_size: int = 4) -> FeatureStore:
+def make_store(root: Path | str, rows: list[dict[str, object]], shard_size: int = 4) -> FeatureStore:
     table = pa.Table.from_pylist(rows, schema=CLIP_SCHEMA)
     return FeatureStore.create(root, VARIANT.audio, table, REJECTED_SCHEMA.empty_table(), shard_size=shard_size)
 
 
 def tars(store: FeatureStore) -> dict[str, bytes]:
-    """Every shard and ledger row of a store."""
+    """Every file of a store, and the ledgers, whose files count how often they were compacted."""
     root = Path(store.root)
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.glob("*/*"))}
+    files = {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.glob("*/*")) if path.is_file()}
+    return files | {series: b"".join(row.to_json() for row in store.ledger(series).values()) for series in store.recipes()}
 
 
 def run_here(name: str, store: FeatureStore, variant=VARIANT, released=None, **settings) -> None:
-    """A pass as a worker runs it, in this process."""
+    """A pass in this process, without Ray."""
     work = build_pass(name, variant, released, **settings)
-    worker = ShardWorker(store, work, threads=1)
     for series in work.series:
         store.begin_series(series, work.recipe(series))
+    work.load(torch.device("cpu"))
     for shard in range(store.num_shards):
-        assert worker({"shard": shard, "series": json.dumps(work.series), "clips": 0})["failure"] == ""
+        make_shard(store, work, Unit(shard, tuple(work.series), store.shard_count(shard)), work.encode)
 
 
 @pytest.fixture(scope="session")
@@ -130,14 +133,14 @@ def test_what_cannot_be_used_is_rejected_with_a_reason(ray_cluster, tmp_path):
     (tmp_path / "broken.mp3").write_bytes(b"not audio at all")
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), RATE)
     good = tone(tmp_path, 1)
-    bad = [clip(tmp_path / name) for name in ("silent.wav", "broken.mp3", "empty.wav", "absent.wav")]
+    bad = [clip(tmp_path / name) for name in ("silent.wav", "broken.mp3", "empty.wav")]
     store = make_store(tmp_path / "store", [clip(good), clip(good, clip_id="late", start=9.0), *bad])
     report = run_pass("mel", store, VARIANT, progress=False)
-    assert (report.clips, report.rejected) == (1, 5) and "5 rejected" in report.sentence()
+    assert (report.clips, report.rejected) == (1, 4) and "4 rejected" in report.sentence()
     for series in ("mel", "waveform"):
         rejected = {entry.clip_id: entry.reason for row in store.ledger(series).values() for entry in row.rejected}
-        assert set(rejected) == {"late", "test-silent", "test-broken", "test-empty", "test-absent"}
-        assert rejected["test-silent"] == "silent" and "1.00 s" in rejected["late"] and "absent.wav" in rejected["test-absent"]
+        assert set(rejected) == {"late", "test-silent", "test-broken", "test-empty"}
+        assert rejected["test-silent"] == "silent" and "1.00 s" in rejected["late"]
     assert store.reader(["mel"]).clip_ids == ["test-tone001"]
 
 
@@ -146,16 +149,61 @@ def test_only_missing_shards_are_made(ray_cluster, tones):
     report = run_pass("mel", tones, VARIANT, progress=False)
     assert (report.shards_done, report.shards_skipped, report.clips) == (2, 1, 6)
     whole, root = tars(tones), Path(tones.root)
-    tar, kept = root / "mel/000001.tar", root / "mel/000000.tar"
+    rows = tones.ledger("mel")
+    tar, kept = (root / "mel" / rows[shard].object for shard in (1, 0))
     tar.write_bytes(tar.read_bytes()[:1000])
-    (root / "waveform/000002.json").unlink()
+    (root / "waveform" / tones.ledger("waveform")[2].object).unlink()
     before = kept.stat().st_mtime_ns
-    with pytest.warns(StoreWarning, match="000001.tar has 1000 bytes"):
+    with pytest.warns(StoreWarning, match="has 1000 bytes"):
         report = run_pass("mel", tones, VARIANT, progress=False)
     assert (report.shards_done, report.shards_skipped) == (2, 1)
     assert tars(tones) == whole and kept.stat().st_mtime_ns == before
     again = run_pass("mel", tones, VARIANT, progress=False)
     assert again.shards_done == 0 and "nothing to do" in again.sentence()
+
+
+def test_a_store_on_an_object_store_is_filled_and_read(s3, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOA_CACHE", str(tmp_path / "cache"))
+    rows = [clip(tone(tmp_path / "sounds", i)) for i in range(6)]
+    here, there = make_store(tmp_path / "store", rows), make_store(f"{s3}/store", rows)
+    for store in (here, there):
+        run_here("mel", store)
+        store.compact("mel")
+        assert store.verify("mel") == []
+    assert there.ledger("mel")[1] == here.ledger("mel")[1] and there.place.tree() == here.place.tree()
+    mels = [store.reader(["mel"]) for store in (here, there)]
+    assert all(np.array_equal(*(reader.read(i)["mel"] for reader in mels)) for i in range(6))
+    assert not (tmp_path / "s3:").exists()
+
+
+def test_passes_at_once_share_the_shards(ray_cluster, tones, monkeypatch):
+    monkeypatch.setattr("pipelines.features.run.OTHERS", 0.2)
+    work = build_pass("mel", VARIANT)
+    with ThreadPoolExecutor(1) as thread, tones.working("another pass") as other:
+        for series in work.series:
+            other.begin_series(series, work.recipe(series))
+        with other.claim(work.series, 1) as mine:
+            pass_at_once = thread.submit(run_pass, "mel", tones, VARIANT, progress=False)
+            deadline = time.monotonic() + 60
+            while tones.missing_shards("mel") != [1] or tones.missing_shards("waveform") != [1]:
+                assert time.monotonic() < deadline and not pass_at_once.done()
+                time.sleep(0.05)
+            time.sleep(0.5)
+            assert not pass_at_once.done()  # it waits for the shard that another is making
+            work.load(torch.device("cpu"))
+            make_shard(other, work, Unit(1, mine, 4), work.encode)
+        assert pass_at_once.result(60).shards_done == 2
+    assert tones.missing_shards("mel") == [] and Place.of(tones.root + "/jobs").list() == {}
+
+
+def test_without_ray_the_bytes_are_the_same(ray_cluster, tones, tmp_path):
+    run_pass("mel", tones, VARIANT, progress=False)
+    calm = make_store(tmp_path / "calm", [clip(tone(tmp_path / "sounds", i)) for i in range(10)])
+    threads = torch.get_num_threads()
+    report = run_pass("mel", calm, VARIANT, workers=0, progress=False)
+    assert (report.clips, report.shards_done, torch.get_num_threads()) == (10, 3, threads)
+    assert tars(calm) == tars(tones)
 
 
 def test_other_audio_settings_are_refused(ray_cluster, tones):
@@ -216,7 +264,7 @@ DRIVER = """
 import sys
 from pipelines import cluster
 from pipelines.features.passes import MelPass
-from pipelines.features.run import execute
+from pipelines.features.run import Unit, execute, make_shard
 from pipelines.features.store import FeatureStore
 store = FeatureStore.open(sys.argv[1])
 cluster.connect(num_cpus=2)
@@ -230,13 +278,13 @@ def test_a_killed_driver_resumes_to_the_same_bytes(ray_cluster, tmp_path, rounds
     killed, calm = make_store(tmp_path / "killed", rows, 2), make_store(tmp_path / "calm", rows, 2)
     environment = os.environ | {"PYTHONPATH": str(REPO)}
     for _ in range(rounds(1, 20)):
-        done = len(list(Path(killed.root).glob("waveform/*.json")))
+        done = len(list(Path(killed.root).glob("waveform/*.tar")))
         if done > killed.num_shards - 10:  # the last run shall find something to do
             break
         driver = subprocess.Popen([sys.executable, "-c", DRIVER, killed.root], env=environment, cwd=REPO)
         try:
             deadline = time.monotonic() + 180
-            while len(list(Path(killed.root).glob("waveform/*.json"))) == done:
+            while len(list(Path(killed.root).glob("waveform/*.tar"))) == done:
                 assert driver.poll() is None and time.monotonic() < deadline, "the driver made no shard"
                 time.sleep(0.01)
         finally:
@@ -368,7 +416,7 @@ def test_the_command_explains_what_is_missing(tmp_path, arguments, says):
 def test_poolings_must_divide_the_grid(encoders):
     with pytest.raises(UserError, match="--pooling 3 does not divide AudioMAE's 16 x 8 grid"):
         build_pass("loa", VARIANT, encoders, [3])
-    assert build_pass("loa", VARIANT, encoders).series == ("loa-1", "loa-4")
+    assert build_pass("loa", VARIANT, encoders).series == ("loa-1", "loa-2", "loa-4", "loa-8")
 
 
 # ------------------------------------------------------------------------------------------------------- clusters
@@ -391,12 +439,62 @@ def test_whose_cluster_it_is(ray_cluster, monkeypatch):
     assert not cluster.ends_with_us()
 
 
+NEEDS = {"mel": MelPass.needs, "encoder": Pass.needs}
+
+
 @pytest.mark.parametrize("cpus", [1, 2, 3, 16, 200])
 @pytest.mark.parametrize("gpus", [0, 1, 8])
 @pytest.mark.parametrize("workers", [None, 1, 3, 64])
-def test_pools_leave_a_cpu_and_fit_the_cluster(cpus, gpus, workers):
-    resources = cluster.Resources(cpus, gpus, largest_node_cpus=min(cpus, 32))
-    for pool in (cluster.cpu_pool(resources, 50, workers), cluster.encoder_pool(resources, 50, workers)):
-        assert 1 <= pool.size <= 50 and pool.threads >= 1 and pool.num_cpus <= resources.largest_node_cpus
-        assert pool.size * pool.num_cpus <= max(1, cpus - 1) + 1e-9
-        assert pool.size * pool.num_gpus <= gpus + 1e-9
+@pytest.mark.parametrize("needs", NEEDS.values(), ids=NEEDS)
+def test_a_machine_is_divided_so_that_a_cpu_is_left(cpus, gpus, workers, needs):
+    pool = cluster.divide(cluster.Machine(cpus, gpus), needs, 50, workers)
+    assert 1 <= pool.smallest == pool.largest <= 50 and pool.num_cpus > 0
+    assert pool.largest * pool.num_cpus <= max(1, cpus - 1) + 1e-9
+    assert pool.largest * pool.num_gpus <= gpus + 1e-9
+    assert (pool.num_gpus > 0) == (needs is Pass.needs and gpus > 0)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "needs", "reserve", "expected"),  # expected: workers, CPUs and GPUs of each
+    [
+        (17, 0, MelPass.needs, Reservation(), (16, 1, 0)),
+        (17, 0, Pass.needs, Reservation(), (4, 4, 0)),
+        (3, 0, Pass.needs, Reservation(), (1, 2, 0)),
+        (33, 4, Pass.needs, Reservation(), (4, 4, 1)),
+        (33, 4, Pass.needs, Reservation(gpus=0), (8, 4, 0)),  # as told, not on the GPUs that are there
+        (33, 4, Pass.needs, Reservation(gpus=0.5), (8, 4, 0.5)),
+        (17, 0, MelPass.needs, Reservation(cpus=2), (8, 2, 0)),
+        (17, 0, Pass.needs, Reservation(gpus=1), (1, 4, 1)),  # a GPU that is not there is not replaced: `await_room` refuses
+    ],
+)
+def test_what_a_machine_gives_to_workers(cpus, gpus, needs, reserve, expected):
+    pool = cluster.divide(cluster.Machine(cpus, gpus), needs, 50, None, reserve)
+    assert (pool.largest, pool.num_cpus, pool.num_gpus) == expected
+
+
+def test_a_worker_that_this_machine_cannot_hold_is_refused_at_once(ray_cluster, tones, encoders):
+    run_here("mel", tones)
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"a worker of the loa pass needs .*1 GPU, and this machine has 4 CPUs.* `--gpu 0`"):
+        run_pass("loa", tones, VARIANT, encoders, reserve=Reservation(gpus=1), progress=False)
+    other = make_store(Path(tones.root) / "other", [clip("a.wav")])
+    with pytest.raises(UserError, match=r"needs 1 CPU and 9000000\.0 GB of memory, .* --memory"):
+        run_pass("mel", other, VARIANT, reserve=Reservation(memory=9 * 10**15), progress=False)
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("kind", [Exception, RuntimeError, ConnectionError])
+def test_a_ray_that_does_not_start_is_told_in_a_sentence(monkeypatch, kind):
+    """Of a node that takes too long to start, Ray raises a bare Exception."""
+    import ray
+
+    def init(**settings):
+        raise kind("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(UserError, match="Ray cannot start .* timed out during startup"):
+        cluster.connect("local")
+    monkeypatch.setattr(ray, "init", lambda **settings: {}["a fault of ours"])
+    with pytest.raises(KeyError):
+        cluster.connect("local")

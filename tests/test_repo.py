@@ -78,6 +78,7 @@ def test_stages_import_without_ray() -> None:
 
 COMMON = {
     "cluster",
+    "leases",
     "plots",
     "tables",
     "tracking",
@@ -92,7 +93,7 @@ ROOMS = {
     "page": {"features", "evaluation"},
 }
 BORROWED = {
-    ("train", "plan"),  # `--dry-run` prints the plan
+    ("train", "variants"),  # `--dry-run` prints the variant
 }
 
 
@@ -210,9 +211,7 @@ def test_docs_name_options_that_exist() -> None:
     for page in [REPO / "README.md", *(REPO / "docs").glob("*.md")]:
         shell = "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
         for line in re.findall(r"^(?:submit )?((?:loa|python -m pipelines\.\w+) .*)$", shell, re.MULTILINE):
-            words = (
-                re.sub(r"^python -m pipelines\.plan", "loa variants", line.split("#")[0]).replace("python -m pipelines.", "loa ").split()
-            )
+            words = line.split("#")[0].replace("python -m pipelines.", "loa ").split()
             command: click.Command | None = loa.main
             context = click.Context(loa.main)
             for word in words[1:]:

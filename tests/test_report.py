@@ -24,7 +24,7 @@ from pipelines.page.runs import Run
 from pipelines.report import main, write_report
 from stages.audio import write_wav
 from stages.errors import UserError
-from stages.files import write_json
+from stages.files import Place, write_json
 
 REPO = Path(__file__).resolve().parent.parent
 NASTY = 'a "dog" <script>alert(1)</script> & barks'
@@ -66,7 +66,7 @@ def evaluation(tmp_path):
 
 def project(tmp_path, **changes):
     empty = {"evaluation": None, "runs": [], "steps": [], "stages": {}, "bundle": {}, "store": None}
-    return Project(**({"work": tmp_path, "uri": "sqlite:///x.db"} | empty | changes))
+    return Project(**({"work": Place.of(tmp_path), "uri": "sqlite:///x.db"} | empty | changes))
 
 
 def test_a_page_has_everything_inside(tmp_path, evaluation):
@@ -97,7 +97,7 @@ def test_sounds_stop_at_the_size_that_mails_and_browsers_take(tmp_path, evaluati
 def test_a_bare_folder_has_a_report_that_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     path = write_report(tmp_path)
-    page = path.read_text()
+    page = path.read().decode()
     assert "loa evaluate" in page and "Nothing has been trained" in page and path.name == "report.html"
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
     with pytest.raises(UserError, match="no project folder"):
@@ -109,7 +109,7 @@ def test_steps_and_cards_are_read_from_the_folder(tmp_path, monkeypatch):
     (tmp_path / "stages" / "vae").mkdir(parents=True)
     write_json(tmp_path / "stages" / "vae" / "stage.json", {"stage": "vae", "variant": "audioldm2-ac", "steps": 7})
     write_json(tmp_path / "steps.json", [{"step": "train-vae", "seconds": 3.0, "peak_memory_mb": 100.0, "note": ""}])
-    page = write_report(tmp_path, output=tmp_path / "page.html").read_text()
+    page = write_report(tmp_path, output=tmp_path / "page.html").read().decode()
     assert "<h1>audioldm2-ac</h1>" in page and "7 steps" in page and "100 MB" in page
 
 

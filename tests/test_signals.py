@@ -89,9 +89,9 @@ def test_training_on_ray_is_stopped_with_a_sentence(project: Path, tmp_path: Pat
 @pytest.mark.parametrize(("number", "scope"), WAYS[1:3])
 def test_passes_are_stopped_with_a_sentence(project: Path, tmp_path: Path, number: int, scope: str) -> None:
     store = project / "long" / "store"
-    known = len(list(store.glob("mel/*.json")))
+    known = len(list(store.glob("mel/*.tar")))
     command = ["pipelines.preprocess", "mel", "--tiny", "--store", str(store)]
-    status, said = stopped(command, lambda: len(list(store.glob("mel/*.json"))) > known, number, scope, tmp_path / "log")
+    status, said = stopped(command, lambda: len(list(store.glob("mel/*.tar"))) > known, number, scope, tmp_path / "log")
     assert status == 128 + number
     assert_plain(said)
     assert FeatureStore.open(store).missing_shards("mel")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.features.run import Unit, make_shard
+from pipelines.features.shard_work import Unit, make_shard
 from pipelines.features.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore
 from pipelines.preprocess import build_pass
 from stages.audio import AudioConfig, write_wav
 from stages.config import Recipe
+from stages.files import Place
 from stages.variants import Recipes, Variant, resolve
 
 KINDS = ("tone", "noise", "clicks")
@@ -31,8 +33,10 @@ def sound(kind: str, rng: np.random.Generator, audio: AudioConfig) -> np.ndarray
     return clicks
 
 
-def make_store(root: Path, variant: Variant, clips: int = 24, shard_size: int = 8, **columns: Any) -> FeatureStore:
-    """A store with `clips` clips whose mel pass is done; `columns` stand in place of what the clip table says of each."""
+def make_store(
+    root: Path, variant: Variant, clips: int = 24, shard_size: int = 8, passes: Sequence[str] = ("mel",), **columns: Any
+) -> FeatureStore:
+    """A store with `clips` clips whose mel pass (or `passes`) is done; `columns` stand in place of what the clip table says of each."""
     rng = np.random.default_rng(0)
     rows = []
     for i in range(clips):
@@ -63,11 +67,12 @@ def make_store(root: Path, variant: Variant, clips: int = 24, shard_size: int = 
         seed=0,
         shard_size=shard_size,
     )
-    run_here("mel", store, variant)
+    for name in passes:
+        run_here(name, store, variant)
     return store
 
 
-def run_here(name: str, store: FeatureStore, variant: Variant, released: dict[str, Path] | None = None) -> None:
+def run_here(name: str, store: FeatureStore, variant: Variant, released: Mapping[str, Path | Place] | None = None) -> None:
     """A pass in this process, without Ray."""
     import torch
 

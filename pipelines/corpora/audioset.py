@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipelines.corpora.files import MISSING, AudioFiles, BadLine, csv_lines, safe_id, tidy
+from pipelines.corpora.files import MISSING, AudioFiles, BadLine, csv_lines, hash_split, safe_id, tidy
 from pipelines.corpora.records import Record, Recording, Rejected
 
 LAYOUT = "AudioSet (balanced_train_, unbalanced_train_ or eval_segments.csv beside class_labels_indices.csv)"
 LICENCE = "labels CC BY 4.0"
 CORPUS = "audioset"
+PUBLISHED_COUNTS = {"evaluation": 20_371, "balanced": 22_160, "unbalanced": 2_041_789}  # lines of the segment lists
 CLASSES = "class_labels_indices.csv"
 
 
@@ -19,9 +20,10 @@ def detect(root: Path) -> bool:
     return any(root.glob("*_segments.csv"))
 
 
-def read(root: Path) -> Iterator[Record]:
+def read(root: Path, follow_links: bool = False) -> Iterator[Record]:
     """The segments of every list: `eval_segments.csv` is the test split, all others are training.
 
+    AudioSet has no validation split: 5 % of the balanced training list are held out for it, by a hash of the video's id.
     Sound files are called `<id>`, `Y<id>`, `<id>_<start>` or `<id>_<start>_<end>` (seconds or milliseconds), with any
     suffix. They hold the segment alone, or the whole video. Labels that the class table does not know are left out.
     """
@@ -34,9 +36,8 @@ def read(root: Path) -> Iterator[Record]:
                 names[line[1][1]] = tidy(line[1][2])
     else:
         yield Rejected(CORPUS, str(root / CLASSES), "", f"{MISSING}: without the class table no recording has labels")
-    files = AudioFiles(root)
+    files = AudioFiles(root, follow_links=follow_links)
     for table in sorted(root.glob("*_segments.csv")):
-        split = "test" if table.name.startswith("eval") else "train"
         for line in csv_lines(table):
             if isinstance(line, BadLine):
                 yield line.rejected(CORPUS)
@@ -64,12 +65,18 @@ def read(root: Path) -> Iterator[Record]:
                 start,
                 end - start,
                 labels=labels,
-                split=split,
+                split=_split(table.name, video),
                 licence=LICENCE,
                 precut=True,
                 origin=f"youtube:{video}",
             )
     yield from files.unlisted(CORPUS)
+
+
+def _split(table: str, video: str) -> str:
+    if table.startswith("eval"):
+        return "test"
+    return hash_split(f"youtube:{video}", test=0.0) if table.startswith("balanced") else "train"
 
 
 def segment_names(video: str, start: float, end: float) -> list[str]:

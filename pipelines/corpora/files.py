@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +41,8 @@ AUDIO_SUFFIXES = frozenset(
 MISSING = "missing file"
 UNLISTED = "not listed"
 MALFORMED = "malformed line"
+SAME_NAME = "second file of a name"
+OUTSIDE = "link out of the corpus"
 
 _CHUNK = 1 << 20  # characters
 _SPLIT_NAMES = {
@@ -60,15 +63,22 @@ _SPLIT_NAMES = {
 
 
 class AudioFiles:
-    """The sound files below some folders, found by name; knows which of them nobody asked for."""
+    """The sound files below some folders, found by name; knows which of them nobody asked for.
 
-    def __init__(self, *folders: Path) -> None:
+    Linked folders outside of `root` (of the first folder, by default) are not entered unless `follow_links` says so.
+    """
+
+    def __init__(self, *folders: Path, root: Path | None = None, follow_links: bool = False) -> None:
         self._paths: dict[str, str] = {}
         self._unclaimed: set[str] = set()
+        self._same_name: list[str] = []
+        self._outside: list[str] = []
         for folder in folders:
-            for path in walk_audio(folder):
+            for path in walk_audio(folder, root=root or folders[0], follow_links=follow_links, outside=self._outside):
                 stem = os.path.basename(path).rpartition(".")[0]
-                if stem not in self._paths:
+                if stem in self._paths:
+                    self._same_name.append(path)
+                else:
                     self._paths[stem] = path
                     self._unclaimed.add(stem)
 
@@ -84,19 +94,43 @@ class AudioFiles:
         return None
 
     def unlisted(self, corpus: str) -> Iterator[Rejected]:
-        """The files that `find` never returned."""
+        """The files that `find` never returned, and the linked folders that were not entered."""
         for stem in sorted(self._unclaimed):
             yield Rejected(corpus, printable(self._paths[stem]), "", f"{UNLISTED}: the metadata of {corpus} does not name this file")
+        for path in self._same_name:
+            first = self._paths[os.path.basename(path).rpartition(".")[0]]
+            yield Rejected(corpus, printable(path), "", f"{SAME_NAME}: the metadata name files without suffix, and {first} came first")
+        for path in self._outside:
+            yield link_outside(corpus, path)
 
 
-def walk_audio(folder: Path, skip: Iterable[Path] = ()) -> Iterator[str]:
-    """Absolute paths of the sound files below `folder`, sorted by name in every folder; follows links, but not in circles."""
+def walk_audio(
+    folder: Path,
+    skip: Iterable[Path] = (),
+    root: Path | None = None,
+    follow_links: bool = True,
+    outside: list[str] | None = None,
+    wanted: Callable[[str], bool] | None = None,
+) -> Iterator[str]:
+    """Absolute paths of the sound files below `folder`, sorted by name in every folder. Links never lead in circles.
+
+    Args:
+        skip: folders to leave out.
+        root: without `follow_links`, linked folders outside of it are not entered; `folder` by default.
+        outside: collects these linked folders.
+        wanted: which names to yield instead of those of sound files.
+    """
     seen = {os.path.realpath(path) for path in skip}
+    base = os.path.realpath(root or folder)
     waiting = [os.path.abspath(folder)]
     while waiting:
         current = waiting.pop()
         real = os.path.realpath(current)
         if real in seen:
+            continue
+        if not follow_links and not _below(base, real):
+            if outside is not None:
+                outside.append(current)
             continue
         seen.add(real)
         try:
@@ -105,7 +139,7 @@ def walk_audio(folder: Path, skip: Iterable[Path] = ()) -> Iterator[str]:
         except OSError:  # vanished, or not ours to read: nothing of it can be listed
             continue
         for entry in listing:
-            if not entry.name.startswith(".") and is_audio(entry.name) and entry.is_file():
+            if not entry.name.startswith(".") and (wanted or is_audio)(entry.name) and entry.is_file():
                 yield entry.path
         waiting += [entry.path for entry in reversed(listing) if entry.is_dir() and not entry.name.startswith(".")]
 
@@ -113,6 +147,33 @@ def walk_audio(folder: Path, skip: Iterable[Path] = ()) -> Iterator[str]:
 def is_audio(name: str) -> bool:
     """Whether a file of this name is sound."""
     return os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES
+
+
+class Links:
+    """Whether paths lead out of a folder by symbolic links."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = os.path.realpath(root)
+        self._folders: dict[str, bool] = {}  # thousands of recordings share a folder
+
+    def lead_outside(self, path: str) -> bool:
+        """Whether the file of `path` lies outside of the folder once all links are followed."""
+        folder = os.path.dirname(path)
+        if folder not in self._folders:
+            self._folders[folder] = not _below(self._root, os.path.realpath(folder))
+        if os.path.islink(path):
+            return not _below(self._root, os.path.realpath(path))
+        return self._folders[folder]
+
+
+def _below(base: str, path: str) -> bool:
+    return path == base or path.startswith(base.rstrip(os.sep) + os.sep)
+
+
+def link_outside(corpus: str, path: str, clip_id: str = "") -> Rejected:
+    """A link that leads out of its corpus, as a row of the rejected table."""
+    reason = f"{OUTSIDE}: it leads to {printable(os.path.realpath(path))}; --follow-links takes it along"
+    return Rejected(corpus, printable(path), clip_id, reason)
 
 
 def inside(folder: Path, relative: str) -> str | None:
@@ -138,10 +199,12 @@ class BadLine:
         return Rejected(corpus, printable(str(self.path)), "", f"{MALFORMED}: line {self.number}: {self.problem}")
 
 
-def csv_lines(path: Path, delimiter: str = ",", quoted: bool = True) -> Iterator[tuple[int, list[str]] | BadLine]:
+def csv_lines(
+    path: Path, delimiter: str = ",", quoted: bool = True, any_encoding: bool = False
+) -> Iterator[tuple[int, list[str]] | BadLine]:
     """(line number, fields) of every line that is not blank. A row never spans lines, so one bad quote costs one row."""
     quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-    for number, line in _text_lines(path):
+    for number, line in text_lines(path, any_encoding):
         if isinstance(line, BadLine):
             yield line
             continue
@@ -151,9 +214,9 @@ def csv_lines(path: Path, delimiter: str = ",", quoted: bool = True) -> Iterator
             yield BadLine(path, number, str(error))
 
 
-def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]] | BadLine]:
+def json_lines(path: Path, any_encoding: bool = False) -> Iterator[tuple[int, dict[str, Any]] | BadLine]:
     """(line number, object) of a JSON-lines file."""
-    for number, line in _text_lines(path):
+    for number, line in text_lines(path, any_encoding):
         if isinstance(line, BadLine):
             yield line
             continue
@@ -165,8 +228,15 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]] | BadLine]:
         yield (number, value) if isinstance(value, dict) else BadLine(path, number, "not a JSON object")
 
 
-def _text_lines(path: Path) -> Iterator[tuple[int, str | BadLine]]:
+def text_lines(path: Path, any_encoding: bool = False) -> Iterator[tuple[int, str | BadLine]]:
+    """(line number, text) of every line of a UTF-8 file that is not blank; with `any_encoding`, of one that `decode` reads."""
     with path.open("rb") as stream:
+        if any_encoding and (wide := _wide_encoding(stream.read(64))):
+            for number, line in enumerate(path.read_bytes().decode(wide, "replace").splitlines(), 1):
+                if line.strip():
+                    yield number, line
+            return
+        stream.seek(0)
         for number, raw in enumerate(stream, 1):
             if number == 1:
                 raw = raw.removeprefix(b"\xef\xbb\xbf")
@@ -175,7 +245,30 @@ def _text_lines(path: Path) -> Iterator[tuple[int, str | BadLine]]:
             try:
                 yield number, raw.decode("utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
-                yield number, BadLine(path, number, f"not UTF-8 ({error.reason})")
+                bad = BadLine(path, number, f"not UTF-8 ({error.reason})")
+                yield number, decode(raw).rstrip("\r\n") if any_encoding else bad
+
+
+def decode(data: bytes) -> str:
+    """The text of a file as people's programs save it: UTF-8, UTF-16 and UTF-32, else Windows-1252. Never fails."""
+    if wide := _wide_encoding(data[:64]):
+        return data.decode(wide, "replace")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("cp1252", "replace")
+
+
+def _wide_encoding(head: bytes) -> str | None:
+    """The encoding of a file of 16- or 32-bit characters, by its byte order mark or by the zeros of Latin letters."""
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    even, odd = head[0::2].count(0), head[1::2].count(0)
+    if max(even, odd) * 2 > len(head) // 2:
+        return "utf-16-le" if odd > even else "utf-16-be"
+    return None
 
 
 def json_entries(path: Path, key: str) -> Iterator[tuple[int, dict[str, Any]] | BadLine]:

@@ -13,6 +13,7 @@ from pipelines.corpora.records import Record, Recording, Rejected
 LAYOUT = "GigaSpeech (GigaSpeech.json beside audio/)"
 LICENCE = "GigaSpeech, non-commercial research"
 CORPUS = "gigaspeech"
+PUBLISHED_COUNTS = {"XL": 8_282_988, "DEV": 6_750, "TEST": 25_619}  # segments, rows of the hub's copy
 PUNCTUATION = {"<COMMA>": ",", "<PERIOD>": ".", "<QUESTIONMARK>": "?", "<EXCLAMATIONPOINT>": "!"}
 GARBAGE = ("<SIL>", "<MUSIC>", "<NOISE>", "<OTHER>")
 
@@ -26,10 +27,11 @@ def detect(root: Path) -> bool:
     return (root / "GigaSpeech.json").is_file()
 
 
-def read(root: Path) -> Iterator[Record]:
+def read(root: Path, follow_links: bool = False) -> Iterator[Record]:
     """The transcribed segments. Those of silence, music, noise or other sound are rejected.
 
-    The subsets DEV and TEST are validation and test. A copy without them is dealt by a hash of the segment ids.
+    The subsets DEV and TEST are validation and test. A copy without them is dealt by a hash of the recordings'
+    ids: segments of one recording share their speakers, and so their split.
     """
     table = root / "GigaSpeech.json"
     official = _has_official_split(table)
@@ -72,7 +74,7 @@ def _segment(
     if official:
         split = "test" if "TEST" in subsets else "validation" if "DEV" in subsets else "train"
     else:
-        split = hash_split(recording_id)
+        split = hash_split(str(audio.get("aid") or path))
     return Recording(
         CORPUS,
         recording_id,

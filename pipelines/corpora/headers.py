@@ -1,56 +1,97 @@
-"""How long recordings are, from their headers alone. Runs on Ray Data's workers, so it lives apart from the job."""
+"""How long recordings are, from their headers, and what they hold, from a hash of their bytes.
+
+Runs on Ray Data's workers, so it lives apart from the job.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 
+from options import AS_NEEDED, Reservation, WorkerRange, in_this_process
 from pipelines.corpora.files import MISSING
 from stages.audio import probe
 from stages.errors import AudioError
+from stages.recordings import open_recording, parse_address
 
 # Fewer headers than this are read sooner than a Ray cluster starts.
 FEW = 4096
 _BLOCK = 256  # headers per task
+_THREADS = 4  # reading and hashing leave Python's lock
+
+
+class Probed(NamedTuple):
+    """What is known of a recording's file."""
+
+    seconds: float  # 0 where unknown
+    problem: str  # why it cannot be used; "" where there is none
+    content: str  # hash of its bytes; "" where they could not be read
 
 
 def probe_batch(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The column `path` with `seconds` (0 where unknown) and `problem` ("" where there is none). Never raises."""
-    headers = [probe_header(path) for path in batch["path"]]
-    seconds, problems = zip(*headers, strict=True)
-    return {"path": batch["path"], "seconds": np.array(seconds), "problem": np.array(problems, dtype=object)}
+    """The column `path` with those of `Probed`. Never raises."""
+    seconds, problems, contents = zip(*_probe_here(batch["path"].tolist()), strict=True)
+    text = {"problem": np.array(problems, dtype=object), "content": np.array(contents, dtype=object)}
+    return {"path": batch["path"], "seconds": np.array(seconds), **text}
 
 
 def probe_header(path: str) -> tuple[float, str]:
-    """(seconds, "") of a recording, or (0, the reason why it cannot be used)."""
-    if not os.path.isfile(path):  # also a pipe or a device, which would be waited for without end
-        return 0.0, "unreadable: it is no regular file" if os.path.exists(path) else MISSING
+    """(seconds, "") of a recording at a path or address, or (0, the reason why it cannot be used)."""
+    address = parse_address(path)
+    if not address.remote and not os.path.isfile(address.file):  # also a pipe or a device, which would be waited for without end
+        return 0.0, "unreadable: it is no regular file" if os.path.exists(address.file) else MISSING
     try:
-        if os.path.getsize(path) == 0:
+        if not address.remote and os.path.getsize(address.file) == 0:
             return 0.0, "empty: the file has no bytes"
         return probe(path).seconds, ""
     except AudioError as error:
         kind = "empty" if "is empty" in str(error) else "unreadable"
         return 0.0, f"{kind}: {str(error).removeprefix(path).strip()}"
+    except FileNotFoundError:
+        return 0.0, MISSING
     except OSError as error:
         return 0.0, f"unreadable: {error.strerror or error}"
 
 
-def probe_headers(paths: Sequence[str], workers: int | None = None) -> dict[str, tuple[float, str]]:
-    """Path → (seconds, problem) of every recording.
+def content_hash(path: str) -> str:
+    """A hash of a recording's bytes, equal for exact copies under any name or address; "" when they cannot be read."""
+    digest = hashlib.sha256()  # the fastest on processors with SHA instructions
+    try:
+        with open_recording(path) as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()[:32]
+    except (OSError, AudioError):
+        return ""
 
-    `workers` CPUs of the Ray cluster share the work; None takes what is free, or this process when there is little
+
+def _probe_here(paths: Sequence[str]) -> list[Probed]:
+    def probe_one(path: str) -> Probed:
+        seconds, problem = probe_header(path)
+        return Probed(seconds, problem, "" if problem else content_hash(path))
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(probe_one, paths))
+
+
+def probe_headers(paths: Sequence[str], workers: WorkerRange = None, reserve: Reservation = AS_NEEDED) -> dict[str, Probed]:
+    """What is known of every recording's file, by path.
+
+    `workers` of the Ray cluster share the work; None takes what there is room for, or this process when there is little
     to do; 0 is always this process.
     """
-    if workers == 0 or (workers is None and len(paths) < FEW):
-        return {path: probe_header(path) for path in paths}
-    return dict(_probe_with_ray(paths, workers))
+    if in_this_process(workers) or (workers is None and len(paths) < FEW):
+        return dict(zip(paths, _probe_here(paths), strict=True))
+    return dict(_probe_with_ray(paths, workers, reserve))
 
 
-def _probe_with_ray(paths: Sequence[str], workers: int | None) -> Iterator[tuple[str, tuple[float, str]]]:
+def _probe_with_ray(paths: Sequence[str], workers: WorkerRange, reserve: Reservation) -> Iterator[tuple[str, Probed]]:
     import pyarrow as pa
     import ray.data
 
@@ -61,10 +102,12 @@ def _probe_with_ray(paths: Sequence[str], workers: int | None) -> Iterator[tuple
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     blocks = [pa.table({"path": paths[first : first + _BLOCK]}) for first in range(0, len(paths), _BLOCK)]
-    pool = cluster.cpu_pool(cluster.cluster_resources(), len(blocks), workers)
+    pool = cluster.pool(Reservation(cpus=1, gpus=0), len(blocks), workers, reserve)
+    cluster.await_room(pool, "reading headers")
     headers = ray.data.from_arrow(blocks).map_batches(
-        probe_batch, batch_size=None, batch_format="numpy", num_cpus=1, compute=ray.data.TaskPoolStrategy(size=pool.size)
+        probe_batch, batch_size=None, batch_format="numpy", compute=ray.data.TaskPoolStrategy(size=pool.largest), **pool.reserves()
     )
     for batch in headers.iter_batches(batch_size=None, batch_format="numpy"):
-        for path, seconds, problem in zip(batch["path"], batch["seconds"], batch["problem"], strict=True):
-            yield str(path), (float(seconds), str(problem))
+        columns = (batch[name] for name in ("path", *Probed._fields))
+        for path, seconds, problem, content in zip(*columns, strict=True):
+            yield str(path), Probed(float(seconds), str(problem), str(content))

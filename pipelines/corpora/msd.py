@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipelines.corpora.files import MISSING, hash_split, inside, read_json, safe_id, texts
+from pipelines.corpora.files import MISSING, hash_split, inside, read_json, safe_id, texts, tidy
 from pipelines.corpora.records import Record, Recording, Rejected
 
 LAYOUT = "Million Song Dataset (ecals_annotation/annotation.json, lastfm_annotation/*.pkl beside audio/)"
 LICENCE = "research use"
 CORPUS = "msd"
+PUBLISHED_COUNTS = {"tracks": 517_022}  # ECALS, arXiv 2211.14558: the tracks with tags and a preview
 ANNOTATION = Path("ecals_annotation") / "annotation.json"
 TRACK_SPLIT = Path("ecals_annotation") / "ecals_track_split.json"
 TRACK_TO_PREVIEW = Path("lastfm_annotation") / "MSD_id_to_7D_id.pkl"
@@ -25,10 +26,11 @@ def detect(root: Path) -> bool:
     return (root / ANNOTATION).is_file()
 
 
-def read(root: Path) -> Iterator[Record]:
-    """The annotated tracks: the tags are the labels, and joined by commas the caption.
+def read(root: Path, follow_links: bool = False) -> Iterator[Record]:
+    """The annotated tracks: the tags are the labels. Two captions: the tags, and the tags with title and artist.
 
-    The split is ECALS'; tracks of none of its lists are training, and without the list a hash of the id decides.
+    The paper's words for MSD are "tags, titles, artists". The split is ECALS'; tracks of none of its lists are training, and
+    without the list a hash of the artist decides, so that no two splits share one.
     """
     loaded: dict[Path, Any] = {ANNOTATION: {}, TRACK_SPLIT: {}, TRACK_TO_PREVIEW: {}, PREVIEW_TO_PATH: {}}
     for name in loaded:
@@ -56,17 +58,24 @@ def read(root: Path) -> Iterator[Record]:
             reason = MISSING if path else f"{MISSING}: {'the path leaves the corpus' if relative else 'no preview is known'}"
             yield Rejected(CORPUS, path or str(root / "audio"), f"{CORPUS}-{recording_id}", reason)
             continue
-        tags = texts(entry.get("tag", [])) if isinstance(entry, dict) else ()
+        entry = entry if isinstance(entry, dict) else {}
+        tags = texts(entry.get("tag", []))
         yield Recording(
             CORPUS,
             recording_id,
             path,
-            captions=(", ".join(tags),) if tags else (),
+            captions=_captions(tags, tidy(entry.get("title")), tidy(entry.get("artist_name"))),
             labels=tags,
-            split=splits.get(track, "train") if splits else hash_split(recording_id),
+            split=splits.get(track, "train") if splits else hash_split(tidy(entry.get("artist_name")) or track),
             licence=LICENCE,
             origin=f"msd:{track}",
         )
+
+
+def _captions(tags: tuple[str, ...], title: str, artist: str) -> tuple[str, ...]:
+    heading = " by ".join(filter(None, (title, artist)))
+    with_heading = f"{heading}: {', '.join(tags)}" if tags else heading
+    return tuple(dict.fromkeys(filter(None, (", ".join(tags), with_heading if heading else ""))))
 
 
 class _PlainUnpickler(pickle.Unpickler):

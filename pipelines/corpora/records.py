@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 SPLITS = ("train", "validation", "test")
+NOT_STATED = "not stated"  # the licence of a recording that comes without one
+CAPTION_TABLE = "caption table not used"  # the kind of reason that concerns a whole table of captions: said aloud, not only counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,16 @@ class Recording:
     licence: str = ""
     precut: bool = False  # the file may hold just the stretch start … start + seconds, cut out beforehand
     origin: str = ""  # where the sound comes from, e.g. "youtube:<id>": equal in every corpus that has it
+    content: str = ""  # hash of the file's bytes; "" until its header is read
+
+    @property
+    def clip_id(self) -> str:
+        """Its id among all corpora; a window's number follows where it is cut into several clips."""
+        return f"{self.corpus}-{self.recording_id}"
+
+    def rejected(self, reason: str) -> Rejected:
+        """The recording as a row of the rejected table."""
+        return Rejected(self.corpus, self.path, self.clip_id, reason)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from pipelines.corpora.records import Record, Recording, Rejected
 LAYOUT = "WavCaps (json_files/<source>/*.json beside audio/<source>/)"
 LICENCE = "WavCaps, academic use"
 CORPUS = "wavcaps"
+PUBLISHED_COUNTS = {"recordings": 403_050}  # arXiv 2303.17395, table 1
 BLACKLISTED = "blacklisted"
 # A source's part of the blacklists is not always called like the source.
 _BLACKLIST_KEYS = {"AudioSet_SL": ("AudioSet_SL", "AudioSet")}
@@ -32,7 +33,7 @@ def detect(root: Path) -> bool:
     return any(_sources(root))
 
 
-def read(root: Path, keep_blacklisted: bool = False) -> Iterator[Record]:
+def read(root: Path, keep_blacklisted: bool = False, follow_links: bool = False) -> Iterator[Record]:
     """The recordings of every source with their caption; FreeSound's tags are their labels.
 
     What `json_files/blacklist/*.json` names is rejected: it occurs in test sets of AudioCaps and others. WavCaps has
@@ -48,7 +49,7 @@ def read(root: Path, keep_blacklisted: bool = False) -> Iterator[Record]:
             yield Rejected(CORPUS, str(path), "", f"malformed blacklist: {error}; nothing of it is left out")
     for source in _sources(root):
         folder = source.name
-        files = AudioFiles(*_audio_folders(root, folder))
+        files = AudioFiles(*_audio_folders(root, folder), root=root, follow_links=follow_links)
         keys = _BLACKLIST_KEYS.get(folder, (folder,))
         for table in sorted(source.glob("*.json")):
             for entry in json_entries(table, "data"):

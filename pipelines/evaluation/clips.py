@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 
 from pipelines.corpora.files import walk_audio
 from pipelines.evaluation import metrics
@@ -302,7 +301,7 @@ class Chosen:
     others: list[Clip]
 
 
-def choose_clips(table: pd.DataFrame, available: StoreReader, selection: Selection, speech: bool = False) -> Chosen:
+def choose_clips(available: StoreReader, selection: Selection, speech: bool = False) -> Chosen:
     """The clips to evaluate, from a store's clip table.
 
     The order depends on the seed and the clips alone, and a larger count only adds to it. Where some clips have labels,
@@ -314,26 +313,31 @@ def choose_clips(table: pd.DataFrame, available: StoreReader, selection: Selecti
     Raises:
         UserError: no clip of the split has a caption, or the store lacks clips of the frozen list.
     """
-    table = table[[clip_id in available for clip_id in table["clip_id"]]]
     if selection.captions is not None:
-        return _listed_clips(table, selection.captions, selection.seed, speech)
+        return _listed_clips(available, selection.captions, selection.seed, speech)
     tried = [selection.split] if selection.split else ["test", "validation"]
     for split in tried:
-        clips = [_clip_of(row, selection.seed, speech) for row in table[table["split"] == split].to_dict("records")]
+        clips = [_clip_of(row, selection.seed, speech) for row in _rows_of(available, [split])]
         usable = [clip for clip in clips if clip.text and (clip.transcript or not speech)]
         if usable:
             ordered = _in_turn([clip for clip in usable if clip.label] or usable, selection.seed)
             return Chosen(split, ordered[: selection.count], ordered[selection.count : 2 * selection.count])
-    splits = table["split"].value_counts().to_dict()
+    counts = {split: int((available.mask & available.table.among("split", [split])).sum()) for split in available.table.values("split")}
+    splits = {split: count for split, count in counts.items() if count}
     needed = "a transcript" if speech else "a caption"
     hint = f"the store holds {splits}; choose another with --split" if splits else "no clip of the store has its waveform"
     raise UserError(f"no clip of the split {' or '.join(tried)} has {needed} to generate from; {hint}")
 
 
-def _listed_clips(table: pd.DataFrame, captions: Path, seed: int, speech: bool) -> Chosen:
+def _rows_of(available: StoreReader, splits: Collection[str]) -> Iterator[dict[str, Any]]:
+    return available.table.take(np.flatnonzero(available.mask & available.table.among("split", splits)))
+
+
+def _listed_clips(available: StoreReader, captions: Path, seed: int, speech: bool) -> Chosen:
     """The clips of a frozen caption list, with its captions."""
     frozen = read_captions(captions)
-    rows = {row["clip_id"]: row for row in table.to_dict("records")}
+    numbers = sorted(number for number in available.table.numbers([clip.clip_id for clip in frozen]).values() if number in available)
+    rows = {row["clip_id"]: row for row in available.table.take(np.array(numbers, np.int64))}
     missing = [clip.clip_id for clip in frozen if clip.clip_id not in rows]
     if missing:
         raise UserError(
@@ -348,7 +352,7 @@ def _listed_clips(table: pd.DataFrame, captions: Path, seed: int, speech: bool) 
         raise UserError(f"{captions} has no {'transcript' if speech else 'caption'} for {some(wordless)}")
     splits = sorted({rows[clip.clip_id]["split"] for clip in clips})
     chosen = {clip.clip_id for clip in clips}
-    same_split = _in_turn([_clip_of(row, seed, speech) for row in rows.values() if row["split"] in splits], seed)
+    same_split = _in_turn([_clip_of(row, seed, speech) for row in _rows_of(available, splits)], seed)
     return Chosen(", ".join(splits), clips, [clip for clip in same_split if clip.clip_id not in chosen][: len(clips)])
 
 

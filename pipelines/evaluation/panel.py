@@ -12,8 +12,9 @@ from pipelines.evaluation.listening import ClapJudge, ClassifierJudge, Judge, as
 from pipelines.evaluation.options import PanelOptions
 from pipelines.evaluation.words import AsrReader, Hypotheses, Reader
 from stages.audio import AudioConfig
-from stages.bundle import read_info
+from stages.bundle import local_bundle, read_info
 from stages.errors import UserError
+from stages.files import Place
 from stages.judges.catalogue import AUDIOLDM_EVAL, Listening
 from stages.judges.whisper import Transcriber
 
@@ -27,7 +28,7 @@ class Panel:
     channels: Channels = "mean"
 
 
-def own_panel(options: PanelOptions, bundle: Path, classifier: Path, audio: AudioConfig, device: str | None = None) -> Panel:
+def own_panel(options: PanelOptions, bundle: Path, classifier: Path | Place, audio: AudioConfig, device: str | None = None) -> Panel:
     """The CLAP of the bundle (or of the options) and the classifier if there is one, and what the options add."""
     device = device or _device()
     judges = _trained_judges(bundle, classifier, audio, device, options.clap)
@@ -35,7 +36,7 @@ def own_panel(options: PanelOptions, bundle: Path, classifier: Path, audio: Audi
     return Panel(judges, _readers(options, device), _channels(options))
 
 
-def named_panel(options: PanelOptions, work: Path, hypotheses: dict[str, Path]) -> Panel:
+def named_panel(options: PanelOptions, work: str | Path | Place, hypotheses: dict[str, Path]) -> Panel:
     """The judges and readers that the options name; without any, the judges that training has left in `work`.
 
     Args:
@@ -44,23 +45,25 @@ def named_panel(options: PanelOptions, work: Path, hypotheses: dict[str, Path]) 
     Raises:
         UserError: there is nothing to judge with.
     """
+    work = Place.of(work)
     device, bundle = _device(), work / "bundle"
     judges = _published(options, 10.0, device)
     if options.clap is not None:
         judges.append(ClapJudge(options.clap, device=device))
     readers: list[Reader] = [*_readers(options, device), *(Hypotheses(name, path) for name, path in hypotheses.items())]
     if not judges and not readers:
-        if not (bundle / "text_encoder").is_dir():
+        if not (bundle / "text_encoder").exists():
             raise UserError(
                 f"nothing to judge with: name --judges, --clap, --asr or --hypotheses, or a --work whose bundle has a CLAP ({bundle})"
             )
-        judges = _trained_judges(bundle, work / "stages" / "classifier", read_info(bundle).audio, device)
+        judges = _trained_judges(local_bundle(bundle), work / "stages" / "classifier", read_info(bundle).audio, device)
     return Panel(judges, readers, _channels(options))
 
 
-def _trained_judges(bundle: Path, classifier: Path, audio: AudioConfig, device: str, clap: Path | None = None) -> list[Judge]:
+def _trained_judges(bundle: Path, classifier: Path | Place, audio: AudioConfig, device: str, clap: Path | None = None) -> list[Judge]:
     judges: list[Judge] = [ClapJudge(clap or bundle, None if clap else as_trained(audio), device)]
-    return judges + ([ClassifierJudge(classifier, audio, device)] if (classifier / "config.json").is_file() else [])
+    classifier = Place.of(classifier)
+    return judges + ([ClassifierJudge(classifier.local_copy(), audio, device)] if (classifier / "config.json").exists() else [])
 
 
 def _published(options: PanelOptions, seconds: float, device: str) -> list[Judge]:

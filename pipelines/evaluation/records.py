@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import UserError
-from stages.files import digest, write_json
+from stages.files import Place, digest, write_json
 
 RECORD_FORMAT = 1
 SILENT_LIMIT = 0.01  # above this share of silent clips a system is not ranked: distances can look good for silence
@@ -172,18 +172,29 @@ def write_records(folder: Path, records: Iterable[Record]) -> None:
             path.unlink()
 
 
-def read_records(source: Path) -> list[Record]:
+def read_records(source: str | Path | Place) -> list[Record]:
     """The records of a file, of a folder of them, or of a project or evaluation folder, in the order of their names.
 
     Raises:
         UserError: there are none, or a file is no record of this format.
     """
-    source = Path(source)
+    source = _records_here(Place.of(source))
     folders = (source, source / "records", source / "evaluation" / "records")
     paths = [source] if source.is_file() else next((files for f in folders if (files := _record_files(f))), [])
     if not paths:
         raise UserError(f"{source} holds no records of scores; `loa evaluate` writes them to a folder named records")
     return [_read_record(path) for path in paths]
+
+
+def _records_here(source: Place) -> Path:
+    """`source`, or of one behind a URL a local copy of what holds its records: a project has much else."""
+    inner = next((at for at in (source / "evaluation" / "records", source / "records") if at.exists()), source)
+    if source.local:
+        return source.path
+    try:
+        return inner.local_copy()
+    except FileNotFoundError:
+        raise UserError(f"there is nothing at {source}; name a record, a folder of records, or a project") from None
 
 
 def _record_files(folder: Path) -> list[Path]:

@@ -17,7 +17,7 @@ from pipelines.evaluation.records import MEASURES, write_records
 from pipelines.evaluation.scores import Scores
 from pipelines.tables import aligned
 from stages.errors import UserError
-from stages.files import write_json
+from stages.files import Place, write_json
 
 EVALUATION_FORMAT = 1
 
@@ -49,12 +49,12 @@ class Evaluation:
     format: int = EVALUATION_FORMAT
 
     @classmethod
-    def read(cls, work: Path) -> Evaluation | None:
+    def read(cls, work: str | Path | Place) -> Evaluation | None:
         """The evaluation of a project folder, or None when there is none."""
-        path = Path(work) / "evaluation" / "evaluation.json"
-        if not path.is_file():
+        path = Place.of(work) / "evaluation" / "evaluation.json"
+        if not path.exists():
             return None
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read())
         if values.get("format") != EVALUATION_FORMAT:
             raise UserError(
                 f"{path} has format {values.get('format')}, this version of loa reads {EVALUATION_FORMAT}; run `loa evaluate` again"

@@ -21,9 +21,9 @@ from pipelines.features.reader import StoreReader
 from pipelines.features.store import FeatureStore
 from pipelines.tracking import Tracker
 from stages.audio import load_audio, mel_centres
-from stages.bundle import BundleInfo, read_info
+from stages.bundle import BundleInfo, local_bundle, read_info
 from stages.errors import UserError
-from stages.files import weights_hash
+from stages.files import Place, weights_hash
 from stages.generator import AudioGenerator
 from stages.sampling import resolve
 
@@ -31,18 +31,20 @@ IN_MLFLOW = 8  # clips whose sound and spectrograms are logged
 
 
 def evaluate(
-    work: Path,
+    work: str | Path | Place,
     selection: Selection | None = None,
     sampling: Mapping[str, Any] | None = None,
     panel: PanelOptions | None = None,
     *,
-    bundle: Path | None = None,
+    bundle: str | Path | Place | None = None,
     store: str | None = None,
     name: str | None = None,
     device: str | None = None,
     tracker: Tracker | None = None,
 ) -> Evaluation:
     """Generate one clip for each held-out caption, score all sets, and write `<work>/evaluation`.
+
+    Behind a URL that folder is written on this machine, where an interrupted call continues, and put there when it is whole.
 
     Args:
         selection: which captions; 100 of the test split by default.
@@ -55,13 +57,32 @@ def evaluate(
     Raises:
         UserError: there is no bundle, no store, no held-out clip with a caption, or the store lacks clips of a frozen list.
     """
-    work, tracker = Path(work).absolute(), tracker or Tracker.off()
-    bundle, folder = Path(bundle or work / "bundle"), work / "evaluation"
-    selection, panel = selection or Selection(), panel or PanelOptions()
-    info, opened = _matching(bundle, store or str(work / "store"))
+    work, tracker = Place.of(work), tracker or Tracker.off()
+    named, store_at = Place.of(bundle or work / "bundle"), Place.of(store or work / "store")
+    with (work / "evaluation").writing_folder(["evaluation.json"], continued=True) as folder:
+        return _evaluate(
+            work, folder, named, store_at, selection or Selection(), sampling or {}, panel or PanelOptions(), name, device, tracker
+        )
+
+
+def _evaluate(
+    work: Place,
+    folder: Path,
+    named: Place,
+    store: Place,
+    selection: Selection,
+    sampling: Mapping[str, Any],
+    panel: PanelOptions,
+    name: str | None,
+    device: str | None,
+    tracker: Tracker,
+) -> Evaluation:
+    """`evaluate` with all of its defaults filled in; sounds and scores go to the local `folder`."""
+    info, opened = _matching(named, store)
+    bundle = local_bundle(named)
     reader = opened.reader(["waveform"])
-    chosen = choose_clips(opened.clips(), reader, selection, info.speech)
-    sounds = Sounds(folder, opened.audio, _making(bundle, opened.audio.clip_seconds, selection.seed, sampling or {}))
+    chosen = choose_clips(reader, selection, info.speech)
+    sounds = Sounds(folder, opened.audio, _making(bundle, opened.audio.clip_seconds, selection.seed, sampling))
     _make_sounds(sounds, chosen, reader, bundle, info.speech, panel.batch, device, tracker)
 
     judged = own_panel(panel, bundle, work / "stages" / "classifier", opened.audio, device)
@@ -70,9 +91,9 @@ def evaluate(
     _explain(scores, judged, selection, panel)
     protocol = {
         **sounds.making.settings(),
-        "profile": (sampling or {}).get("profile", "loa"),
+        "profile": sampling.get("profile", "loa"),
         "variant": info.variant,
-        "bundle": str(bundle),
+        "bundle": str(named),
         "store": opened.root,
         "split": chosen.split,
         "num_clips": len(chosen.clips),
@@ -88,7 +109,7 @@ def evaluate(
     return evaluation
 
 
-def _matching(bundle: Path, store: str) -> tuple[BundleInfo, FeatureStore]:
+def _matching(bundle: Place, store: Place) -> tuple[BundleInfo, FeatureStore]:
     """The bundle and the store, when they belong together."""
     info, opened = read_info(bundle), FeatureStore.open(store)
     differing = [
@@ -163,7 +184,9 @@ def _log(evaluation: Evaluation, folder: Path, store: FeatureStore, tracker: Tra
         tracker.file(f"samples/step_000000/{row['clip_id']}/spectrograms.png", picture.png(dpi=96))
 
 
-def score_folders(generated: ClipSet, reference: ClipSet, panel: Panel, output: Path, cache: Path | None = None) -> Evaluation:
+def score_folders(
+    generated: ClipSet, reference: ClipSet, panel: Panel, output: str | Path | Place, cache: Path | None = None
+) -> Evaluation:
     """Score the set `generated` beside `reference`, and write records and table to `output`.
 
     Args:
@@ -182,6 +205,7 @@ def score_folders(generated: ClipSet, reference: ClipSet, panel: Panel, output: 
         "judges": {judge.name: judge.weights_hash for judge in panel.judges},
         **generated.made,
     }
-    evaluation = Evaluation.of(scores, generated.clips, protocol, output)
-    evaluation.save(scores, generated.clips, output)
+    with Place.of(output).writing_folder(["evaluation.json"]) as folder:
+        evaluation = Evaluation.of(scores, generated.clips, protocol, folder)
+        evaluation.save(scores, generated.clips, folder)
     return evaluation

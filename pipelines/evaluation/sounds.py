@@ -80,8 +80,10 @@ class Sounds:
 
     def keep_real(self, clips: Iterable[Clip], reader: StoreReader) -> None:
         """Write the real clips beside the others."""
-        for clip in self._missing("real", clips):
-            self._write("real", clip, reader.read(clip.clip_id)["waveform"])
+        missing = self._missing("real", clips)
+        numbers = reader.table.numbers([clip.clip_id for clip in missing]) if missing else {}
+        for clip in missing:
+            self._write("real", clip, reader.read(numbers[clip.clip_id])["waveform"])
 
     def generate(self, clips: Sequence[Clip], generator: Callable[[], AudioGenerator], speech: bool, batch: int) -> int:
         """Generate the missing clips; returns how many. Every clip has a seed of its own."""

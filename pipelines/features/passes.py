@@ -6,30 +6,31 @@ threads), so a pass may be stopped anywhere, repeated, and spread over any numbe
 
 from __future__ import annotations
 
-import time
+import ctypes
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-import fsspec
 import numpy as np
 import torch
 from torch import Tensor
 
+from options import Reservation
+from pipelines.features import precision
+from pipelines.features.outcomes import Failed, Kept, Outcome, Rejected, describe, is_failure
+from pipelines.features.recording import measures, read_recording
 from pipelines.features.shards import Member
-from stages.audio import AudioConfig, encode_flac, fbank, load_audio, log_mel, normalise, pad_or_cut
+from stages.audio import SILENCE, AudioConfig, encode_flac, fbank, log_mel, normalise, pad_or_cut
 from stages.errors import AudioError
-from stages.files import code_version, weights_hash
+from stages.files import Place, code_version, weights_hash
 from stages.text import clip_texts
 
-SILENCE = 1e-4  # a clip whose samples all lie below is rejected
-REMOTE_ATTEMPTS = 3  # at a recording behind a URL
+PROOF_SECONDS = 0.1  # of a recording that a worker reads to prove that it can
 
 Row = Mapping[str, Any]
 Features = Mapping[str, np.ndarray]
 T = TypeVar("T")
-Outcome = dict[str, dict[str, Member]] | str  # members by series, or why the clip is rejected
 
 
 class Pass:
@@ -39,11 +40,22 @@ class Pass:
     reads: ClassVar[tuple[str, ...]] = ()  # series whose features `encode` is given
     encoder: ClassVar[str] = ""  # the stage whose weights it needs; without one it runs as stateless CPU tasks
     weights: ClassVar[tuple[str, ...]] = ("",)  # folders of that stage's release that the pass reads
+    fp16: ClassVar[bool] = False  # whether GPUs without native bf16 may use fp16: where the golden values hold
     batch: int = 1  # clips per call of `encode`
+    needs: ClassVar[Reservation] = Reservation(cpus=4, gpus=1)  # of one worker
 
-    def __init__(self, audio: AudioConfig, folder: Path | None = None) -> None:
-        self.audio, self.folder = audio, folder
+    def __init__(self, audio: AudioConfig, folder: Path | Place | None = None) -> None:
+        self.audio, self.released = audio, None if folder is None else Place.of(folder)
         self.device = torch.device("cpu")
+        self.precision = "fp32"  # of the encoder; belongs to the series, whatever device continues it
+        self.made_on = "cpu"  # the kind of device that began the series
+        self.known: Row | None = None  # a clip whose recording the driver could read
+        self.reject_failed = False  # give up clips that fail: they count as rejected
+
+    @property
+    def folder(self) -> Path | None:
+        """The weights of its encoder as a local folder: of those behind a URL every machine has a copy of its own."""
+        return None if self.released is None else self.released.local_copy()
 
     @property
     def series(self) -> tuple[str, ...]:
@@ -52,11 +64,13 @@ class Pass:
 
     def recipe(self, series: str) -> dict[str, Any]:
         """What identifies the data of a series, and under "provenance" what merely made it."""
-        recipe: dict[str, Any] = {"format": 1, "audio": self.audio.to_dict(), "provenance": {"code": code_version()}}
+        provenance = {"code": code_version()} | ({"device": self.made_on} if self.encoder else {})
+        recipe: dict[str, Any] = {"format": 1, "audio": self.audio.to_dict(), "provenance": provenance}
         if self.folder is not None:
             recipe |= {
                 "encoder": self.encoder,
                 "weights": {part or self.encoder: weights_hash(self.folder / part) for part in self.weights},
+                "precision": self.precision,
             }
         return recipe
 
@@ -64,23 +78,29 @@ class Pass:
         """Whether a clip belongs into the series at all."""
         return True
 
+    def prove(self) -> None:
+        """Read what the driver could read. Raises OSError where this node cannot."""
+
     def load(self, device: torch.device) -> None:
-        """Called once per worker, before the first `encode`."""
+        """Called once per worker, before the first `encode`. Raises UserError when the device lacks the series' precision."""
         self.device = device
+        if self.encoder:
+            precision.require(self.precision, device, self.name)
 
     def encode(self, rows: Sequence[Row], clips: Sequence[Features]) -> list[Outcome]:
-        """The members of a batch of clips, one outcome per clip."""
+        """What becomes of each clip of a batch."""
         raise TypeError(f"{type(self).__name__} does not encode")
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bf16 where the device is built for it; elsewhere full precision, so that laptops agree to the last bit."""
-        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+        """The precision of the series, on any device."""
+        return precision.autocast(self.precision, self.device)
 
 
 class MelPass(Pass):
     """Recordings → normalised waveform (FLAC) and log-mel spectrogram of every clip."""
 
     name = "mel"
+    needs = Reservation(cpus=1, gpus=0)
 
     @property
     def series(self) -> tuple[str, ...]:
@@ -89,27 +109,41 @@ class MelPass(Pass):
     def encode(self, rows: Sequence[Row], clips: Sequence[Features]) -> list[Outcome]:
         return [self._encode(row) for row in rows]
 
+    def load(self, device: torch.device) -> None:
+        super().load(device)
+        _keep_freed_memory()
+
+    def prove(self) -> None:
+        if self.known is not None:
+            read_recording(self.known["path"], self.audio.sample_rate, self.known["start"], PROOF_SECONDS)
+
     def _encode(self, row: Row) -> Outcome:
         try:
-            waveform = read_recording(row["path"], self.audio.sample_rate, row["start"], row["seconds"])
-            if np.abs(waveform).max() <= SILENCE:
-                return "silent"
-            waveform = pad_or_cut(normalise(waveform), self.audio.clip_samples)
+            recorded = read_recording(row["path"], self.audio.sample_rate, row["start"], row["seconds"])
+            if not len(recorded) or np.abs(recorded).max() <= SILENCE:
+                return Rejected("silent")
+            waveform = pad_or_cut(normalise(recorded), self.audio.clip_samples)
             mel = log_mel(torch.from_numpy(waveform)[None], self.audio)[0]
-            return {
+            members: dict[str, dict[str, Member]] = {
                 "mel": {"mel.npy": _half(mel)},
                 "waveform": {"waveform.flac": encode_flac(waveform, self.audio.sample_rate)},
             }
-        except (AudioError, OSError, RuntimeError, MemoryError) as error:
-            return str(error) if isinstance(error, AudioError) else f"{type(error).__name__}: {error}"
+            return Kept(members, measures(recorded))
+        except AudioError as error:
+            return Rejected(str(error))
+        except Exception as error:
+            if not is_failure(error):
+                raise
+            return Failed(describe(error))
 
 
 class LoaPass(Pass):
     """Waveforms → the language of audio: AudioMAE features pooled at every λ asked for, from one forward."""
 
     name, reads, encoder = "loa", ("waveform",), "audiomae"
+    fp16 = True
 
-    def __init__(self, audio: AudioConfig, folder: Path, poolings: Sequence[int]) -> None:
+    def __init__(self, audio: AudioConfig, folder: Path | Place, poolings: Sequence[int]) -> None:
         super().__init__(audio, folder)
         self.poolings = tuple(sorted(set(poolings)))
         self.batch = 16
@@ -202,7 +236,7 @@ class SpeechPass(ClapPass):
     name, reads, weights = "speech", ("waveform",), ("text_encoder",)
     batch = 16
 
-    def __init__(self, audio: AudioConfig, folder: Path, max_phonemes: int) -> None:
+    def __init__(self, audio: AudioConfig, folder: Path | Place, max_phonemes: int) -> None:
         super().__init__(audio, folder)
         self.max_phonemes = max_phonemes
 
@@ -224,27 +258,19 @@ class SpeechPass(ClapPass):
         ]
 
 
-def read_recording(path: str, sample_rate: int, start: float, seconds: float) -> np.ndarray:
-    """The samples of a clip, [T] float32; a recording behind a URL gets several attempts."""
-    if "://" not in path:
-        return load_audio(path, sample_rate, start, seconds)
-    for attempt in range(1, REMOTE_ATTEMPTS + 1):
-        try:
-            with fsspec.open(path, "rb") as file:
-                return load_audio(file.read(), sample_rate, start, seconds)
-        except FileNotFoundError:
-            raise AudioError(f"{path} does not exist") from None
-        except OSError:
-            if attempt == REMOTE_ATTEMPTS:
-                raise
-            time.sleep(2.0**attempt)
-    raise AssertionError("unreachable")
-
-
 def chunks(items: Sequence[T], size: int) -> Iterator[list[T]]:
     """Consecutive groups of `size` items, the last one smaller."""
     for first in range(0, len(items), size):
         yield list(items[first : first + size])
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep up to 128 MB of freed memory: giving it back costs 2,000 page faults for the arrays of every clip."""
+    trim_threshold, mmap_threshold = -1, -3  # names of mallopt(3)
+    with suppress(OSError, AttributeError):  # another C library
+        c_library = ctypes.CDLL(None)
+        c_library.mallopt(trim_threshold, 128 << 20)
+        c_library.mallopt(mmap_threshold, 32 << 20)
 
 
 def _stack(clips: Sequence[Features], name: str, device: torch.device) -> Tensor:
@@ -261,8 +287,8 @@ def _checked(members: dict[str, dict[str, Member]]) -> Outcome:
     for group in members.values():
         for name, value in group.items():
             if isinstance(value, np.ndarray) and not np.isfinite(value).all():
-                return f"{name} is not finite in half precision"
-    return members
+                return Rejected(f"{name} is not finite in half precision")
+    return Kept(members)
 
 
 def _text_members(texts: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, Member]:

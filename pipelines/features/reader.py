@@ -1,123 +1,185 @@
-"""Random access to a feature store: the features of single clips, by id."""
+"""Random access to a feature store: the features of single clips, by number."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import threading
+import zlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-from fsspec.implementations.local import LocalFileSystem
 
-from pipelines.features.shards import LedgerRow, completing_command, decode_member, feature_name
+from pipelines.features.ledger import Ledger, Span
+from pipelines.features.shards import completing_command, decode_member, feature_name
+from pipelines.features.table import ClipTable
 from stages.errors import UserError
-
-if TYPE_CHECKING:
-    from pipelines.features.store import FeatureStore
+from stages.files import Place, default_cache, digest, replacing
 
 _MOST_OPEN_SHARDS = 256
+_SPARE_DISK = 1 << 30  # bytes that fetching ahead leaves free
 
 
 class StoreReader:
     """The features of single clips, in any order and from any thread or process.
 
-    Shards are opened when first needed and read at the offsets the ledger knows: nothing is scanned. A reader
-    pickles without its open files.
+    Shards are opened when first needed and read at the offsets the ledger knows: nothing is scanned, and what is read is
+    compared with its checksum. A reader pickles without its open files, and holds no object per clip.
+
+    Attributes:
+        mask: which clips of the table all series hold, [clips] bool.
     """
 
-    def __init__(self, store: FeatureStore, ledgers: Mapping[str, Sequence[LedgerRow]]) -> None:
-        self.store = store
-        self.series = tuple(ledgers)
-        self._sizes = {name: {row.shard: row.num_bytes for row in rows} for name, rows in ledgers.items()}
-        self._members = {name: next((row.members for row in rows if row.count), ()) for name, rows in ledgers.items()}
-        self._check_names()
-        self.clip_ids: list[str] = []
-        shards: list[int] = []
-        spans: dict[str, list[tuple[int, ...]]] = {name: [] for name in self.series}
-        for rows in zip(*ledgers.values(), strict=True):
-            by_id = [dict(zip(row.clip_ids, row.spans, strict=True)) for row in rows]
-            for clip_id in rows[0].clip_ids:
-                if all(clip_id in spans_of for spans_of in by_id):
-                    self.clip_ids.append(clip_id)
-                    shards.append(rows[0].shard)
-                    for name, spans_of in zip(self.series, by_id, strict=True):
-                        spans[name].append(spans_of[clip_id])
-        self._shards = np.array(shards, np.int32)
-        self._spans = {name: np.array(spans[name], np.int64).reshape(len(shards), -1) for name in self.series}
+    def __init__(self, table: ClipTable, ledgers: Mapping[str, Ledger], shards: Sequence[int]) -> None:
+        self.table, self.ledgers, self.series = table, dict(ledgers), tuple(ledgers)
+        self._members = {name: ledger.members for name, ledger in ledgers.items()}
+        self.mask = np.ones(len(table), bool)
+        for ledger in ledgers.values():
+            held = np.zeros(len(table), bool)
+            ledger.mark(held, shards)
+            self.mask &= held
         self._forget()
 
+    @cached_property
+    def numbers(self) -> np.ndarray:
+        """The clips that all series hold, ascending: [n] int64."""
+        return np.flatnonzero(self.mask)
+
+    @cached_property
+    def clip_ids(self) -> list[str]:
+        """The ids of `numbers`: for small stores and single shards."""
+        return self.table.ids(self.numbers)
+
+    @cached_property
+    def _by_id(self) -> dict[str, int]:
+        return dict(zip(self.clip_ids, self.numbers.tolist(), strict=True))
+
     def __len__(self) -> int:
-        return len(self.clip_ids)
+        return int(np.count_nonzero(self.mask))
 
-    def __contains__(self, clip_id: object) -> bool:
-        return clip_id in self._numbers
+    def __contains__(self, clip: int | str) -> bool:
+        return clip in self._by_id if isinstance(clip, str) else bool(0 <= clip < len(self.mask) and self.mask[clip])
 
-    def read(self, clip_id: str) -> dict[str, np.ndarray]:
+    def read(self, clip: int | str, series: Sequence[str] = ()) -> dict[str, np.ndarray]:
         """The features of a clip by name: "mel", "waveform" (float32 samples), "loa", "t5", ...
 
-        Raises KeyError for a clip that not all series hold.
+        Args:
+            clip: its number; or its id, which needs the ids of all clips in memory.
+            series: which to read; by default all.
+
+        Raises:
+            KeyError: not all series hold the clip.
+            UserError: two of the series hold the same name, or what lies there is damaged; the message says what repairs it.
         """
-        try:
-            number = self._numbers[clip_id]
-        except KeyError:
-            raise KeyError(f"{clip_id} is not in all of {', '.join(self.series)}") from None
-        shard = int(self._shards[number])
-        features = {}
-        for series, members in self._members.items():
-            spans = self._spans[series][number].tolist()
-            first, end = spans[0], spans[-2] + spans[-1]  # a clip's members lie next to each other
-            data = memoryview(self._fetch(series, shard, first, end))
-            for name, offset, size in zip(members, spans[::2], spans[1::2], strict=True):
-                features[feature_name(name)] = decode_member(name, data[offset - first : offset - first + size])
+        if clip not in self:
+            raise KeyError(f"{clip} is not in all of {', '.join(self.series)}")
+        number = self._by_id[clip] if isinstance(clip, str) else clip
+        shard = self.table.shard_of(number)
+        features: dict[str, np.ndarray] = {}
+        for one in series or self.series:
+            span = self.ledgers[one].find(shard, number)
+            for name, data in zip(self._members[one], self._fetch(one, shard, number, span), strict=True):
+                if (feature := feature_name(name)) in features:
+                    raise UserError(f"two of the series {', '.join(series or self.series)} hold {feature!r}; read them one at a time")
+                features[feature] = decode_member(name, data)
         return features
 
-    def _fetch(self, series: str, shard: int, first: int, end: int) -> bytearray:
-        """Bytes of a shard, in memory of their own so that arrays over it can be written to."""
+    @property
+    def remote(self) -> bool:
+        """Whether the store lies elsewhere, so that fetching whole shards ahead pays."""
+        return not self.table.root.local
+
+    def fetch(self, shards: Iterable[int]) -> None:
+        """Bring these shards of a remote store to this machine's disk, where `read` finds them, and remove those fetched before.
+
+        Whoever reads meanwhile reads by ranges what is not there yet. What cannot be fetched is left to them as well.
+        """
+        wanted = {str(self._local(place)): (place, size) for place, size in self._objects(shards)}
+        fetched = Path(next(iter(wanted))).parents[1] if wanted else None
+        for old in fetched.glob("*/*.tar") if fetched else ():
+            if str(old) not in wanted:
+                old.unlink(missing_ok=True)  # open files stay readable; a slower worker goes back to ranges
+        for path, (place, size) in wanted.items():
+            if os.path.exists(path):
+                continue
+            with suppress(OSError):
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                if shutil.disk_usage(os.path.dirname(path)).free < size + _SPARE_DISK:
+                    return
+                with replacing(path) as draft:
+                    place.download(draft)
+
+    def _objects(self, shards: Iterable[int]) -> Iterator[tuple[Place, int]]:
+        for shard in shards:
+            for ledger in self.ledgers.values():
+                yield ledger.folder / ledger[shard].object, ledger[shard].num_bytes
+
+    def _local(self, place: Place) -> Path:
+        """Where a fetched shard of a remote store lies; its name is that of its content."""
+        return default_cache() / "shards" / digest(self.table.root.url, 24) / place.parent.name / place.name
+
+    def _fetch(self, series: str, shard: int, number: int, span: Span) -> list[memoryview]:
+        """The members of a clip, in memory of their own so that arrays over it can be written to."""
+        starts, sizes = span.offsets[::2], span.offsets[1::2]
+        first, end = starts[0], starts[-1] + sizes[-1]  # a clip's members lie next to each other
+        data = memoryview(self._bytes(series, shard, span, first, end))
+        members = [data[start - first : start - first + size] for start, size in zip(starts, sizes, strict=True)]
+        checksum = 0
+        for member in members:
+            checksum = zlib.crc32(member, checksum)
+        if len(data) != end - first or checksum != span.checksum:
+            clip_id, place = self.table.row(number)["clip_id"], self.ledgers[series].folder / span.object
+            raise UserError(
+                f"the clip {clip_id} of the series {series!r} is damaged: its bytes in shard {shard} ({place}) "
+                f"do not have the checksum of the ledger; repair it with `{completing_command(series)} --verify`"
+            )
+        return members
+
+    def _bytes(self, series: str, shard: int, span: Span, first: int, end: int) -> bytearray:
         with self._lock:
             opened = self._opened.pop((series, shard), None)
             if opened is None:
-                opened = self._open(series, shard)
+                opened = self._open(series, span)
             self._opened[series, shard] = opened
             if len(self._opened) > _MOST_OPEN_SHARDS:
                 self._opened.popitem(last=False)  # closed when the last thread using it lets go
-        if isinstance(opened, str):
-            return bytearray(self.store.fs.cat_file(opened, start=first, end=end))
+        if isinstance(opened, Place):
+            if self._local(opened).exists():  # fetched since
+                with self._lock:
+                    self._opened.pop((series, shard), None)
+                return self._bytes(series, shard, span, first, end)
+            return bytearray(opened.read_range(first, end))
         data = bytearray(end - first)
-        if os.preadv(opened.fileno(), [data], first) != len(data):
-            raise OSError(f"{opened.name} ended early")
+        del data[os.preadv(opened.fileno(), [data], first) :]
         return data
 
-    def _open(self, series: str, shard: int) -> Any:
-        """An open file of a local store, the path in a remote one; either way of the size the ledger says."""
-        path = self.store.path(series, f"{shard:06d}.tar")
-        local = isinstance(self.store.fs, LocalFileSystem)
+    def _open(self, series: str, span: Span) -> Any:
+        """An open file of a local store, the place in a remote one; either way of the size the ledger says."""
+        place = self.ledgers[series].folder / span.object
         try:
-            opened = _Shard(path) if local else path
-            size = os.fstat(opened.fileno()).st_size if isinstance(opened, _Shard) else self.store.fs.size(path)
+            here = place.path if place.local else self._local(place)
+            opened = _Shard(str(here)) if place.local or here.exists() else place
+            size = os.fstat(opened.fileno()).st_size if isinstance(opened, _Shard) else place.size()
         except FileNotFoundError:
-            opened, size = path, 0
-        expected = self._sizes[series][shard]
-        if size != expected:
-            raise UserError(f"{path} has {size} bytes where its ledger says {expected}; recompute it with `{completing_command(series)}`")
+            opened, size = place, 0
+        if size != span.num_bytes:
+            raise UserError(
+                f"{place} has {size} bytes where its ledger says {span.num_bytes}; recompute it with `{completing_command(series)}`"
+            )
         return opened
 
-    def _check_names(self) -> None:
-        owner: dict[str, str] = {}
-        for series, members in self._members.items():
-            for name in map(feature_name, members):
-                if name in owner:
-                    raise UserError(f"the series {owner[name]!r} and {series!r} both hold {name!r}; read them one at a time")
-                owner[name] = series
-
     def _forget(self) -> None:
-        self._numbers = {clip_id: number for number, clip_id in enumerate(self.clip_ids)}
         self._opened: OrderedDict[tuple[str, int], Any] = OrderedDict()
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_numbers", "_opened", "_lock")}
+        left_out = ("_opened", "_lock", "numbers", "clip_ids", "_by_id")
+        return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -1,140 +1,157 @@
-"""One shard of one series: its ledger row, how it is written, and how its members become arrays again.
+"""One shard of one series: how it is written, and how its members become arrays again.
 
-Members are WebDataset's, `<clip_id>.<suffix>` in a tar of fixed bytes: arrays as npy, sound as FLAC. The ledger row is
-written last and makes the shard exist; it says where each member lies, so that a reader never scans a tar.
+Members are WebDataset's, `<clip_id>.<suffix>` in a tar of fixed bytes: arrays as npy, sound as FLAC. The tar is named by its
+content, so two who make the same shard never mix theirs; the ledger row is written last and says which one exists.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
+import tempfile
 import uuid
+import zlib
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, suppress
 from functools import lru_cache
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import webdataset
 
+from pipelines.features.ledger import Ledger, LedgerRow, Rejection, compact, journal_name
 from stages.audio import decode_flac
-
-if TYPE_CHECKING:
-    from pipelines.features.store import FeatureStore
+from stages.files import Place
 
 Member = np.ndarray | bytes
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """A clip that a pass could not use."""
-
-    clip_id: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class LedgerRow:
-    """What makes a shard exist."""
-
-    shard: int
-    count: int
-    num_bytes: int
-    sha256: str
-    clip_ids: tuple[str, ...]
-    rejected: tuple[Rejection, ...]
-    members: tuple[str, ...]  # suffixes, such as "mel.npy"
-    spans: tuple[tuple[int, ...], ...]  # per clip: offset and size of each member in the tar
-
-    def to_json(self) -> bytes:
-        """The row as it lies in the store."""
-        return (json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":")) + "\n").encode()
-
-    @classmethod
-    def from_json(cls, data: bytes) -> LedgerRow:
-        """Inverse of `to_json`; raises ValueError for anything that is no ledger row."""
-        try:
-            values = json.loads(data)
-            row = cls(
-                shard=int(values["shard"]),
-                count=int(values["count"]),
-                num_bytes=int(values["num_bytes"]),
-                sha256=str(values["sha256"]),
-                clip_ids=tuple(values["clip_ids"]),
-                rejected=tuple(Rejection(**entry) for entry in values["rejected"]),
-                members=tuple(values["members"]),
-                spans=tuple(map(tuple, values["spans"])),
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a ledger row: {error!r}") from error
-        if not row.count == len(row.clip_ids) == len(row.spans):
-            raise ValueError(f"the row counts {row.count} clips but names {len(row.clip_ids)}")
-        return row
+DRAFT = ".tar.draft-"
 
 
 class ShardWriter:
-    """Writes one shard of one series, clip by clip; leaving the `with` block without an error makes it exist."""
+    """Writes one shard of one series, clip by clip; leaving the `with` block without an error makes it exist.
 
-    def __init__(self, store: FeatureStore, series: str, shard: int) -> None:
-        self.store, self.series, self.shard = store, series, shard
+    Args:
+        folder: of the series.
+        numbers: of the shard's clips, by id, in the order of the clip table.
+        job: whose draft it is; drafts of jobs that are gone are removed.
+        remake: take the place of a shard that exists; else the one that exists stays.
+    """
+
+    def __init__(self, folder: Place, shard: int, numbers: Mapping[str, int], job: str = "none", remake: bool = False) -> None:
+        self.folder, self.shard, self.numbers, self.job, self.remake = folder, shard, numbers, job, remake
         self.row: LedgerRow | None = None
-        self._clip_ids: list[str] = []
-        self._spans: list[tuple[int, ...]] = []
+        self._clips: list[int] = []
+        self._spans: list[int] = []
+        self._checksums: list[int] = []
         self._members: tuple[str, ...] | None = None
         self._rejected: list[Rejection] = []
 
+    @property
+    def series(self) -> str:
+        """The series it belongs to."""
+        return self.folder.name
+
     def __enter__(self) -> ShardWriter:
-        self._final = self.store.path(self.series, f"{self.shard:06d}.tar")
-        self._draft = f"{self._final}.draft-{uuid.uuid4().hex}"
-        self.store.fs.makedirs(self.store.path(self.series), exist_ok=True)
-        self._file = self.store.fs.open(self._draft, "wb")
+        self._cleanup = ExitStack()
+        name = f"{self.shard:06d}{DRAFT}{self.job}-{uuid.uuid4().hex[:8]}"
+        if self.folder.local:
+            self.folder.path.mkdir(parents=True, exist_ok=True)
+            self._draft = self.folder.path / name
+        else:  # an object store shows an object when all of it has arrived, so the draft waits here
+            self._draft = Path(self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="loa-"))) / name
+        self._file = open(self._draft, "wb")
         self._stream = _HashedStream(self._file)
         # A tar of fixed bytes: no times, no users, nothing compressed.
         self._tar = webdataset.TarWriter(self._stream, user="", group="", mode=0o444, mtime=0, compress=False, encoder=False)
         return self
 
     def add(self, clip_id: str, members: Mapping[str, Member]) -> None:
-        """Append a clip. Members are named by suffix ("mel.npy"); arrays are written as npy, bytes as they are."""
+        """Append a clip. Members are named by suffix ("mel.npy"); arrays are written as npy, bytes as they are.
+
+        Raises ValueError for a clip of another shard, out of order, or with other members than the first.
+        """
+        number = self.numbers.get(clip_id)
+        if number is None or (self._clips and number <= self._clips[-1]):
+            where = "is not in" if number is None else "comes too late in"
+            raise ValueError(f"{clip_id} {where} shard {self.shard}: clips are written in the order of the clip table")
         names = tuple(sorted(members))
         if self._members not in (None, names):
             raise ValueError(f"{self.series} holds {self._members} for every clip, {clip_id} brings {names}")
         self._members = names
-        spans: list[int] = []
+        checksum = 0
         for name in names:
             data = _encode(name, members[name])
             self._tar.write({"__key__": clip_id, name: data})
-            spans += (self._tar.tarstream.offset - -(-len(data) // 512) * 512, len(data))
-        self._clip_ids.append(clip_id)
-        self._spans.append(tuple(spans))
+            self._spans += (self._tar.tarstream.offset - -(-len(data) // 512) * 512, len(data))
+            checksum = zlib.crc32(data, checksum)
+        self._clips.append(number)
+        self._checksums.append(checksum)
 
     def reject(self, clip_id: str, reason: str) -> None:
         """Note that a clip is left out, and why."""
         self._rejected.append(Rejection(clip_id, reason))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is not None:
-            with suppress(OSError):  # a full disk, say, which is already on its way to the user
-                self._tar.close()
-                self._file.close()
-            self.store.fs.rm_file(self._draft)
-            return
-        self._tar.close()
-        self._file.close()
-        self.store.rename(self._draft, self._final)
-        self.row = LedgerRow(
-            shard=self.shard,
-            count=len(self._clip_ids),
-            num_bytes=self._stream.size,
-            sha256=self._stream.digest.hexdigest(),
-            clip_ids=tuple(self._clip_ids),
-            rejected=tuple(self._rejected),
-            members=self._members or (),
-            spans=tuple(self._spans),
-        )
-        self.store.write(self.row.to_json(), self.series, f"{self.shard:06d}.json")
+        with self._cleanup:
+            if kind is not None:
+                with suppress(OSError):  # a full disk, say, which is already on its way to the user
+                    self._tar.close()
+                    self._file.close()
+                self._draft.unlink(missing_ok=True)
+                return
+            self._tar.close()
+            self._file.close()
+            sha256 = self._stream.digest.hexdigest()
+            row = LedgerRow(
+                shard=self.shard,
+                object=f"{self.shard:06d}-{sha256[:12]}.tar",
+                num_bytes=self._stream.size,
+                sha256=sha256,
+                members=self._members or (),
+                clips=tuple(self._clips),
+                spans=tuple(self._spans),
+                checksums=tuple(self._checksums),
+                rejected=tuple(self._rejected),
+            )
+            if self.folder.local:
+                self._draft.replace(self.folder.path / row.object)
+            else:
+                (self.folder / row.object).upload(self._draft)
+            self.row = (replace if self.remake else publish)(self.folder, row)
+
+
+def publish(folder: Place, row: LedgerRow) -> LedgerRow:
+    """Let the shard of `row`, whose object is in its place, exist; returns the row that does.
+
+    Of two who make a shard at once one comes first, and the other's object is removed. A row that is damaged, or whose
+    object is gone, is replaced.
+    """
+    place = folder / journal_name(row.shard)
+    if place.create(row.to_json()):
+        return row
+    try:
+        first = LedgerRow.from_json(place.read())
+        good = (folder / first.object).size() == first.num_bytes
+    except (FileNotFoundError, ValueError):
+        good = False
+    if not good:
+        place.write(row.to_json())
+        return row
+    if first.object != row.object:
+        (folder / row.object).remove()
+    return first
+
+
+def replace(folder: Place, row: LedgerRow) -> LedgerRow:
+    """Let `row` take the place of the row of its shard, if there is one. In between the shard is missing, never mixed."""
+    before = Ledger(folder, "", [row.shard], check=False).get(row.shard)
+    if before is not None:
+        compact(folder, {row.shard: before.object})
+        if before.object != row.object:
+            (folder / before.object).remove()
+    return publish(folder, row)
 
 
 class _HashedStream(io.RawIOBase):
@@ -192,7 +209,7 @@ def _npy_header(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...], Any]:
 
 
 def feature_name(member: str) -> str:
-    """What `StoreReader.read` calls a member: "mel.npy" is "mel"."""
+    """What a reader calls a member: "mel.npy" is "mel"."""
     return member.partition(".")[0]
 
 

@@ -1,15 +1,18 @@
 """The feature store: one clip table, and for every feature a *series* of tar shards beside it.
 
-    store.json              format, audio settings, how clips were dealt to shards, and the recipe of every series
-    clips.parquet           one row per clip in shard order; row group i is shard i
-    rejected.parquet        what ingest could not take, and why
-    mel/000000.tar          WebDataset members `<clip_id>.mel.npy`, in the order of the clip table
-    mel/000000.json         the ledger row: size, sha256, clips, rejections, where each member lies
+    store.json              format, audio settings, seed and size of the shards; never written again
+    parts/000000.json       what one ingest added: which clips and shards, in which files, and its report
+    clips/, rejected/, withdrawn/   the files that parts name, by content (`pipelines.features.table`)
+    mel/series.json         the recipe of a series
+    mel/…                   its shards, its journal and its index (`pipelines.features.ledger`)
+    jobs/, mel/claims/      who works here, and at which shards (`pipelines.features.jobs`)
 
 Every series has the same shard numbers and the same clip order, so series zip together, a new feature never
 rewrites an old one, and any WebDataset reader can read a single series. A shard exists when its ledger row does:
 the row is written last, so whatever was interrupted before that is done again. Bytes depend on the
 clips alone; those of encoders also on how sums are rounded, that is on the device and the threads of a worker.
+
+Nothing is locked: what several jobs could write at once is made by conditional writes, of which one wins.
 """
 
 from __future__ import annotations
@@ -18,51 +21,35 @@ import hashlib
 import io
 import json
 import os
-import posixpath
+import re
 import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import fsspec
-import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
-from fsspec.implementations.local import LocalFileSystem
+import pyarrow.compute as pc
 
-from pipelines.features import DEFAULT_SHARD_SIZE
+from pipelines.features import DEFAULT_SHARD_SIZE, jobs
+from pipelines.features.jobs import NOBODY
+from pipelines.features.ledger import JOURNAL, Ledger, LedgerRow, Rejection, StoreWarning, compact, journal_names, warn
 from pipelines.features.reader import StoreReader
-from pipelines.features.shards import LedgerRow, Member, Rejection, ShardWriter, completing_command
+from pipelines.features.shards import Member, ShardWriter, completing_command
+from pipelines.features.table import CLIP_SCHEMA, REJECTED_SCHEMA, WITHHELD, ClipTable, Part, conform, same_parts, write_part
+from pipelines.leases import lease
 from stages.audio import AudioConfig
 from stages.config import differences
 from stages.errors import UserError
+from stages.files import Place
 
-STORE_FORMAT = 1
+__all__ = ["CLIP_SCHEMA", "REJECTED_SCHEMA", "FeatureStore", "NoStoreError", "StoreWarning"]
 
-CLIP_SCHEMA = pa.schema(
-    [
-        ("clip_id", pa.string()),  # unique, without dots and slashes: it names tar members
-        ("corpus", pa.string()),
-        ("path", pa.string()),  # the recording: an absolute path or a URL
-        ("start", pa.float64()),  # seconds
-        ("seconds", pa.float64()),
-        ("captions", pa.list_(pa.string())),
-        ("transcript", pa.string()),  # "" when there is none
-        ("labels", pa.list_(pa.string())),
-        ("split", pa.string()),  # train, validation or test
-        ("licence", pa.string()),
-    ]
-)
-REJECTED_SCHEMA = pa.schema([(name, pa.string()) for name in ("corpus", "path", "clip_id", "reason")])
-
-_FORBIDDEN_IN_IDS = frozenset("./\\ \t\n")
-
-
-class StoreWarning(UserWarning):
-    """A shard that exists but cannot be trusted; the next run of its pass makes it again."""
+STORE_FORMAT = 2
+PARTS, RECIPE = "parts", "series.json"
 
 
 class NoStoreError(UserError):
@@ -70,72 +57,89 @@ class NoStoreError(UserError):
 
 
 class FeatureStore:
-    """A feature store on a local folder or any fsspec URL. Pickles into workers; holds no open files."""
+    """A feature store on a local disk or at any URL. A snapshot: what later ingests add is seen when it is opened again.
 
-    def __init__(self, fs: fsspec.AbstractFileSystem, folder: str, card: dict[str, Any]) -> None:
-        self.fs, self._folder, self._card = fs, folder, card
+    Pickles into workers; holds no open files.
+    """
+
+    def __init__(self, place: Place, card: Mapping[str, Any], parts: Sequence[Part], job: str = NOBODY) -> None:
+        self.place, self._card, self.job = place, dict(card), job
+        self.table = ClipTable(place, parts, int(card["shard_size"]))
 
     @classmethod
-    def open(cls, root: str | Path) -> FeatureStore:
+    def open(cls, root: str | Path | Place) -> FeatureStore:
         """The store at `root`. Raises UserError when there is none, or one of another format."""
-        fs, path = fsspec.core.url_to_fs(str(root))
+        place = Place.of(root)
         try:
-            card = json.loads(fs.cat_file(posixpath.join(path, "store.json")))
+            card = json.loads((place / "store.json").read())
         except FileNotFoundError:
-            raise NoStoreError(f"{root} contains no feature store (no store.json); make one with `loa ingest`") from None
+            raise NoStoreError(f"{place} contains no feature store (no store.json); make one with `loa ingest`") from None
         except ValueError as error:
-            raise UserError(f"{root}/store.json is damaged ({error}); make the store again with `loa ingest`") from None
+            raise UserError(f"{place}/store.json is damaged ({error}); make the store again with `loa ingest`") from None
         if card.get("format") != STORE_FORMAT:
-            raise UserError(f"{root} has store format {card.get('format')}, this version of loa reads {STORE_FORMAT}")
-        return cls(fs, path, card)
+            raise UserError(
+                f"{place} has store format {card.get('format')}, this version of loa reads {STORE_FORMAT}; "
+                "ingest the recordings again into another folder"
+            )
+        parts = _parts(place)
+        if not parts:
+            raise NoStoreError(f"{place} contains no clips yet: its ingest was interrupted; run `loa ingest` again")
+        return cls(place, card, parts)
+
+    @classmethod
+    def find(cls, root: str | Path | Place, audio: AudioConfig, seed: int = 0, shard_size: int = DEFAULT_SHARD_SIZE) -> FeatureStore | None:
+        """The store at `root`, None where there is none. Raises UserError when it has other settings, and names them."""
+        try:
+            store = cls.open(root)
+        except NoStoreError:
+            return None
+        if changes := differences(store._card, _card(audio, seed, shard_size)):
+            raise UserError(
+                f"{root} is already a feature store with other settings ({changes}). Choose another folder with --work, "
+                f"or delete {root} to make it and all its features again"
+            )
+        return store
 
     @classmethod
     def create(
         cls,
-        root: str | Path,
+        root: str | Path | Place,
         audio: AudioConfig,
         clips: pa.Table,
         rejected: pa.Table,
         seed: int = 0,
         shard_size: int = DEFAULT_SHARD_SIZE,
+        report: Mapping[str, Any] | None = None,
     ) -> FeatureStore:
-        """Deal the clips to shards by a seeded shuffle and write the clip table.
+        """Make a store of these clips, or add those that are new to the one that is there.
 
-        The shuffle starts from the sorted ids, so it depends on the set of clips and the seed alone. Asking again for
-        the same store returns it with its series; asking for another one in its place is refused.
+        Clips are dealt to shards by a seeded shuffle that starts from their sorted ids. What is in the store keeps its
+        place, its row and its shards; new clips get shards of their own. Where nothing is new, nothing is written.
 
         Args:
             clips: one row per clip, the columns of CLIP_SCHEMA.
             rejected: what was left out, the columns of REJECTED_SCHEMA.
+            report: kept with the part, for people.
+
+        Raises:
+            UserError: the store has other settings, or somebody else added clips at the same moment.
         """
-        table = _deal(_conform(clips, CLIP_SCHEMA), seed, shard_size)
-        fs, path = fsspec.core.url_to_fs(str(root))
-        card = {
-            "format": STORE_FORMAT,
-            "audio": audio.to_dict(),
-            "seed": seed,
-            "shard_size": shard_size,
-            "num_clips": table.num_rows,
-            "clips_sha256": _table_digest(table),
-            "series": {},
-        }
-        store = cls(fs, path, card)
-        if fs.exists(store.path("store.json")):
-            there = cls.open(root)
-            changes = differences({**there._card, "series": {}}, card)
-            if changes:
-                raise UserError(
-                    f"{root} is already a feature store of other clips or settings ({changes}); choose another folder or delete it"
-                )
-            store = there
-        fs.makedirs(path, exist_ok=True)
-        for name, content in (("rejected.parquet", _conform(rejected, REJECTED_SCHEMA)), ("clips.parquet", table)):
-            buffer = io.BytesIO()
-            pq.write_table(content, buffer, row_group_size=shard_size, compression="zstd", write_statistics=False)
-            store.write(buffer.getvalue(), name)
-        if store._card is card:
-            store._write_card(card)
-        return store
+        if shard_size < 1:
+            raise UserError(f"shard_size is {shard_size}; expected at least 1")
+        clips, rejected = conform(clips, CLIP_SCHEMA), conform(rejected, REJECTED_SCHEMA)
+        if not clips.num_rows:
+            raise UserError("there are no clips to store: every recording was rejected, or none was found")
+        store = cls.find(root, audio, seed, shard_size)
+        if store is None:
+            card = _card(audio, seed, shard_size)
+            (Place.of(root) / "store.json").write_json(card)
+            store = cls(Place.of(root), card, [])
+        known = store.table.numbers(clips["clip_id"].to_pylist())
+        new = clips.filter(pc.invert(pc.is_in(clips["clip_id"], value_set=pa.array(known, pa.string()))))
+        if not new.num_rows:
+            return store
+        _add(store.place, write_part(store.place, store.table, new, rejected, seed, dict(report or {})))
+        return cls.open(root)
 
     # ------------------------------------------------------------------------------------------------- what it holds
 
@@ -163,77 +167,133 @@ class FeatureStore:
     @property
     def num_clips(self) -> int:
         """Clips of the table."""
-        return int(self._card["num_clips"])
+        return len(self.table)
 
     @property
     def shard_size(self) -> int:
-        """Clips of every shard but the last."""
-        return int(self._card["shard_size"])
+        """Clips of every shard but the last of each part."""
+        return self.table.shard_size
 
     @property
     def num_shards(self) -> int:
         """Shards of every complete series."""
-        return -(-self.num_clips // self.shard_size)
+        return self.table.num_shards
 
     @property
     def root(self) -> str:
         """Where the store lies, a path or URL as `open` takes it."""
-        return self._folder if self._local else str(self.fs.unstrip_protocol(self._folder))
+        return str(self.place)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What every ingest added, the first first."""
+        return self.table.parts
+
+    @property
+    def digest(self) -> str:
+        """Names the clips of the store and what is withheld from training, by content."""
+        return same_parts(self.parts)
 
     def recipes(self) -> dict[str, dict[str, Any]]:
         """How every series begun so far is made, read afresh."""
-        series: dict[str, dict[str, Any]] = self._read_card()["series"]
-        return series
+        found = {}
+        for name in self.place.folders():
+            try:
+                found[name] = json.loads((self.place / name / RECIPE).read())
+            except FileNotFoundError:
+                continue
+        return found
 
-    def clips(self) -> pd.DataFrame:
-        """The clip table in shard order."""
-        return pq.read_table(io.BytesIO(self._read("clips.parquet"))).to_pandas()
+    def clips(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """The clip table in shard order, or some columns of it, with the splits that hold now. It is copied: for small stores."""
+        table = self.table.table().select(list(columns or self.table.table().column_names))
+        for name in {"corpus", "split", "licence"} & set(table.column_names):
+            table = table.set_column(table.column_names.index(name), name, pc.cast(table[name], pa.string()))
+        frame = table.to_pandas()
+        if "split" in frame:
+            frame.loc[self.table.withdrawn, "split"] = WITHHELD
+        return frame
 
     def rejected(self) -> pd.DataFrame:
-        """What ingest left out."""
-        return pq.read_table(io.BytesIO(self._read("rejected.parquet"))).to_pandas()
+        """What the ingests left out."""
+        return pd.concat([pd.read_parquet(io.BytesIO((self.place / part.rejected).read())) for part in self.parts], ignore_index=True)
 
     def shard_rows(self, shard: int) -> list[dict[str, Any]]:
-        """The clips of one shard as dicts, in order."""
-        with self.fs.open(self.path("clips.parquet"), "rb") as stream:
-            rows: list[dict[str, Any]] = pq.ParquetFile(stream).read_row_group(shard).to_pylist()
-        return rows
+        """The clips of one shard as dicts, in order, with their `number`."""
+        first, end = self.table.shard_starts[shard : shard + 2].tolist()
+        return self.table.rows(first, end)
 
     def shard_count(self, shard: int) -> int:
         """How many clips the table deals to a shard."""
-        return min(self.shard_size, self.num_clips - shard * self.shard_size)
+        first, end = self.table.shard_starts[shard : shard + 2].tolist()
+        return int(end - first)
 
     # --------------------------------------------------------------------------------------------------------- series
+
+    def series_folder(self, series: str) -> Place:
+        """Where a series lies. Raises UserError for a name that is no series'."""
+        if not re.fullmatch(r"[a-z][a-z0-9_-]*", series):
+            raise UserError(f"{series!r} is no name of a series; expected letters, digits and dashes, such as loa-8")
+        return self.place / series
 
     def begin_series(self, series: str, recipe: Mapping[str, Any]) -> None:
         """Announce how a series is made, before its first shard or before continuing it.
 
         Everything in `recipe` identifies the data, except what stands under "provenance": that is kept from the
-        first run and not compared. Drafts left by a killed run are removed.
+        first run and not compared. What jobs that are gone left behind is removed, and the journal is compacted.
 
         Raises:
-            UserError: the series has shards of another recipe; the message shows both values.
+            UserError: the series has shards of another recipe, or a living job may be making some; the message shows both values.
         """
-        recipe = json.loads(json.dumps(recipe))
-        with self._locked():
-            card = self._read_card()
-            known = card["series"].get(series)
-            changes = differences(_identity(known), _identity(recipe)) if known is not None else ""
-            if changes and any(name.endswith(".json") for name in self._listing(series)):
+        folder = self.series_folder(series)
+        data = (json.dumps(recipe, indent=2, ensure_ascii=False) + "\n").encode()
+        if not (folder / RECIPE).create(data):
+            known = json.loads((folder / RECIPE).read())
+            changes = differences(_identity(known), _identity(json.loads(data)))
+            begun = any(name.endswith(".tar") for name in folder.list()) or jobs.living(self.place) - {self.job}
+            if changes and begun:
                 raise UserError(
                     f"the series {series!r} of {self.root} was made with other settings ({changes}); "
-                    f"use another store, or delete {self.path(series)} to recompute the series"
+                    f"use another store, or delete {folder} to recompute the series"
                 )
-            if known is None or changes:
-                card["series"][series] = recipe
-                self._write_card(card)
-        for name in self._listing(series):
-            if ".tar.draft-" in name:
-                self.fs.rm_file(self.path(series, name))
+            if changes:
+                (folder / RECIPE).write(data)
+        jobs.tidy(self.place, folder)
+        compact(folder)
 
-    def shard_writer(self, series: str, shard: int) -> ShardWriter:
-        """A context that writes one shard, for passes that fill several series at once."""
-        return ShardWriter(self, series, shard)
+    @contextmanager
+    def working(self, command: str = "") -> Iterator[FeatureStore]:
+        """This store in the hands of a job: others leave its drafts and the shards that it claims alone as long as it lives."""
+        job = uuid.uuid4().hex[:12]
+        with lease(jobs.lease_of(self.place, job), f"the job {job}", command=command):
+            yield FeatureStore(self.place, self._card, self.parts, job)
+
+    @contextmanager
+    def claim(self, series: Sequence[str], shard: int, remake: bool = False) -> Iterator[tuple[str, ...]]:
+        """Claim a shard for this job during the block; yields those of `series` that it has to make.
+
+        None where a living job is at it, or where the shard has been made since it was found missing (but for `remake`).
+        """
+        with jobs.claim(self.place, self.series_folder(series[0]), shard, self.job) as mine:
+            yield tuple(name for name in series if remake or not self._has(name, shard)) if mine else ()
+
+    def _has(self, series: str, shard: int) -> bool:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", StoreWarning)  # told before, by `missing_shards`
+            return shard in Ledger(self.series_folder(series), "", [shard])
+
+    def discard(self, series: str, shards: Iterable[int]) -> None:
+        """Let shards exist no longer, so that they are made again."""
+        folder, listed = self.series_folder(series), Ledger(self.series_folder(series), "", check=False)
+        gone = {shard: listed[shard].object for shard in shards if shard in listed}
+        compact(folder, gone)
+        for name in gone.values():
+            (folder / name).remove()
+
+    def shard_writer(self, series: str, shard: int, remake: bool = False) -> ShardWriter:
+        """A context that writes one shard, for passes that fill several series at once; with `remake` in place of one that exists."""
+        numbers = {row["clip_id"]: row["number"] for row in self.shard_rows(shard)}
+        return ShardWriter(self.series_folder(series), shard, numbers, self.job, remake)
 
     def write_shard(
         self,
@@ -251,46 +311,47 @@ class FeatureStore:
         assert writer.row is not None
         return writer.row
 
-    def ledger(self, series: str) -> dict[int, LedgerRow]:
+    def ledger(self, series: str) -> Ledger:
         """The shards that exist, by number. A shard whose size is not the ledger's counts as missing, with a warning."""
-        sizes, rows = self._listing(series), {}
-        for name in sorted(name for name in sizes if name.endswith(".json")):
-            try:
-                row = LedgerRow.from_json(self._read(series, name))
-            except ValueError as error:
-                _warn(f"{self.path(series, name)} is damaged ({error})", series)
-                continue
-            tar = f"{row.shard:06d}.tar"
-            if sizes.get(tar) != row.num_bytes:
-                there = "is missing" if tar not in sizes else f"has {sizes[tar]} bytes where its ledger says {row.num_bytes}"
-                _warn(f"{self.path(series, tar)} {there}", series)
-                continue
-            rows[row.shard] = row
-        return rows
+        return Ledger(self.series_folder(series), completing_command(series))
 
     def missing_shards(self, series: str) -> list[int]:
         """Shards that a pass still has to make."""
         there = self.ledger(series)
         return [shard for shard in range(self.num_shards) if shard not in there]
 
+    def compact(self, series: str) -> None:
+        """Fold the ledger rows of a series into its index, which then opens at once."""
+        compact(self.series_folder(series))
+
     def verify(self, series: str) -> list[int]:
         """Read every shard and compare checksums; corrupt shards lose their ledger row, so that they are redone.
 
         Returns the numbers of the corrupt shards, those of a wrong size included.
         """
-        there, corrupt = self.ledger(series), []
-        for name in self._listing(series):
-            if not name.endswith(".json"):
-                continue
-            shard = int(name.removesuffix(".json"))
-            row = there.get(shard)
-            if row is not None and self._checksum(series, f"{shard:06d}.tar") == row.sha256:
-                continue
-            if row is not None:
-                _warn(f"{self.path(series, f'{shard:06d}.tar')} is corrupt: its sha256 is not the ledger's", series)
-            self.fs.rm_file(self.path(series, name))
-            corrupt.append(shard)
-        return sorted(corrupt)
+        folder, repair = self.series_folder(series), completing_command(series)
+        compact(folder)
+        listed, there = Ledger(folder, repair, check=False), self.ledger(series)
+
+        def corrupt(shard: int) -> bool:
+            if shard not in there:
+                return True  # of a wrong size, and told by the ledger
+            row = there[shard]
+            if damage := self.damage(series, row):
+                warn(f"{folder / row.object} is {damage}", repair)
+            return bool(damage)
+
+        with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as threads:
+            lost = [shard for shard, bad in zip(listed, threads.map(corrupt, listed), strict=True) if bad]
+        self.discard(series, lost)
+        damaged = journal_names(folder)  # the compaction took all that can be read
+        for name in damaged.values():
+            (folder / JOURNAL / name).remove()
+        return sorted({*lost, *damaged})
+
+    def damage(self, series: str, row: LedgerRow) -> str:
+        """What is wrong with the bytes of a shard, in words that follow "is"; "" for nothing. Reads all of it, changes nothing."""
+        return "" if _checksum(self.series_folder(series) / row.object) == row.sha256 else "corrupt: its sha256 is not the ledger's"
 
     def reader(self, series: Sequence[str], shards: Iterable[int] | None = None) -> StoreReader:
         """Random access to the clips that all of `series` hold.
@@ -303,139 +364,45 @@ class FeatureStore:
             UserError: a series is incomplete (the message says which command completes it).
         """
         wanted = range(self.num_shards) if shards is None else sorted(shards)
-        ledgers = {}
-        for name in series:
-            rows = self._rows(name, wanted) if shards is not None else self.ledger(name)
-            missing = [shard for shard in wanted if shard not in rows]
-            if missing:
+        few = None if shards is None else list(wanted)
+        ledgers = {name: Ledger(self.series_folder(name), completing_command(name), few) for name in series}
+        for name, ledger in ledgers.items():
+            there = sum(shard in ledger for shard in wanted)
+            if there < len(wanted):
                 raise UserError(
-                    f"the series {name!r} of {self.root} is incomplete: {len(wanted) - len(missing)} of {len(wanted)} shards exist; "
+                    f"the series {name!r} of {self.root} is incomplete: {there} of {len(wanted)} shards exist; "
                     f"complete it with `{completing_command(name)}`"
                 )
-            ledgers[name] = [rows[shard] for shard in wanted]
-        return StoreReader(self, ledgers)
-
-    def _rows(self, series: str, shards: Iterable[int]) -> dict[int, LedgerRow]:
-        rows = {}
-        for shard in shards:
-            try:
-                rows[shard] = LedgerRow.from_json(self._read(series, f"{shard:06d}.json"))
-            except FileNotFoundError:
-                pass
-            except ValueError as error:
-                _warn(f"{self.path(series, f'{shard:06d}.json')} is damaged ({error})", series)
-        return rows
-
-    # ---------------------------------------------------------------------------------------------------------- files
-
-    @property
-    def _local(self) -> bool:
-        return isinstance(self.fs, LocalFileSystem)
-
-    def path(self, *parts: str) -> str:
-        """Path of something in the store, as its filesystem wants it."""
-        return posixpath.join(self._folder, *parts)
-
-    def write(self, data: bytes, *parts: str) -> None:
-        """Write a small file whole or not at all."""
-        final = self.path(*parts)
-        if not self._local:  # an object store shows an object when all of it has arrived
-            self.fs.pipe_file(final, data)
-            return
-        draft = f"{final}.draft-{uuid.uuid4().hex}"
-        self.fs.pipe_file(draft, data)
-        self.rename(draft, final)
-
-    def rename(self, draft: str, final: str) -> None:
-        """Put a finished draft in its place."""
-        if self._local:
-            os.replace(draft, final)
-        else:
-            self.fs.mv(draft, final)
-
-    def _read(self, *parts: str) -> bytes:
-        data: bytes = self.fs.cat_file(self.path(*parts))
-        return data
-
-    def _listing(self, series: str) -> dict[str, int]:
-        """Files of a series with their sizes, as they are now."""
-        folder = self.path(series)
-        self.fs.invalidate_cache(folder)
-        try:
-            entries = self.fs.ls(folder, detail=True)
-        except FileNotFoundError:
-            return {}
-        return {posixpath.basename(entry["name"]): entry["size"] for entry in entries if entry["type"] == "file"}
-
-    def _checksum(self, *parts: str) -> str:
-        digest = hashlib.sha256()
-        with self.fs.open(self.path(*parts), "rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
-
-    def _read_card(self) -> dict[str, Any]:
-        card: dict[str, Any] = json.loads(self._read("store.json"))
-        return card
-
-    def _write_card(self, card: dict[str, Any]) -> None:
-        self.write((json.dumps(card, indent=2, ensure_ascii=False) + "\n").encode(), "store.json")
-        self._card = card
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Keeps passes that start at the same moment from overwriting each other's line in a local store.json."""
-        if not self._local:
-            yield
-            return
-        import fcntl
-
-        with open(self.path(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+        return StoreReader(self.table, ledgers, wanted)
 
 
-def _warn(what: str, series: str) -> None:
-    warnings.warn(f"{what}; it counts as missing, `{completing_command(series)}` makes it again", StoreWarning, stacklevel=3)
+def _card(audio: AudioConfig, seed: int, shard_size: int) -> dict[str, Any]:
+    return {"format": STORE_FORMAT, "audio": audio.to_dict(), "seed": seed, "shard_size": shard_size}
+
+
+def _parts(place: Place) -> list[Part]:
+    names = sorted(name for name in (place / PARTS).list() if re.fullmatch(r"\d{6}\.json", name))
+    try:
+        return [Part.from_json((place / PARTS / name).read()) for name in names]
+    except ValueError as error:
+        raise UserError(f"a file of {place / PARTS} is damaged ({error}); make the store again with `loa ingest`") from None
+
+
+def _add(place: Place, part: Part) -> None:
+    """Let a part exist whose files are written. Raises UserError when another one took its number first."""
+    if not (place / PARTS / f"{part.number:06d}.json").create(part.to_json()):
+        there = Part.from_json((place / PARTS / f"{part.number:06d}.json").read())
+        if there.files != part.files:
+            raise UserError(f"another ingest added clips to {place} meanwhile; run this one again")
 
 
 def _identity(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in recipe.items() if key != "provenance"}
 
 
-def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    missing = [name for name in schema.names if name not in table.column_names]
-    if missing:
-        raise ValueError(f"the table lacks the columns {', '.join(missing)}")
-    return table.select(schema.names).cast(schema)
-
-
-def _deal(clips: pa.Table, seed: int, shard_size: int) -> pa.Table:
-    """The clip table in shard order, with the columns `shard` and `position`."""
-    ids = clips["clip_id"].to_pylist()
-    if not ids:
-        raise UserError("there are no clips to store: every recording was rejected, or none was found")
-    if shard_size < 1:
-        raise UserError(f"shard_size is {shard_size}; expected at least 1")
-    if len(set(ids)) != len(ids):
-        raise ValueError("clip ids are not unique")
-    for clip_id in ids:
-        if not clip_id or not _FORBIDDEN_IN_IDS.isdisjoint(clip_id):
-            raise ValueError(f"{clip_id!r} is no clip id: it names tar members, so no dots, slashes or blanks")
-    by_name = np.array(sorted(range(len(ids)), key=ids.__getitem__))
-    order = by_name[np.random.default_rng(seed).permutation(len(ids))]
-    position = np.arange(len(ids), dtype=np.int32)
-    return (
-        clips.take(pa.array(order))
-        .append_column("shard", pa.array(position // shard_size))
-        .append_column("position", pa.array(position % shard_size))
-        .combine_chunks()
-    )
-
-
-def _table_digest(table: pa.Table) -> str:
-    """sha256 over the values of a table."""
+def _checksum(place: Place) -> str:
     digest = hashlib.sha256()
-    for batch in table.to_batches(max_chunksize=4096):
-        digest.update(json.dumps(batch.to_pylist()).encode())
+    with place.open() as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()

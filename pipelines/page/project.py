@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from pipelines.tracking import tracking_uri
 from stages import STAGES
 from stages.audio import AudioConfig, Waveform, load_audio, log_mel
 from stages.errors import UserError
+from stages.files import Place
 
 
 @dataclass(frozen=True)
 class Project:
     """Everything a report speaks of; what the folder lacks is None or empty."""
 
-    work: Path
+    work: Place
     uri: str  # where its runs are
     evaluation: Evaluation | None
     runs: list[Run]
@@ -34,7 +36,7 @@ class Project:
     store: FeatureStore | None
 
     @classmethod
-    def read(cls, work: Path, uri: str | None = None) -> Project:
+    def read(cls, work: str | Path | Place, uri: str | None = None) -> Project:
         """The project in the folder `work`.
 
         Args:
@@ -43,8 +45,9 @@ class Project:
         Raises:
             UserError: there is no such folder, or MLflow's store cannot be used.
         """
-        work = Path(work).absolute()
-        if not work.is_dir():
+        work = Place.of(work)
+        runs_at = tracking_uri(work, uri)  # refused before anything is read
+        if not work.exists():
             raise UserError(f"there is no project folder {work}; run `loa demo`, or name another with --work")
         cards = {stage: card for stage in STAGES if (card := _json(work / "stages" / stage / "stage.json"))}
         try:
@@ -53,7 +56,7 @@ class Project:
             store = None  # a report of what was only evaluated here
         return cls(
             work=work,
-            uri=tracking_uri(work, uri),
+            uri=runs_at,
             evaluation=Evaluation.read(work),
             runs=read_runs(work, uri),
             steps=_json(work / "steps.json") or [],
@@ -72,7 +75,13 @@ class Project:
 
     def sound(self, row: dict[str, Any], system: str) -> Waveform | None:
         """A system's sound of an evaluated clip, or None when there is none."""
-        path = self.work / "evaluation" / row["files"].get(system, "")
+        name = row["files"].get(system)
+        if name is None:
+            return None
+        try:
+            path = Path(name) if os.path.isabs(name) else (self.work / "evaluation" / name).local_copy()
+        except FileNotFoundError:
+            return None
         return load_audio(path, self.audio().sample_rate) if path.is_file() else None
 
     def mel(self, waveform: Waveform) -> NDArray[np.float32]:
@@ -81,5 +90,5 @@ class Project:
         return mel
 
 
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def _json(place: Place) -> Any:
+    return json.loads(place.read()) if place.exists() else None

@@ -258,12 +258,12 @@ def _cost(steps: Sequence[dict[str, Any]]) -> str:
 def _recordings(store: FeatureStore | None) -> str:
     if store is None:
         return ""
-    clips = store.clips()
+    clips = store.clips(["corpus", "split", "seconds", "texts"])
     rows = []
     for corpus, group in clips.groupby("corpus"):
         counts = group["split"].value_counts()
         cells = "".join(f"<td>{int(counts.get(split, 0)):,}</td>" for split in ("train", "validation", "test"))
-        words = sum(len(captions) > 0 for captions in group["captions"])
+        words = int((group["texts"] & 1).sum())  # the bit of captions
         rows.append(f"<tr><th scope=row>{escape(corpus)}</th>{cells}<td>{duration(group['seconds'].sum())}</td><td>{words:,}</td></tr>")
     left_out = store.rejected()
     reasons = left_out["reason"].value_counts().head(5)
@@ -309,7 +309,7 @@ def _machine() -> dict[str, str]:
 
 
 def _commands(project: Project) -> str:
-    folder = os.path.relpath(project.work)
+    folder = os.path.relpath(project.work.path) if project.work.local else str(project.work)
     own = project.uri == f"sqlite:///{project.work / 'mlflow.db'}"
     store = f"sqlite:///{folder}/mlflow.db" if own else project.uri
     prompt = next((row["text"] for row in project.evaluation.clips), "rain on a tin roof") if project.evaluation else "rain on a tin roof"

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.tracking import EXPERIMENT, RUN_KEY, mlflow, reachable, run_key, tracking_uri
+from stages.files import Place
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,15 @@ class Run:
     metrics: dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]] = field(default_factory=dict)
 
 
-def read_runs(work: Path | str, uri: str | None = None, experiment: str = EXPERIMENT) -> list[Run]:
+def read_runs(work: Path | str | Place, uri: str | None = None, experiment: str = EXPERIMENT) -> list[Run]:
     """The runs of the project folder `work` with their curves, oldest first; the newest of each job and variant.
 
     The folder's own database belongs to it even if the folder was moved; in a shared store the runs' keys tell.
     """
     uri = tracking_uri(work, uri)
-    own = uri == f"sqlite:///{Path(work).absolute() / 'mlflow.db'}"
-    if own and not (Path(work) / "mlflow.db").is_file():
+    database = Place.of(work) / "mlflow.db"
+    own = uri == f"sqlite:///{database}"
+    if own and not database.exists():
         return []
     with reachable(uri):
         client = mlflow().MlflowClient(uri)

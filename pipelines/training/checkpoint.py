@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -19,6 +25,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.tensor import DTensor
+
+from stages.errors import UserError
+
+KEPT = 2  # checkpoints of a run
+COMMIT = "COMMIT"
 
 
 @dataclass
@@ -40,12 +51,14 @@ class EMA:
     """Exponential moving average of trained parameters, sharded as they are.
 
     Decay min(decay, (1 + n) / (10 + n)) after n updates, the reference's warm-up (references.md#averaged-weights).
+    Only parameters whose name (part first) begins with `averaged` have one.
     """
 
-    def __init__(self, parts: Mapping[str, nn.Module], decay: float) -> None:
+    def __init__(self, parts: Mapping[str, nn.Module], decay: float, averaged: str = "") -> None:
         self.decay = decay
         self.updates = torch.zeros((), dtype=torch.int64)
-        self.live = {f"{n}.{k}": p for n, part in parts.items() for k, p in part.named_parameters() if p.requires_grad}
+        trained = {f"{n}.{k}": p for n, part in parts.items() for k, p in part.named_parameters() if p.requires_grad}
+        self.live = {name: p for name, p in trained.items() if name.startswith(averaged)}
         self.average = {name: p.detach().clone() for name, p in self.live.items()}
 
     @torch.no_grad()
@@ -55,6 +68,13 @@ class EMA:
         n = int(self.updates)
         weight = 1.0 - min(self.decay, (1 + n) / (10 + n))
         torch._foreach_lerp_([local(a) for a in self.average.values()], [local(p.detach()) for p in self.live.values()], weight)
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begin anew from the live weights."""
+        self.updates.zero_()
+        for name, live in self.live.items():
+            local(self.average[name]).copy_(local(live.detach()))
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -99,20 +119,113 @@ class TrainingState:
         return state
 
 
-def save(folder: Path, state: TrainingState) -> None:
-    """Write a sharded checkpoint (every worker calls this with its own or a common folder)."""
-    dcp.save(state.tensors(), checkpoint_id=folder)
+class Checkpoints:
+    """The checkpoints of a run, which all workers write and read together, in this process or on Ray.
+
+    `step_00000010/` holds what every worker wrote, and COMMIT, which comes last and names the files with their sizes. What
+    has no such file, or another size, is no checkpoint; of those that are, the newest ones stay.
+    """
+
+    def __init__(self, run: Path, rank: int) -> None:
+        self.run, self.rank = Path(run), rank
+
+    def whole(self) -> list[Path]:
+        """Those that can be continued from, the newest first; the same on all workers."""
+        found: list[Any] = [None]
+        if self.rank == 0:
+            folders = sorted(self.run.glob("step_*"), reverse=True)
+            faults = {folder: _fault(folder) for folder in folders}
+            for folder, fault in faults.items():
+                if fault:
+                    warnings.warn(f"{folder} is no whole checkpoint ({fault}) and is left alone", stacklevel=2)
+            found = [[str(folder) for folder in folders if not faults[folder]]]
+        dist.broadcast_object_list(found)
+        return [Path(folder) for folder in found[0]]
+
+    def save(self, state: TrainingState) -> None:
+        """Write one and let older ones go.
+
+        Raises UserError when it cannot be written, the disk being full: what was there before stays.
+        """
+        name = f"step_{state.progress.step:08d}"
+        draft = self.run / f".{name}"
+        if self.rank == 0:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+        dist.barrier()
+        try:
+            dcp.save(state.tensors(), checkpoint_id=draft)
+            if self.rank == 0:
+                self._commit(draft, name)
+        except (CheckpointException, OSError) as error:
+            if self.rank == 0:
+                shutil.rmtree(draft, ignore_errors=True)  # the disk is not left full
+            kept = max((path.name for path in self.run.glob("step_*")), default="none before it")
+            raise UserError(
+                f"the checkpoint {name} cannot be written to {self.run} ({_cause(error)}); {kept} is there: make room, and run this again"
+            ) from error
+        dist.barrier()
+
+    def _commit(self, draft: Path, name: str) -> None:
+        sizes = {path.name: path.stat().st_size for path in sorted(draft.iterdir())}
+        with open(draft / COMMIT, "w", encoding="utf-8") as file:
+            json.dump(sizes, file)
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.rmtree(self.run / name, ignore_errors=True)
+        os.replace(draft, self.run / name)
+        for old in sorted(self.run.glob("step_*"))[:-KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def resume(self, state: TrainingState, folders: Sequence[Path]) -> None:
+        """Restore `state` in place from the first of `folders` that can be read, also on another number of workers.
+
+        Raises UserError when none can.
+        """
+        for folder in folders:
+            try:
+                _load(folder, state)
+                return
+            except CheckpointException as error:
+                warnings.warn(f"the checkpoint {folder} cannot be read ({_cause(error)}); going back to an older one", stacklevel=2)
+        raise UserError(f"no checkpoint in {self.run} can be read; start over with --fresh")
 
 
-def load(folder: Path, state: TrainingState) -> None:
-    """Restore `state` in place, also on another number of workers."""
+def _fault(folder: Path) -> str:
+    """What keeps a folder from being a checkpoint; "" for nothing."""
+    try:
+        sizes = json.loads((folder / COMMIT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return f"it has no {COMMIT}"
+    for name, size in sizes.items():
+        path = folder / name
+        there = path.stat().st_size if path.is_file() else None
+        if there != size:
+            return f"{name} has {there} bytes instead of {size}" if there is not None else f"{name} is missing"
+    return ""
+
+
+def _cause(error: BaseException) -> str:
+    """The first worker's error in one line."""
+    failures = getattr(error, "failures", {})
+    inner = next(iter(failures.values()))[0] if failures else error
+    return f"{type(inner).__name__}: {inner}".splitlines()[0]
+
+
+def _load(folder: Path, state: TrainingState) -> None:
     tensors = state.tensors()
+    held = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    averaged = any(name.startswith("ema.") for name in held)
+    if not averaged:
+        tensors.pop("ema", None)
     dcp.load(tensors, checkpoint_id=folder)
     for name, part in state.parts.items():
         set_model_state_dict(part, tensors["parts"][name])
         set_optimizer_state_dict(part, state.optimizers[name], tensors["optimizers"][name])
     step, cursor, skipped = tensors["progress"]["counts"].tolist()
     state.progress = Progress(step, cursor, float(tensors["progress"]["seconds"]), skipped)
+    if state.ema is not None and not averaged:
+        state.ema.restart()  # the run kept no average until now
 
 
 def full_weights(part: nn.Module) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
-"""Which clip comes when: a training order that depends on (seed, epoch, store) and on nothing else."""
+"""The clips of a training: those a stage wants, made into examples and dealt to workers in the order of `Order`."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pipelines.features.store import FeatureStore
+from pipelines.features.table import TEXTS
+from pipelines.training.checkpoint import Progress
+from pipelines.training.order import Order, Turn
 from stages.base import Stage
 from stages.config import Recipe
 from stages.errors import UserError
@@ -19,15 +22,10 @@ from stages.errors import UserError
 VALIDATION_EPOCH = 2**31  # an epoch number no training reaches: validation draws are the same every time
 
 
-@functools.lru_cache(maxsize=2)
-def permutation(num_clips: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of one epoch, [num_clips] int64."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_clips)
-
-
-def clip_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+def clip_rng(seed: int, turn: Turn) -> np.random.Generator:
     """The generator of one example; equal for equal arguments, on every worker."""
-    return np.random.default_rng([seed, epoch, index])
+    again = [turn.repeat] if turn.repeat else []
+    return np.random.default_rng([seed, turn.epoch, turn.clip, *again])
 
 
 def step_rng(seed: int, step: int) -> np.random.Generator:
@@ -35,45 +33,81 @@ def step_rng(seed: int, step: int) -> np.random.Generator:
     return np.random.default_rng([seed, 0x57E9, step])
 
 
-def places(cursor: int, count: int, num_clips: int, seed: int) -> list[tuple[int, int]]:
-    """(epoch, index) of the `count` clips after the first `cursor` ones; epochs follow each other without a gap."""
-    positions = []
-    for position in range(cursor, cursor + count):
-        epoch, offset = divmod(position, num_clips)
-        positions.append((epoch, int(permutation(num_clips, seed, epoch)[offset])))
-    return positions
-
-
 class ClipDataset(Dataset):
-    """The clips of a split that a stage wants, with their arrays from the series it reads."""
+    """The clips of a split that a stage wants, with their arrays from the series it reads. Holds their numbers alone.
 
-    def __init__(self, store: FeatureStore, stage: type[Stage], series: Sequence[str], split: str, corpora: Sequence[str] = ()) -> None:
-        self.reader = store.reader(series)
-        table = store.clips().set_index("clip_id", drop=False)
-        table = table.loc[[c for c in self.reader.clip_ids if c in table.index]]
-        table = table[table["split"] == split]
+    Args:
+        corpora: only these; by default all.
+        weights: how often the clips of a corpus come in an epoch; once where nothing is said, never for 0.
+
+    Attributes:
+        numbers: of the clips, ascending, [n] int64.
+    """
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        stage: type[Stage],
+        series: Sequence[str],
+        split: str,
+        corpora: Sequence[str] = (),
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        self.table, self.reader = store.table, store.reader(series)
+        mask = self.reader.mask & self.table.among("split", [split]) & self.table.with_texts(stage.needs)
         if corpora:
-            table = table[table["corpus"].isin(list(corpora))]
-        self.rows: list[dict[str, Any]] = [row for row in table.to_dict("records") if stage.wants(row)]
+            mask &= self.table.among("corpus", corpora)
+        self.corpora, self.weights = tuple(corpora), dict(weights or {})
+        if none := [corpus for corpus, weight in self.weights.items() if weight == 0]:
+            mask &= ~self.table.among("corpus", none)
+        self.numbers = np.flatnonzero(mask)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.numbers)
 
-    def clip(self, index: int) -> dict[str, Any]:
-        """Row `index` with its arrays by member name."""
-        row = self.rows[index]
-        return row | self.reader.read(row["clip_id"])
+    def texts(self) -> Iterator[dict[str, Any]]:
+        """Captions, labels and transcript of every clip, in order."""
+        return self.table.take(self.numbers, TEXTS)
+
+    def licences(self) -> dict[str, int]:
+        """How many clips have each licence, as their corpora state it."""
+        counts = {name: int(self.table.among("licence", [name])[self.numbers].sum()) for name in self.table.values("licence")}
+        return {name: count for name, count in counts.items() if count}
+
+    def clip(self, index: int, series: Sequence[str] = ()) -> dict[str, Any]:
+        """Id and texts of clip `index`, with its arrays by member name: those of `series`, by default of all."""
+        number = int(self.numbers[index])
+        return self.table.row(number, ("clip_id", *TEXTS)) | self.reader.read(number, series)
+
+    def order(self, seed: int) -> Order:
+        """In which order a training sees them."""
+        starts = np.searchsorted(self.numbers, self.table.shard_starts)
+        if all(weight == 1 for weight in self.weights.values()):
+            return Order(starts, seed)
+        weights = np.ones(len(self), np.float32)
+        for corpus, weight in self.weights.items():
+            weights[self.table.among("corpus", [corpus])[self.numbers]] = weight
+        return Order(starts, seed, weights)
+
+    def fetch_ahead(self, order: Order, epoch: int, group: int) -> None:
+        """Of a remote store, bring the shards of a group and of the one after it to this machine's disk, those before go.
+
+        Returns at once.
+        """
+        if self.reader.remote:
+            wanted = [self.table.shard_of(int(self.numbers[i])) for g in (group, group + 1) for i in order.clips_of(epoch, g)]
+            threading.Thread(target=self.reader.fetch, args=(wanted,), daemon=True, name="fetch shards").start()
 
 
 class Examples(Dataset):
-    """(epoch, index) → the stage's training example of that clip."""
+    """(turn, series read) → the stage's training example of that clip."""
 
     def __init__(self, clips: ClipDataset, stage: Stage, seed: int) -> None:
         self.clips, self.stage, self.seed = clips, stage, seed
 
-    def __getitem__(self, position: tuple[int, int]) -> dict[str, Tensor]:
-        epoch, index = position
-        return self.stage.example(self.clips.clip(index), clip_rng(self.seed, epoch, index))
+    def __getitem__(self, wanted: tuple[Turn, Sequence[str]]) -> dict[str, Tensor]:
+        turn, series = wanted
+        return self.stage.example(self.clips.clip(turn.clip, series), clip_rng(self.seed, turn))
 
 
 def collate(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -89,9 +123,9 @@ class Share(NamedTuple):
 
 
 def training_batches(
-    examples: Examples, recipe: Recipe, share: Share, cursor: int, steps: int, loader_workers: int = 0
+    examples: Examples, order: Order, recipe: Recipe, share: Share, progress: Progress, loader_workers: int = 0
 ) -> Iterator[list[dict[str, Any]]]:
-    """For each of `steps` optimiser steps one worker's micro-batches, from the clip after the first `cursor` onwards.
+    """One worker's micro-batches for each optimiser step that the recipe still has after `progress`.
 
     Raises UserError when the global batch cannot be shared equally.
     """
@@ -101,14 +135,22 @@ def training_batches(
     if not len(clips):
         raise UserError(
             f"no clip of the training split can be used by the stage {examples.stage.name!r}; "
-            "check the captions, labels and splits in its clips.parquet"
+            "check the captions, labels and splits of its clip table"
         )
     own = batch // share.world
     micro = min(recipe.micro_batch or own, own)
 
-    def micro_batches() -> Iterator[list[tuple[int, int]]]:
-        for step in range(steps):
-            mine = places(cursor + step * batch, batch, len(clips), examples.seed)[share.rank :: share.world]
+    steps = range(progress.step, recipe.steps)
+    starts = range(progress.cursor, progress.cursor + batch * len(steps), batch)
+
+    def micro_batches() -> Iterator[list[tuple[Turn, tuple[str, ...]]]]:
+        reached = None
+        for step, start in zip(steps, starts, strict=True):
+            if (group := order.group_at(start)) != reached:
+                reached = group
+                clips.fetch_ahead(order, *group)
+            series = examples.stage.reads_now(step_rng(examples.seed, step))
+            mine = [(turn, series) for turn in order.take(start, batch)[share.rank :: share.world]]
             yield from (mine[i : i + micro] for i in range(0, own, micro))
 
     loader = iter(
@@ -121,15 +163,16 @@ def training_batches(
             pin_memory=torch.cuda.is_available(),
         )
     )
-    for _ in range(steps):
+    for _ in steps:
         yield [next(loader) for _ in range(-(-own // micro))]
 
 
 def validation_batches(examples: Examples, share: Share, batch: int, limit: int) -> Iterator[dict[str, Any]]:
     """At most `limit` batches per worker with draws that never change; workers get equally many."""
-    num_clips, seed = len(examples.clips), examples.seed
+    num_clips, seed, series = len(examples.clips), examples.seed, examples.stage.reads_now(None)
     chosen = np.linspace(0, num_clips - 1, min(num_clips, limit * batch * share.world)).astype(int)
     count = len(chosen) // share.world
     mine = chosen[share.rank :: share.world][:count] if count else chosen
     for i in range(0, len(mine), batch):
-        yield collate([examples[(VALIDATION_EPOCH, int(j))] for j in mine[i : i + batch]]) | {"step_rng": step_rng(seed, VALIDATION_EPOCH)}
+        turns = [Turn(VALIDATION_EPOCH, int(j), 0) for j in mine[i : i + batch]]
+        yield collate([examples[(turn, series)] for turn in turns]) | {"step_rng": step_rng(seed, VALIDATION_EPOCH)}

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import shutil
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -26,55 +25,23 @@ from torch.distributed.tensor import DTensor
 import local_ray
 from pipelines.features.store import FeatureStore
 from pipelines.tracking import Tracker
-from pipelines.training import checkpoint
-from pipelines.training.checkpoint import EMA, TrainingState
+from pipelines.training.checkpoint import EMA, Checkpoints, TrainingState, full_weights
 from pipelines.training.dataset import ClipDataset, Examples, Share, step_rng, training_batches, validation_batches
+from pipelines.training.job import PRECISIONS, TrainJob
+from pipelines.training.order import Order
 from stages.base import Stage, release, stage_class
 from stages.config import Recipe, to_dict
 from stages.errors import UserError
 from stages.files import write_json
-from stages.variants import Variant
+from stages.starting import start_from
 
 LOG_EVERY = 10  # steps
 SHARD_FROM = 1_000_000  # parameters; smaller blocks are gathered together with their part, one message instead of many
+NAMED = 5  # steps left out whose clips are named
 PATIENCE = 20  # steps in a row without finite gradients before the run is given up
 
 
 Losses = Iterator[tuple[str, Tensor, dict[str, Tensor]]]  # what `Stage.losses` returns: part, loss, logs
-
-
-@dataclass(frozen=True)
-class TrainJob:
-    """Everything a worker needs to know; travels to it as one value."""
-
-    stage: str
-    variant: Variant
-    store: str
-    run: str  # folder of this run: checkpoints, prepared/, progress.json
-    released: Mapping[str, str]  # folder of every stage whose weights are available
-    output: str  # where the released weights go
-    tracker: Any = None  # Tracker.handle() of the run this job logs to
-    seed: int = 0
-    precision: str = "auto"  # "auto", "bf16" or "fp32"
-    loader_workers: int = 0
-    validation_batches: int = 4
-    corpora: tuple[str, ...] = ()
-    card: Mapping[str, Any] = field(default_factory=dict)  # provenance for the release
-
-    @property
-    def recipe(self) -> Recipe:
-        recipe: Recipe = getattr(self.variant.recipes, self.stage)
-        return recipe
-
-    def folder(self, stage: str) -> Path:
-        """Released weights of `stage`. Raises UserError naming the command that makes them."""
-        if stage == "prepared":
-            return Path(self.run) / "prepared"
-        if stage not in self.released:
-            raise UserError(
-                f"{self.stage} needs the weights of {stage}: run `loa train {stage}` first or give them with --with {stage}=FOLDER"
-            )
-        return Path(self.released[stage])
 
 
 class Workers(Protocol):
@@ -84,20 +51,12 @@ class Workers(Protocol):
     world: int
     device: torch.device
 
-    def latest(self) -> Path | None:
-        """The newest whole checkpoint, as a local folder."""
-        ...
-
-    def keep(self, write: Callable[[Path], None], step: int) -> None:
-        """Make a checkpoint of what `write` puts into the folder it is given."""
-        ...
-
 
 class OneProcess:
-    """No Ray: checkpoints lie in the run folder, the newest two are kept."""
+    """No Ray."""
 
-    def __init__(self, run: Path) -> None:
-        self.rank, self.world, self.run = 0, 1, Path(run)
+    def __init__(self) -> None:
+        self.rank, self.world = 0, 1
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._store: str | None = None
         self._excepthook = sys.excepthook  # torch.distributed puts one of its own before it
@@ -105,21 +64,6 @@ class OneProcess:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", local_ray.LOOPBACK)  # one process has nobody to listen to
             self._store = tempfile.mktemp(prefix="loa-rendezvous-")
             dist.init_process_group("gloo", init_method=f"file://{self._store}", rank=0, world_size=1)
-
-    def latest(self) -> Path | None:
-        checkpoints = sorted(self.run.glob("step_*"))
-        return checkpoints[-1] if checkpoints else None
-
-    def keep(self, write: Callable[[Path], None], step: int) -> None:
-        draft = self.run / f".step_{step:08d}"
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        write(draft)
-        final = self.run / f"step_{step:08d}"
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(draft, final)
-        for old in sorted(self.run.glob("step_*"))[:-2]:
-            shutil.rmtree(old)
 
     def close(self) -> None:
         """End the process group this object began."""
@@ -129,18 +73,19 @@ class OneProcess:
             sys.excepthook = self._excepthook
 
 
-def autocast_dtype(device: torch.device, precision: str) -> torch.dtype | None:
-    """bfloat16 where the device is fast at it, None for float32.
+def autocast_dtype(device: torch.device, precision: str, full: bool = False) -> torch.dtype | None:
+    """bfloat16, or None for float32. "auto": where the device is fast at it, but not for stages of `full` precision; "fast": also there.
 
     CPUs: only with AMX tiles. With AVX512-BF16 alone a T-UNet step took twice as long as in float32 (docs/log.md).
     """
-    if precision not in ("auto", "bf16", "fp32"):
-        raise UserError(f"precision is {precision!r}; expected auto, bf16 or fp32")
+    if precision not in PRECISIONS:
+        raise UserError(f"precision is {precision!r}; expected {', '.join(PRECISIONS)}")
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported()
     else:
         fast = torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and fast) else None
+    chosen = {"bf16": True, "fp32": False, "fast": fast, "auto": fast and not full}[precision]
+    return torch.bfloat16 if chosen else None
 
 
 def shard(stage: Stage, mesh: DeviceMesh) -> dict[str, nn.Module]:
@@ -169,20 +114,29 @@ def train(job: TrainJob, workers: Workers) -> dict[str, float]:
     cls = stage_class(job.stage)
     series = cls.reads(job.variant)
     store = FeatureStore.open(job.store)
-    clips = ClipDataset(store, cls, series, "train", job.corpora)
+    clips = ClipDataset(store, cls, series, "train", job.corpora, job.weights)
     held_out = ClipDataset(store, cls, series, "validation", job.corpora)
     if not len(held_out):
         held_out = clips
 
     torch.manual_seed(job.seed)  # equal first weights on every worker
-    stage = cls.build(job.variant, job.folder).to(device)
+    checkpoints = Checkpoints(Path(job.run), workers.rank)
+    stage, begun = cls.build(job.variant, job.folder), checkpoints.whole()
+    if job.start and not begun:
+        started = start_from(stage, job.start_folder() or Path(), job.start[0], job.allow)
+        if workers.rank == 0:
+            print(f"{job.stage} {started.summary()}", file=sys.stderr)
+    stage = stage.to(device)
     parts = shard(stage, init_device_mesh(device.type, (workers.world,)))
     optimizers = {name: _optimizer(part, recipe) for name, part in parts.items()}
-    state = TrainingState(parts, optimizers, EMA(parts, recipe.ema_decay) if recipe.ema_decay else None)
-    if latest := workers.latest():
-        checkpoint.load(latest, state)
+    state = TrainingState(parts, optimizers, EMA(parts, recipe.ema_decay, stage.averaged) if recipe.ema_decay else None)
+    if begun:
+        checkpoints.resume(state, begun)
+        for optimizer in optimizers.values():
+            for group in optimizer.param_groups:
+                group.update(_settings(recipe))  # those of today's call, not of the one that wrote the checkpoint
 
-    run = _Run(job, workers, stage, state)
+    run = _Run(job, workers, stage, state, checkpoints)
     with Tracker.resume(job.tracker) if workers.rank == 0 else Tracker.off() as tracker:
         measures = run.fit(clips, held_out, tracker)
         weights = run.gather()
@@ -198,18 +152,22 @@ def train(job: TrainJob, workers: Workers) -> dict[str, float]:
                 "clips": progress.cursor,
                 "seconds": round(progress.seconds, 1),
                 "skipped_steps": progress.skipped,
+                "precision": "fp32" if run.dtype is None else "bf16",
                 "validation": measures,
                 **job.card,
             }
-            release(fresh.eval(), Path(job.output), card)
+            release(fresh.eval(), job.output, card)
     return measures
 
 
 def _optimizer(part: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     trained = [p for p in part.parameters() if p.requires_grad]
-    return torch.optim.AdamW(
-        trained, lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.epsilon, weight_decay=recipe.weight_decay, fused=True
-    )
+    return torch.optim.AdamW(trained, lr=recipe.learning_rate, fused=True, **_settings(recipe))
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """What of an optimiser stays the same from step to step."""
+    return {"betas": recipe.betas, "eps": recipe.epsilon, "weight_decay": recipe.weight_decay}
 
 
 def _add(sums: dict[str, Tensor], values: Mapping[str, Tensor], weight: float = 1.0) -> None:
@@ -222,26 +180,33 @@ def _add(sums: dict[str, Tensor], values: Mapping[str, Tensor], weight: float = 
 class _Run:
     """One worker's run: the state of the loop and its few steps."""
 
-    def __init__(self, job: TrainJob, workers: Workers, stage: Stage, state: TrainingState) -> None:
+    def __init__(self, job: TrainJob, workers: Workers, stage: Stage, state: TrainingState, checkpoints: Checkpoints) -> None:
         self.job, self.recipe, self.workers, self.stage, self.state = job, job.recipe, workers, stage, state
+        self.checkpoints = checkpoints
         self.progress, self.share = state.progress, Share(workers.rank, workers.world)
-        self.dtype = autocast_dtype(workers.device, job.precision)
+        self.dtype = autocast_dtype(workers.device, job.precision, stage.full_precision)
         self.trained = {name: [p for p in part.parameters() if p.requires_grad] for name, part in state.parts.items()}
-        self.stuck = 0  # steps in a row without finite gradients
+        self.stuck = dict.fromkeys(
+            self.trained, 0
+        )  # steps in a row without finite gradients, by part: a critic goes on without its generator
+        self.moved = dict.fromkeys(self.trained, False)  # whether any step of this call moved the part
 
     def fit(self, clips: ClipDataset, held_out: ClipDataset, tracker: Tracker) -> dict[str, float]:
         """Step until the recipe is fulfilled, with everything that happens on the way."""
         recipe, progress = self.recipe, self.progress
-        examples, remaining = Examples(clips, self.stage, self.job.seed), max(0, recipe.steps - progress.step)
-        batches = training_batches(examples, recipe, self.share, progress.cursor, remaining, self.job.loader_workers)
+        examples, order = Examples(clips, self.stage, self.job.seed), clips.order(self.job.seed)
+        batches = training_batches(examples, order, recipe, self.share, replace(progress), self.job.loader_workers)
         measures: dict[str, float] = {}
         sums: dict[str, Tensor] = {}
         before, clock = progress.seconds, time.monotonic()
         since, last = clock, progress.step
         done = self._share_done()
         while done < 1.0:
-            rate = self._set_rate(done)
+            rate = self._set_rate(done, progress.cursor // order.length)
+            left_out = progress.skipped
             _add(sums, self._step(next(batches)))
+            if progress.skipped > left_out:
+                self._name_clips(clips, order)
             progress.step += 1
             progress.cursor += recipe.global_batch
             progress.seconds = before + time.monotonic() - clock
@@ -262,8 +227,26 @@ class _Run:
             measures = self._validate(held_out, tracker)
         if progress.step % recipe.checkpoint_every:
             self._keep()
+        self._require_moved()
         self._tell({}, measures, finished=True)
         return measures
+
+    def _name_clips(self, clips: ClipDataset, order: Order) -> None:
+        """Say of which clips the batch consisted whose gradients were not finite, the first few times."""
+        if self.workers.rank == 0 and self.progress.skipped <= NAMED:
+            turns = order.take(self.progress.cursor, self.recipe.global_batch)
+            ids = clips.table.ids(np.unique(clips.numbers[[turn.clip for turn in turns]]))
+            what = f"{self.stage.name}: a gradient of step {self.progress.step} was not finite, so it moved nothing"
+            print(f"{what}; its clips: {', '.join(ids)}", file=sys.stderr)
+
+    def _require_moved(self) -> None:
+        """Refuse to release what no step of this call has trained although its turn came."""
+        for part, steps in self.stuck.items():
+            if steps and not self.moved[part]:
+                raise UserError(
+                    f"{self.stage.name}: none of the last {steps} steps moved {part!r}, whose gradients were not finite; nothing is "
+                    f"released; lower --set recipes.{self.stage.name}.learning_rate ({self.recipe.learning_rate}) or use --precision fp32"
+                )
 
     def _share_done(self) -> float:
         """Share of the recipe that is behind us, by steps or by time, the same on all workers.
@@ -282,9 +265,9 @@ class _Run:
         by_time = seconds / self.recipe.max_seconds if self.recipe.max_seconds is not None else 0.0
         return min(1.0, max(self.progress.step / self.recipe.steps, by_time))
 
-    def _set_rate(self, done: float) -> float:
+    def _set_rate(self, done: float, epoch: int) -> float:
         """Give all optimisers the learning rate of the next step; returns it."""
-        rate = self.recipe.rate_at(self.progress.step, done)
+        rate = self.recipe.rate_at(self.progress.step, done, epoch)
         for optimizer in self.state.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -343,11 +326,11 @@ class _Run:
         # launches nothing meanwhile. Without the wait the device itself would have to skip the step (`found_inf` of fused optimisers).
         if torch.isfinite(norm):
             optimizer.step()
-            self.stuck = 0
+            self.stuck[name], self.moved[name] = 0, True
         else:
             self.progress.skipped += 1
-            self.stuck += 1
-            if self.stuck >= PATIENCE:
+            self.stuck[name] += 1
+            if self.stuck[name] >= PATIENCE:
                 raise UserError(
                     f"{self.stage.name}: the gradients of {name!r} were not finite for {PATIENCE} steps in a row, "
                     f"up to step {self.progress.step}; "
@@ -408,30 +391,21 @@ class _Run:
                 if buffer.is_floating_point() and not isinstance(buffer, DTensor):
                     dist.all_reduce(buffer)
                     buffer /= self.workers.world
-        self.workers.keep(lambda folder: checkpoint.save(folder, self.state), self.progress.step)
+        self.checkpoints.save(self.state)
 
     def gather(self) -> dict[str, dict[str, Tensor]]:
         """The weights to release, whole, on worker 0."""
         with self._averaged():
-            return {name: checkpoint.full_weights(part) for name, part in self.state.parts.items()}
+            return {name: full_weights(part) for name, part in self.state.parts.items()}
 
     def _tell(self, means: Mapping[str, float], measures: Mapping[str, float], finished: bool = False) -> None:
         """Leave word for the driver's progress bar."""
         if self.workers.rank == 0:
             state = {
                 "step": self.progress.step,
+                "seconds": self.progress.seconds,
                 "share": 1.0 if finished else self._share(self.progress.seconds),
                 "train": dict(means),
                 "val": dict(measures),
             }
             write_json(Path(self.job.run) / "progress.json", state)
-
-
-def follow(job: TrainJob) -> Iterator[dict[str, Any]]:
-    """Progress of a job as its first worker last reported it; ends when the caller stops asking."""
-    path = Path(job.run) / "progress.json"
-    while True:
-        try:
-            yield json.loads(path.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            yield {"step": 0, "share": 0.0, "train": {}, "val": {}}

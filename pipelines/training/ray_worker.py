@@ -6,14 +6,14 @@ Ray's controller imports this module as well, before every stage: it stays light
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+REFUSED = "refused.txt"  # in the run's folder: what a worker could not go on with
+
 
 class RayWorkers:
-    """Ray Train's world: checkpoints go to the run's storage and come back after failures, on any number of workers."""
+    """Ray Train's world."""
 
     def __init__(self) -> None:
         import ray.train
@@ -23,31 +23,29 @@ class RayWorkers:
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
 
-    def latest(self) -> Path | None:
-        import ray.train
-
-        checkpoint = ray.train.get_checkpoint()
-        return Path(checkpoint.to_directory()) if checkpoint else None
-
-    def keep(self, write: Callable[[Path], None], step: int) -> None:
-        import ray.train
-
-        with tempfile.TemporaryDirectory() as folder:
-            write(Path(folder))
-            checkpoint = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report({"step": step}, checkpoint=checkpoint, checkpoint_dir_name=f"step_{step:08d}")
-
 
 def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Train the job in `config["job"]` (a cloudpickled TrainJob of this driver) with `config["threads"]` threads."""
+    """Train the job in `config["job"]`, a cloudpickled TrainJob of this driver, with the CPUs and GPUs this worker was given.
+
+    A UserError of one worker must end the others, who wait for it: it is left in the run's folder, and raised, so that Ray ends them
+    all and starts them again; then all of them answer with it.
+    """
     import torch
     from ray import cloudpickle
 
+    from pipelines import cluster
     from pipelines.training.loop import train
     from stages.errors import UserError
 
-    torch.set_num_threads(config["threads"])
+    job, workers = cloudpickle.loads(config["job"]), RayWorkers()
+    if (refused := Path(job.run) / REFUSED).exists():
+        return {"user_error": refused.read_text(encoding="utf-8")}
     try:
-        return {"measures": train(cloudpickle.loads(config["job"]), RayWorkers())}
-    except UserError as error:  # the same everywhere and every time: restarting would only repeat it
-        return {"user_error": str(error)}
+        threads, _ = cluster.given()
+        torch.set_num_threads(threads)
+        return {"measures": train(job, workers)}
+    except UserError as error:
+        if workers.world == 1:
+            return {"user_error": str(error)}
+        refused.write_text(str(error), encoding="utf-8")
+        raise

@@ -86,5 +86,8 @@ class AudioMAEStage(Stage):
         noise = np.random.default_rng(0).random(self.config.tokens, dtype=np.float32)
         return original, self.model(original, torch.from_numpy(noise).to(original.device).expand(len(original), -1))
 
+    def homes(self) -> dict[str, nn.Module]:
+        return {"model.safetensors": self.model}
+
     def save(self, folder: Path) -> None:
         self.model.save(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer
 from stages.audio import resample
 from stages.base import ClipSource, Stage
 from stages.clap.model import ClapConfig, SecondTextTower, T5Config, clap_mel, train_tokenizers
+from stages.errors import UserError
 from stages.text import clip_texts
 from stages.variants import Variant
 
@@ -63,6 +65,7 @@ class ClapStage(Stage):
     """
 
     name = "clap"
+    needs = ("captions", "labels")
     series = ("waveform",)
     otherwise = "or train none, and give public weights to the jobs that read them, with --with clap=FOLDER"
 
@@ -76,9 +79,17 @@ class ClapStage(Stage):
         self.towers = Towers(clap, t5)
 
     @classmethod
-    def prepare(cls, variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path) -> None:
-        """Learn both tokenizers from the training captions."""
-        captions = [text for row in dataset.rows for text in clip_texts(row)]
+    def prepare(
+        cls, variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path, start: Path | None = None
+    ) -> None:
+        """Learn both tokenizers from the training captions, or take those of the start, whose tables count by them."""
+        if start is not None:
+            for name in ("tokenizer", "tokenizer_2"):
+                if not (start / name).is_dir():
+                    raise UserError(f"the start {start} has no {name}/; its text towers cannot be used without")
+                shutil.copytree(start / name, folder / name)
+            return
+        captions = [text for row in dataset.texts() for text in clip_texts(row)]
         roberta, unigram = train_tokenizers(captions, variant.clap, variant.t5)
         roberta.save_pretrained(folder / "tokenizer")
         unigram.save_pretrained(folder / "tokenizer_2")
@@ -86,10 +97,6 @@ class ClapStage(Stage):
     @classmethod
     def build(cls, variant: Variant, released: Callable[[str], Path]) -> ClapStage:
         return cls(variant.clap, variant.t5, variant.audio.sample_rate, released("prepared"))
-
-    @classmethod
-    def wants(cls, row: Mapping[str, Any]) -> bool:
-        return bool(clip_texts(row)[0])
 
     @classmethod
     def asks(cls, variant: Variant) -> str:
@@ -137,6 +144,14 @@ class ClapStage(Stage):
         scale = self.towers.log_scale.exp().clamp(max=100.0)
         measures = {"contrast": contrast(sound, text, scale), "accuracy": _retrieval(sound, text)}
         return measures if second is None else measures | {"t5_accuracy": _retrieval(sound, second)}
+
+    def homes(self) -> dict[str, nn.Module]:
+        second = {} if self.towers.second is None else {"text_encoder_2": self.towers.second.encoder}
+        return {"text_encoder": self.towers.clap, **second}
+
+    def started(self, folder: Path) -> None:
+        with torch.no_grad():
+            self.towers.log_scale.copy_(self.towers.clap.logit_scale_a.reshape(1))
 
     def save(self, folder: Path) -> None:
         with torch.no_grad():

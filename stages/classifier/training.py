@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class ClassifierStage(Stage):
     """Learns to name the clips of the store that have labels; a clip's class is its first label."""
 
     name = "classifier"
+    needs = ("labels",)
     series = ("mel",)
     otherwise = "or leave it out: `loa evaluate` then scores without recognition"
 
@@ -36,9 +37,11 @@ class ClassifierStage(Stage):
         self.index = {name: i for i, name in enumerate(config.classes)}
 
     @classmethod
-    def prepare(cls, variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path) -> None:
+    def prepare(
+        cls, variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path, start: Path | None = None
+    ) -> None:
         """Collect the class names of the training clips into `classes.json`."""
-        write_json(folder / "classes.json", cls._classes(dataset.rows))
+        write_json(folder / "classes.json", sorted({row["labels"][0] for row in dataset.texts()}))
 
     @classmethod
     def build(cls, variant: Variant, released: Callable[[str], Path]) -> ClassifierStage:
@@ -46,20 +49,17 @@ class ClassifierStage(Stage):
         return cls(dataclasses.replace(variant.classifier, classes=tuple(classes)))
 
     @classmethod
-    def wants(cls, row: Mapping[str, Any]) -> bool:
-        return len(row["labels"]) > 0
-
-    @classmethod
     def asks(cls, variant: Variant) -> str:
         return "clips with labels, of at least two kinds"
 
     @classmethod
-    def learns_from(cls, rows: Sequence[Mapping[str, Any]]) -> bool:
-        return len(cls._classes(rows)) >= 2
-
-    @classmethod
-    def _classes(cls, rows: Iterable[Mapping[str, Any]]) -> list[str]:
-        return sorted({row["labels"][0] for row in rows if cls.wants(row)})
+    def learns_from(cls, dataset: ClipSource) -> bool:
+        classes = set()
+        for row in dataset.texts():
+            classes.add(row["labels"][0])
+            if len(classes) >= 2:
+                return True
+        return False
 
     def parts(self) -> dict[str, nn.Module]:
         return {"classifier": self.model}
@@ -88,6 +88,9 @@ class ClassifierStage(Stage):
     def validate(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         loss, accuracy = _measure(self.model(batch["mel"]), batch["target"])
         return {"cross_entropy": loss, "accuracy": accuracy}
+
+    def homes(self) -> dict[str, nn.Module]:
+        return {"model.safetensors": self.model}
 
     def save(self, folder: Path) -> None:
         self.model.save(folder)

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2UNet2DConditionModel
 from torch import Tensor, nn
 
@@ -42,7 +44,7 @@ class DiffusionConfig:
         if self.trailing_self_attention:
             widths += (None,)
         levels = len(self.channels)
-        return AudioLDM2UNet2DConditionModel(
+        unet = AudioLDM2UNet2DConditionModel(
             sample_size=latent_frames,
             in_channels=latent_channels,
             out_channels=latent_channels,
@@ -58,6 +60,21 @@ class DiffusionConfig:
             flip_sin_to_cos=True,
             freq_shift=0,
         )
+        _zero_outputs(unet)
+        return unet
+
+
+def _zero_outputs(unet: AudioLDM2UNet2DConditionModel) -> None:
+    """Every residual branch, and the network itself, begins by saying nothing (references.md#t-unet): a first loss of 1.00, not 1.10."""
+    outputs: list[nn.Module] = [unet.conv_out]
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock2D):
+            outputs.append(module.conv2)
+        elif isinstance(module, Transformer2DModel):
+            outputs.append(module.proj_out)
+    for output in outputs:
+        for parameter in output.parameters():
+            nn.init.zeros_(parameter)
 
 
 def latent_scale(folder: Path) -> float:
@@ -125,10 +142,12 @@ class LatentDiffusion:
             "timestep": torch.tensor(int(rng.integers(self.schedule.config.num_train_timesteps))),
         }
 
-    def drop(self, rng: np.random.Generator, loa: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """With probability `dropout` the whole batch loses all conditions: LOA → zeros, text → T5("") (references.md#condition-dropout)."""
-        if rng.random() >= self.dropout:
-            return loa, text, mask
+    def drops(self, rng: np.random.Generator) -> bool:
+        """Whether a batch loses all its conditions, with probability `dropout` (references.md#condition-dropout)."""
+        return bool(rng.random() < self.dropout)
+
+    def without_conditions(self, loa: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What takes the conditions' place in such a batch: LOA → zeros, text → T5("")."""
         if self.null_text is None:  # speech: the T-UNet reads no text
             return torch.zeros_like(loa), text, mask
         null = self.null_text.to(text).expand(len(text), -1, -1)

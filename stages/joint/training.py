@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2UNet2DConditionModel
@@ -19,34 +18,24 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from stages.base import ClipSource, Stage
 from stages.conditions import ClapDropout, condition_example, cut_padding
 from stages.diffusion.model import LatentDiffusion, TUNet, latent_scale
-from stages.diffusion.training import load_latents, prepare_latents, save_diffusion
-from stages.errors import UserError
+from stages.diffusion.training import load_latents, prepare_latents, require_prediction, save_diffusion
 from stages.files import write_json
 from stages.frozen import SoundDecoder
 from stages.joint.model import JointConfig, System
-from stages.text import clip_texts
 from stages.translator.model import PhonemeEncoderConfig, Translator
 from stages.translator.training import build_translator, translation_loss
 from stages.variants import Variant
-
-
-def _require_prediction(variant: Variant, folder: Path) -> None:
-    """Refuse a T-UNet that was taught to predict something else: it would start from nothing."""
-    said = DDIMScheduler.load_config(folder / "scheduler").get("prediction_type", "epsilon")
-    if said != variant.diffusion.prediction:
-        raise UserError(
-            f"the T-UNet in {folder} predicts {said!r}, this variant {variant.diffusion.prediction!r}; "
-            f"give another one, or --set diffusion.prediction={said}"
-        )
 
 
 class JointStage(Stage):
     """Stage 2 of the paper: diffusion loss plus translation loss, LOA true with P_gt and generated otherwise."""
 
     name = "joint"
+    needs = ("captions", "labels", "transcript")
     any_corpus = False
     blocks = (GPT2Block, ResnetBlock2D, BasicTransformerBlock)
     entries = (Translator, TUNet)
+    averaged = "system.network."  # the authors average the T-UNet alone
 
     def __init__(
         self,
@@ -75,12 +64,15 @@ class JointStage(Stage):
         return *words, "vae", "vocoder", "translator", "diffusion"
 
     @classmethod
-    def prepare(cls, variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path) -> None:
-        """Take over the scale factor of the diffusion stage; a fresh one would shift what it learned."""
-        _require_prediction(variant, released("diffusion"))
+    def prepare(
+        cls, variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path, start: Path | None = None
+    ) -> None:
+        """Take over the scale factor of the diffusion stage, or of the start; a fresh one would shift what it learned."""
+        unet = start or released("diffusion")
+        require_prediction(variant, unet)
         prepare_latents(variant, released, dataset, folder)
         ClapDropout.prepare(variant, released, folder)
-        write_json(folder / "scale.json", {"scale_factor": latent_scale(released("diffusion"))})
+        write_json(folder / "scale.json", {"scale_factor": latent_scale(unet)})
 
     @classmethod
     def build(cls, variant: Variant, released: Callable[[str], Path]) -> JointStage:
@@ -99,10 +91,6 @@ class JointStage(Stage):
         )
 
     @classmethod
-    def wants(cls, row: Mapping[str, Any]) -> bool:
-        return bool(clip_texts(row)[0]) or bool(row.get("transcript"))
-
-    @classmethod
     def asks(cls, variant: Variant) -> str:
         return "clips with transcripts" if variant.phonemes else "clips with captions or labels"
 
@@ -118,6 +106,7 @@ class JointStage(Stage):
     def losses(self, batch: dict[str, Any]) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         rng = batch["step_rng"]
         use_truth = bool(rng.random() < self.config.ground_truth)
+        dropped = self.process.drops(rng)
         noisy, target = self.process.noisy(batch)
         predicted, forced = self.system(
             batch["clap"],
@@ -125,20 +114,20 @@ class JointStage(Stage):
             batch["loa"],
             noisy,
             batch["timestep"],
-            drop=lambda *conditions: self.process.drop(rng, *conditions),
             use_truth=use_truth,
+            without=self.process.without_conditions if dropped else None,
         )
         noise = F.mse_loss(predicted.float(), target)
         translation = translation_loss(forced, batch["loa"], self.loss)
-        yield "system", noise + self.config.translation_weight * translation, {"noise": noise, "loa": translation}
+        # The authors' conditioner returns no translation loss for a batch without conditions.
+        loss = noise if dropped else noise + self.config.translation_weight * translation
+        yield "system", loss, {"noise": noise, "loa": translation}
 
     @torch.no_grad()
     def validate(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """With the translator's own LOA, as in use."""
         noisy, target = self.process.noisy(batch)
-        predicted, forced = self.system(
-            batch["clap"], *cut_padding(batch), batch["loa"], noisy, batch["timestep"], drop=lambda *c: c, use_truth=False
-        )
+        predicted, forced = self.system(batch["clap"], *cut_padding(batch), batch["loa"], noisy, batch["timestep"], use_truth=False)
         return {"noise": F.mse_loss(predicted.float(), target), "loa": translation_loss(forced, batch["loa"], self.loss)}
 
     @torch.no_grad()
@@ -148,6 +137,9 @@ class JointStage(Stage):
         loa = self.system.translator(batch["clap"], text, mask)
         latents = self.process.sample(self.system.network, loa, text, mask, like=batch["latent"])
         return self.decoder.listen("from_caption", latents)
+
+    def homes(self) -> dict[str, nn.Module]:
+        return {**self.system.translator.homes(), "unet": self.system.network.unet}
 
     def save(self, folder: Path) -> None:
         self.system.translator.save(folder)

@@ -19,12 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import ClapModel, GPT2LMHeadModel, SpeechT5HifiGan, T5EncoderModel, VitsModel
 
-from stages.bundle import FILES, assemble, audio_of, quiet, read_info, read_json
+from stages.bundle import FILES, assemble, audio_of, read_info, read_json
 from stages.checkpoints import misfits, read_checkpoint, weights_of
 from stages.config import TINY
 from stages.errors import UserError
+from stages.files import Place
 from stages.public.original import require_variant, variants_like
 from stages.public.parts import beside
+from stages.quiet import quiet
 from stages.tokenizers import read_tokenizer
 from stages.variants import resolve
 
@@ -42,8 +44,8 @@ STAGES = ("clap", "translator", "diffusion", "vae", "vocoder")
 
 
 def import_folder(
-    folder: Path, out: Path, variant: str | None = None, provenance: Mapping[str, Any] | None = None, force: bool = False
-) -> Path:
+    folder: Path, out: Path | Place, variant: str | None = None, provenance: Mapping[str, Any] | None = None, force: bool = False
+) -> Path | Place:
     """Make the bundle `out` from a public AudioLDM 2 folder (or from another bundle), whole or not at all.
 
     Every network is loaded once, so that missing, unknown and misshaped weights are found here and not when a prompt waits.

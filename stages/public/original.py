@@ -23,7 +23,7 @@ from stages.checkpoints import require_fit
 from stages.config import TINY
 from stages.diffusion.model import noise_schedule
 from stages.errors import UserError
-from stages.files import write_json
+from stages.files import Place, write_json
 from stages.public import WEIGHTS, layout
 from stages.public.layout import Map, Origin
 from stages.public.parts import add_audiomae, add_t5, add_tokenizer, beside, require_parts, with_decoder_of
@@ -250,14 +250,14 @@ def _require_schedule(state: Mapping[str, Tensor], expected: Tensor, source: Pat
 def import_original(
     state: Mapping[str, Tensor],
     variant: Variant,
-    out: Path,
+    out: Path | Place,
     source: Path,
     given: Mapping[str, Path],
     *,
     weights: str = "raw",
     provenance: Mapping[str, Any] | None = None,
     force: bool = False,
-) -> Path:
+) -> Path | Place:
     """Make the bundle `out` from the authors' weights, whole or not at all.
 
     Args:

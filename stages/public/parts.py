@@ -10,18 +10,19 @@ from typing import Any
 from transformers import AutoTokenizer, T5EncoderModel
 
 from stages.audiomae.model import AudioMAE, AudioMAEConfig
-from stages.bundle import quiet
 from stages.checkpoints import read_checkpoint, weights_of
 from stages.errors import UserError
+from stages.files import Place
 from stages.public import PARTS
+from stages.quiet import quiet
 from stages.tokenizers import misfit
 
 PADDING = {"tokenizer": 1, "tokenizer_2": 0}  # ids of <pad> in RoBERTa's and T5's vocabularies
 
 
-def beside(out: Path) -> Path:
-    """The folder that holds `out`, made where it is missing: what is under way lies there, on the same disk."""
-    parent = Path(out).absolute().parent
+def beside(out: Path | Place) -> Path:
+    """The folder that holds `out` (or what is on its way there), made where it is missing: what is under way lies on the same disk."""
+    parent = Place.of(out).scratch().parent
     parent.mkdir(parents=True, exist_ok=True)
     return parent
 

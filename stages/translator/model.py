@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2ProjectionModel
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, VitsConfig, VitsModel, VitsTokenizer
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, VitsConfig, VitsModel, VitsTokenizer
 
 from stages.phonemes import MAX_LENGTH, phoneme_vocab
 
@@ -114,20 +115,40 @@ class PhonemeEncoderConfig:
         tokenizer.save_pretrained(folder)
 
 
-def generate_loa(language_model: GPT2LMHeadModel, states: Tensor, mask: Tensor, num_tokens: int) -> Tensor:
+SEGMENT = 16  # vectors that are computed again on the way back; memory and time are in docs/log.md
+
+
+def generate_loa(language_model: GPT2LMHeadModel, states: Tensor, mask: Tensor, num_tokens: int, segment: int = SEGMENT) -> Tensor:
     """Autoregressive LOA, [B, S, D] conditions with mask [B, S] → [B, num_tokens, D]; differentiable.
 
     Every state after the final layer norm is fed back unchanged; no sampling, no stop (references.md#translator). Keys and values are
-    cached: the first step sees the whole prefix, each later one a single vector.
+    cached: the first step sees the whole prefix, each later one a single vector. With gradients, what longer rollouts than
+    `segment` need on the way back is not kept but computed again, segment by segment, from the keys and values before it.
     """
+    if not torch.is_grad_enabled() or num_tokens <= segment:
+        return _roll(language_model, num_tokens, states, mask)[0]
+    written: list[Tensor] = []
+    step_input, cache = states, list[Tensor]()
+    while (done := sum(part.shape[1] for part in written)) < num_tokens:
+        count = min(segment, num_tokens - done)
+        part, *cache = checkpoint(_roll, language_model, count, step_input, mask, *cache, use_reentrant=False)
+        step_input, mask = part[:, -1:], torch.cat([mask, mask.new_ones(len(mask), count)], dim=1)
+        written.append(part)
+    return torch.cat(written, dim=1)
+
+
+def _roll(language_model: GPT2LMHeadModel, count: int, step_input: Tensor, mask: Tensor, *cached: Tensor) -> tuple[Tensor, ...]:
+    """The next `count` vectors [B, count, D], and the keys and values of all layers, in turn, to go on from."""
     tokens: list[Tensor] = []
-    step_input, cache = states, None
-    for _ in range(num_tokens):
+    cache = DynamicCache()
+    for layer, (keys, values) in enumerate(zip(cached[::2], cached[1::2], strict=True)):
+        cache.update(keys, values, layer)
+    for _ in range(count):
         out = language_model.transformer(inputs_embeds=step_input, attention_mask=mask, past_key_values=cache, use_cache=True)
         step_input, cache = out.last_hidden_state[:, -1:], out.past_key_values
         tokens.append(step_input)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-    return torch.cat(tokens, dim=1)
+    return torch.cat(tokens, dim=1), *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
 
 
 class Translator(nn.Module):
@@ -179,6 +200,11 @@ class Translator(nn.Module):
         mask = torch.cat([mask, mask.new_ones(known.shape[:2])], dim=1)
         hidden = self.language_model.transformer(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
         return hidden[:, states.shape[1] - 1 :]
+
+    def homes(self) -> dict[str, nn.Module]:
+        """Its networks by the folders of `save`."""
+        speech = {} if self.phoneme_model is None else {"text_encoder_2": self.phoneme_model}
+        return {"language_model": self.language_model, "projection_model": self.projection_model, **speech}
 
     def save(self, folder: Path) -> None:
         """Write language_model/, projection_model/ and, for speech, text_encoder_2/."""

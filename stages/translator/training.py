@@ -15,7 +15,6 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from stages.base import ClipSource, Stage
 from stages.conditions import ClapDropout, condition_example, cut_padding
 from stages.errors import UserError
-from stages.text import clip_texts
 from stages.translator.model import PhonemeEncoderConfig, Translator
 from stages.variants import Variant
 
@@ -38,7 +37,9 @@ class TranslatorStage(Stage):
     """Conditions → LOA, trained on clips with words (or a transcript)."""
 
     name = "translator"
+    needs = ("captions", "labels", "transcript")
     any_corpus = False
+    usual_start = "openai-community/gpt2"  # paper III-C
     blocks = (GPT2Block,)
 
     def __init__(
@@ -57,7 +58,9 @@ class TranslatorStage(Stage):
         return ("clap",) if variant.translator.clap_dropout else ()
 
     @classmethod
-    def prepare(cls, variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path) -> None:
+    def prepare(
+        cls, variant: Variant, released: Callable[[str], Path], dataset: ClipSource, folder: Path, start: Path | None = None
+    ) -> None:
         ClapDropout.prepare(variant, released, folder)
 
     @classmethod
@@ -66,8 +69,8 @@ class TranslatorStage(Stage):
         return cls(build_translator(variant), variant.translator.loss, variant.text_length, variant.phonemes, drop_clap)
 
     @classmethod
-    def wants(cls, row: Mapping[str, Any]) -> bool:
-        return bool(clip_texts(row)[0]) or bool(row.get("transcript"))
+    def fits_usual_start(cls, variant: Variant) -> bool:
+        return (variant.translator.width, variant.translator.layers, variant.translator.heads) == (768, 12, 12)
 
     @classmethod
     def asks(cls, variant: Variant) -> str:
@@ -97,6 +100,9 @@ class TranslatorStage(Stage):
             "loa_generated": translation_loss(free, batch["loa"], self.loss),
             "loa_of_mean": translation_loss(mean, batch["loa"], self.loss),
         }
+
+    def homes(self) -> dict[str, nn.Module]:
+        return self.translator.homes()
 
     def save(self, folder: Path) -> None:
         self.translator.save(folder)

@@ -1,0 +1,91 @@
+"""What a run is and what it is made from, by content: it continues with the same, and a finished one may be out of date."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from stages.config import differences, to_dict
+from stages.errors import UserError
+from stages.files import Place, digest, weights_hash, write_json
+
+if TYPE_CHECKING:
+    from pipelines.features.store import FeatureStore
+    from stages.base import Stage
+    from stages.variants import Variant
+
+
+def without_recipes(variant: Variant) -> dict[str, Any]:
+    return {k: v for k, v in to_dict(variant).items() if k not in ("name", "recipes", "summary")}
+
+
+def check_same(run: Path, identity: Mapping[str, Any]) -> None:
+    """A run folder belongs to one configuration; its recipe (steps, rates) may change between calls."""
+    before, now = begun_as(run), json.loads(json.dumps(identity))
+    before.pop("made_from", None)
+    if before and before != now:
+        raise UserError(
+            f"{run} holds a run of another configuration ({differences(before, now)}); "
+            "repeat the old settings to continue it, use --fresh to start over, or choose another --work"
+        )
+
+
+def made_from_now(cls: type[Stage], variant: Variant, store: FeatureStore, folders: Mapping[str, Place]) -> dict[str, Any]:
+    """What a stage is trained from, by content and not by place: clips, series, weights of earlier stages."""
+    recipes = store.recipes()
+    series = {name: {k: v for k, v in recipes.get(name, {}).items() if k != "provenance"} for name in cls.reads(variant)}
+    inputs = {name: folders[name].local_copy() for name in cls.builds_on(variant) if name in folders}
+    return {
+        "clips": store.digest,
+        "series": {name: digest(recipe, 16) for name, recipe in series.items()},
+        "inputs": {name: weights_hash(folder) for name, folder in inputs.items()},
+    }
+
+
+def out_of_date(card: Mapping[str, Any], made_from: Mapping[str, Any]) -> str:
+    """What a finished stage was trained from that is another thing now, in words; "" for nothing."""
+    before = card.get("made_from", {})
+    names = {"series": "the series {}", "inputs": "the weights of {}"}
+    changed = [
+        names[kind].format(name) for kind in names for name, now in made_from[kind].items() if before.get(kind, {}).get(name, now) != now
+    ]
+    if before.get("clips", made_from["clips"]) != made_from["clips"]:
+        changed.append("the clips of the store")
+    return f"{', '.join(changed)} changed since" if changed else ""
+
+
+def check_begun(run: Path, identity: Mapping[str, Any], made_from: Mapping[str, Any], accept_store: bool) -> None:
+    """A run stays with what it began from, with its clips unless the user wants otherwise. Writes down what holds now."""
+    begun = begun_as(run).get("made_from", made_from)
+    if changes := differences(begun.get("start", {}), made_from["start"]):
+        raise UserError(f"{run} began with other weights ({changes}); leave --init-from out to continue it, or start over with --fresh")
+    if stale := out_of_date({"made_from": begun | {"clips": made_from["clips"]}}, made_from):
+        raise UserError(
+            f"{stale} {run} began; put them back to continue it, or start over with --fresh (and --init-from to keep its weights)"
+        )
+    grown = begun["clips"] != made_from["clips"]
+    if grown and not accept_store:
+        raise UserError(
+            f"clips were added to the store since {run} began, so that its epochs would hold others than before; "
+            "continue it on the store as it is now with --accept-store, or start over with --fresh"
+        )
+    if grown:
+        click.echo(f"{identity['stage']}: continues on the store as it is now; the order of its clips is a new one", err=True)
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / "job.json", {**identity, "made_from": made_from})
+
+
+def begun_as(run: Path) -> dict[str, Any]:
+    """What a run folder says of its run; nothing where there is none."""
+    path = run / "job.json"
+    begun: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return begun
+
+
+def identified(start: tuple[str, Place] | None) -> dict[str, str]:
+    """A start by name and by content."""
+    return {} if start is None else {"from": start[0], "weights": weights_hash(start[1].local_copy())}

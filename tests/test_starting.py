@@ -1,0 +1,195 @@
+"""Stages that begin with given weights."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_store import make_store, small
+from transformers import GPT2Config, GPT2Model
+
+from pipelines.train import train_stage
+from pipelines.weights import start_folder
+from stages import STAGES
+from stages.base import Stage, read_card, stage_class
+from stages.clap.model import train_tokenizers
+from stages.errors import UserError
+from stages.starting import start_from
+from stages.variants import resolve
+
+TINY = resolve("audioldm2-full", tiny=True)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in diffusers' layout with random weights of the tiny sizes, and beside it what runs prepare."""
+    root = tmp_path_factory.mktemp("start")
+    (prepared := root / "prepared").mkdir()
+    captions = ["A dog barks twice.", "Rain falls on a tin roof.", "Somebody plays a slow tune on a piano."]
+    for name, tokenizer in zip(("tokenizer", "tokenizer_2"), train_tokenizers(captions, TINY.clap, TINY.t5), strict=True):
+        tokenizer.save_pretrained(prepared / name)
+    (prepared / "scale.json").write_text('{"scale_factor": 0.5}')
+    (prepared / "classes.json").write_text('["a", "b"]')
+    np.save(prepared / "null_text.npy", np.zeros((1, TINY.t5.width), np.float32))
+    np.save(prepared / "null_clap.npy", np.zeros(TINY.clap.projection_dim, np.float32))
+    for stage in ("clap", "vae", "vocoder", "translator", "diffusion"):
+        fresh(stage, root / "bundle").save(root / "bundle")
+    (root / "bundle" / "discriminator.safetensors").unlink()
+    return root / "bundle"
+
+
+def fresh(stage: str, bundle: Path) -> Stage:
+    """The stage as it is built, with those of the bundle before it."""
+    prepared = bundle.parent / "prepared"
+    return stage_class(stage).build(TINY, lambda name: prepared if name == "prepared" else bundle)
+
+
+def states(stage: Stage) -> dict[str, dict[str, torch.Tensor]]:
+    return {name: {k: v.clone() for k, v in network.state_dict().items()} for name, network in stage.homes().items()}
+
+
+def equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_starts_from_its_own_release(stage: str, bundle: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    first = fresh(stage, bundle)
+    first.save(tmp_path)
+    torch.manual_seed(2)
+    other = fresh(stage, bundle)
+    changed = [name for name, state in states(other).items() if not equal(state, states(first)[name])]
+    assert changed or stage == "joint"  # joint is built from the earlier stages' weights
+    started = start_from(other, tmp_path, "earlier")
+    assert started.fresh == {} and all(equal(state, states(first)[name]) for name, state in states(other).items())
+
+
+@pytest.mark.parametrize("stage", ["clap", "vae", "vocoder", "translator", "diffusion", "joint"])
+def test_stages_start_from_a_bundle(stage: str, bundle: Path) -> None:
+    """A folder in diffusers' layout; it has no critics, so these begin fresh, and the summary says so."""
+    torch.manual_seed(3)
+    begun = fresh(stage, bundle)
+    started = start_from(begun, start_folder(stage, str(bundle)).path, str(bundle))
+    assert set(started.fresh) == ({"discriminator.safetensors"} if stage in ("vae", "vocoder") else set())
+    assert ("weights of discriminator.safetensors begin fresh" in started.summary()) == (stage in ("vae", "vocoder"))
+    for name, state in states(begun).items():
+        if name in started.fresh:
+            continue
+        files = [load_file(path) for path in (bundle / name).glob("*.safetensors")]
+        held = {key: value for file in files for key, value in file.items()}
+        shared = held.keys() & state.keys()
+        assert len(shared) > 5 and all(torch.equal(held[key], state[key]) for key in shared), name
+
+
+def gpt2(folder: Path, **sizes: Any) -> Path:
+    """A GPT-2 as the hub has it: without the head, its names without a prefix."""
+    translator = TINY.translator
+    config = GPT2Config(**{"vocab_size": translator.vocab, "n_positions": translator.positions, "n_embd": translator.width} | sizes)
+    config.n_layer, config.n_head = sizes.get("n_layer", translator.layers), sizes.get("n_head", translator.heads)
+    torch.manual_seed(7)
+    GPT2Model(config).save_pretrained(folder)
+    return folder
+
+
+def test_the_translator_starts_from_gpt2(bundle: Path, tmp_path: Path) -> None:
+    translator = fresh("translator", bundle)
+    before = states(translator)
+    started = start_from(translator, start_folder("translator", str(gpt2(tmp_path))).path, "gpt2")
+    given, now = load_file(tmp_path / "model.safetensors"), states(translator)
+    for name, value in given.items():
+        assert torch.equal(now["language_model"][f"transformer.{name}"], value)
+    assert equal(now["projection_model"], before["projection_model"])
+    assert set(started.fresh) == {"projection_model"} and "weights of projection_model begin fresh" in started.summary()
+    with pytest.raises(UserError, match="is a GPT-2, with which only the translator starts"):
+        start_from(fresh("vae", bundle), tmp_path, "gpt2")
+
+
+def test_other_sizes_and_heads_are_refused(bundle: Path, tmp_path: Path) -> None:
+    wide = gpt2(tmp_path / "wide", n_embd=2 * TINY.translator.width)
+    with pytest.raises(UserError, match=r"of another shape \(transformer.*instead of.*--init-allow shape leaves those fresh"):
+        start_from(fresh("translator", bundle), wide, "wide")
+    heads = gpt2(tmp_path / "heads", n_head=TINY.translator.heads * 2)
+    with pytest.raises(UserError, match=r"has num_attention_heads \d, this variant \d: its weights would compute something else"):
+        start_from(fresh("translator", bundle), heads, "heads", ["shape"])
+
+
+def test_misfits_are_allowed_by_name(bundle: Path, tmp_path: Path) -> None:
+    stage = fresh("classifier", bundle)
+    stage.save(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    names = sorted(weights)
+    gone, changed = names[0], next(name for name in reversed(names) if weights[name].ndim == 2)
+    weights[changed] = weights[changed][:1].contiguous()
+    del weights[gone]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="1 missing .*; 1 of another shape .*; --init-allow missing --init-allow shape leaves those fresh"):
+        start_from(stage, tmp_path, "other")
+    with pytest.raises(UserError, match=f"of another shape .{changed}"):
+        start_from(stage, tmp_path, "other", ["missing"])
+    assert start_from(stage, tmp_path, "other", ["missing", "shape"]).fresh == {"model.safetensors": sorted([gone, changed])}
+    save_file(weights | {"stranger": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="1 unknown .stranger"):
+        start_from(stage, tmp_path, "other", ["missing", "shape"])
+    (tmp_path / "model.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(UserError, match="damaged"):
+        start_from(stage, tmp_path, "other")
+
+
+def test_a_folder_without_the_network_is_refused(bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundle / "vae", tmp_path / "vae")
+    with pytest.raises(UserError, match="--init-from .*: the folder lacks vocoder"):
+        start_folder("vocoder", str(tmp_path))
+    with pytest.raises(UserError, match="no such file or folder, and a hub id looks like owner/name"):
+        start_folder("vae", str(tmp_path / "nowhere"))
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def test_a_full_translator_asks_for_gpt2(tmp_path: Path) -> None:
+    full = resolve("audioldm2-full")
+    make_store(tmp_path, full, clips=2, passes=())
+    with pytest.raises(UserError, match="--init-from openai-community/gpt2, a folder of it, .* --init-from random begins with nothing"):
+        train_stage("translator", full, tmp_path, workers=0)
+
+
+def test_training_begins_where_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A learning rate of almost nothing leaves the start as it was; another start of the same run is refused."""
+    still = replace(small(steps=2), recipes=replace(small(steps=2).recipes, vae=replace(small(steps=2).recipes.vae, learning_rate=1e-12)))
+    make_store(tmp_path, still, clips=12)
+    first = train_stage("vae", small(steps=2), tmp_path, workers=0)
+    other = tmp_path / "other"
+    output = train_stage("vae", still, other, store=str(tmp_path / "store"), workers=0, init_from=str(first))
+    assert "vae starts from " in capsys.readouterr().err
+    one, two = (load_file(folder.path / "vae" / "diffusion_pytorch_model.safetensors") for folder in (first, output))
+    assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-6
+    card = read_card(output, "vae")
+    start = card["made_from"]["start"]
+    assert start["from"] == str(first) and len(start["weights"]) == 64
+
+    longer = replace(still, recipes=replace(still.recipes, vae=replace(still.recipes.vae, steps=4)))
+    with pytest.raises(UserError, match="began with other weights .*leave --init-from out"):
+        train_stage("vae", longer, other, store=str(tmp_path / "store"), workers=0, init_from=str(output))
+    train_stage("vae", longer, other, store=str(tmp_path / "store"), workers=0)  # repeated without it: continues
+    assert read_card(output, "vae")["steps"] == 4 and read_card(output, "vae")["made_from"]["start"] == start
+
+
+def test_what_belongs_to_a_start_comes_with_it(tmp_path: Path, bundle: Path) -> None:
+    """CLAP's tokenizers: its text tower counts by them."""
+    make_store(tmp_path, small(steps=1), clips=12)
+    output = train_stage("clap", small(steps=1), tmp_path, workers=0, init_from=str(bundle))
+    for name in ("tokenizer", "tokenizer_2"):
+        assert (output.path / name / "tokenizer.json").read_bytes() == (bundle / name / "tokenizer.json").read_bytes()
+
+
+def test_tiny_translators_say_that_they_begin_with_chance(capsys: pytest.CaptureFixture[str]) -> None:
+    from pipelines.train import _start
+
+    assert _start(stage_class("translator"), TINY, None, {}) is None
+    assert "translator: begins with random weights" in capsys.readouterr().err
+    assert _start(stage_class("translator"), resolve("audioldm2-full"), "random", {}) is None
