@@ -57,8 +57,15 @@ def kernels(paths: list[str], target: str, audio: AudioConfig) -> None:
                 tar.addfile(info, buffer)
 
 
-def _warm(path: str) -> None:
+def _begin() -> None:
+    """What a worker of the pass does as well: one thread, and memory that is kept."""
+    from pipelines.features.passes import _keep_freed_memory
+
     torch.set_num_threads(1)
+    _keep_freed_memory()
+
+
+def _warm(path: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         kernels([path], f"{folder}/x", AudioConfig())
 
@@ -68,8 +75,8 @@ def plain(paths: list[Path], folder: Path) -> float:
     audio, each = AudioConfig(), CLIPS // SHARDS
     shards = [[str(paths[(shard * each + i) % len(paths)]) for i in range(each)] for shard in range(SHARDS)]
     cores = len(os.sched_getaffinity(0))
-    with multiprocessing.get_context("spawn").Pool(cores) as pool:
-        pool.map(_warm, [str(paths[0])] * cores, chunksize=1)
+    with multiprocessing.get_context("spawn").Pool(cores, _begin) as pool:
+        pool.map(_warm, [str(paths[0])] * 4 * cores, chunksize=1)
         began = time.perf_counter()
         pool.starmap(kernels, [(shard, str(folder / str(i)), audio) for i, shard in enumerate(shards)], chunksize=1)
         return CLIPS / (time.perf_counter() - began)

@@ -179,6 +179,22 @@ def test_training_begins_where_it_is_told(tmp_path: Path, capsys: pytest.Capture
     assert read_card(output, "vae")["steps"] == 4 and read_card(output, "vae")["made_from"]["start"] == start
 
 
+def test_a_start_that_did_not_fit_is_forgotten(tmp_path: Path, bundle: Path) -> None:
+    """Before the first checkpoint another one may be given, and what was prepared for the first one goes."""
+    make_store(tmp_path, small(steps=1), clips=12)
+    wrong = tmp_path / "wrong"
+    shutil.copytree(bundle, wrong)
+    weights = load_file(wrong / "text_encoder" / "model.safetensors")
+    save_file(dict(list(weights.items())[1:]), wrong / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
+    (wrong / "tokenizer" / "note.txt").write_text("of the wrong one")
+    with pytest.raises(UserError, match="1 missing"):
+        train_stage("clap", small(steps=1), tmp_path, workers=0, init_from=str(wrong))
+    assert (tmp_path / "runs" / "clap" / "prepared" / "tokenizer" / "note.txt").exists()
+    output = train_stage("clap", small(steps=1), tmp_path, workers=0, init_from=str(bundle))
+    assert not (tmp_path / "runs" / "clap" / "prepared" / "tokenizer" / "note.txt").exists()
+    assert read_card(output, "clap")["made_from"]["start"]["from"] == str(bundle)
+
+
 def test_what_belongs_to_a_start_comes_with_it(tmp_path: Path, bundle: Path) -> None:
     """CLAP's tokenizers: its text tower counts by them."""
     make_store(tmp_path, small(steps=1), clips=12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,9 @@ def out_of_date(card: Mapping[str, Any], made_from: Mapping[str, Any]) -> str:
 def check_begun(run: Path, identity: Mapping[str, Any], made_from: Mapping[str, Any], accept_store: bool) -> None:
     """A run stays with what it began from, with its clips unless the user wants otherwise. Writes down what holds now."""
     begun = begun_as(run).get("made_from", made_from)
+    if begun != made_from and not any(run.glob("step_*")):  # nothing was learned yet that could be mixed
+        shutil.rmtree(run / "prepared", ignore_errors=True)
+        begun = made_from
     if changes := differences(begun.get("start", {}), made_from["start"]):
         raise UserError(f"{run} began with other weights ({changes}); leave --init-from out to continue it, or start over with --fresh")
     if stale := out_of_date({"made_from": begun | {"clips": made_from["clips"]}}, made_from):

@@ -115,7 +115,7 @@ class PhonemeEncoderConfig:
         tokenizer.save_pretrained(folder)
 
 
-SEGMENT = 16  # vectors that are computed again on the way back; memory and time are in docs/log.md
+SEGMENT = 16  # vectors that are computed again on the way back, together
 
 
 def generate_loa(language_model: GPT2LMHeadModel, states: Tensor, mask: Tensor, num_tokens: int, segment: int = SEGMENT) -> Tensor:
