@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipelines.corpora.audioset import segment_names
-from pipelines.corpora.files import MISSING, AudioFiles, BadLine, csv_lines, safe_id, tidy
-from pipelines.corpora.records import Record, Recording, Rejected
+from pipelines.corpora.files import AudioFiles, BadLine, csv_lines, safe_id, tidy
+from pipelines.corpora.records import Record, Recording
 
 LAYOUT = "AudioCaps (train.csv, val.csv or test.csv with the columns youtube_id, start_time and caption)"
 LICENCE = "captions MIT"
@@ -64,21 +64,21 @@ def read(root: Path, follow_links: bool = False) -> Iterator[Record]:
             clip.caption_ids.append(row.get("audiocap_id", ""))
         for (video, start), clip in clips.items():
             recording_id = safe_id(f"{video}_{start:g}")
-            path = files.find(*segment_names(video, start, start + CLIP_SECONDS), *clip.caption_ids)
-            if path is None:
-                yield Rejected(CORPUS, str(root / "audio" / video), f"{CORPUS}-{recording_id}", MISSING)
-                continue
-            yield Recording(
-                CORPUS,
-                recording_id,
-                path,
-                start,
-                CLIP_SECONDS,
-                captions=tuple(dict.fromkeys(clip.captions)),
-                split=split,
-                licence=LICENCE,
-                precut=True,
-                origin=f"youtube:{video}",
+            yield files.found(
+                Recording(
+                    CORPUS,
+                    recording_id,
+                    str(root / "audio" / video),
+                    start,
+                    CLIP_SECONDS,
+                    captions=tuple(dict.fromkeys(clip.captions)),
+                    split=split,
+                    licence=LICENCE,
+                    precut=True,
+                    origin=f"youtube:{video}",
+                ),
+                *segment_names(video, start, start + CLIP_SECONDS),
+                *clip.caption_ids,
             )
     yield from files.unlisted(CORPUS)
 

@@ -53,22 +53,21 @@ def read(root: Path, follow_links: bool = False) -> Iterator[Record]:
             except (ValueError, IndexError):
                 yield BadLine(table, number, "expected YTID, start_seconds, end_seconds, positive_labels").rejected(CORPUS)
                 continue
-            path = files.find(*segment_names(video, start, end))
-            if path is None:
-                yield Rejected(CORPUS, str(root / "audio" / video), f"{CORPUS}-{safe_id(video)}", MISSING)
-                continue
             labels = tuple(dict.fromkeys(names[mid.strip()] for mid in mids if mid.strip() in names))
-            yield Recording(
-                CORPUS,
-                safe_id(video),
-                path,
-                start,
-                end - start,
-                labels=labels,
-                split=_split(table.name, video),
-                licence=LICENCE,
-                precut=True,
-                origin=f"youtube:{video}",
+            yield files.found(
+                Recording(
+                    CORPUS,
+                    safe_id(video),
+                    str(root / "audio" / video),
+                    start,
+                    end - start,
+                    labels=labels,
+                    split=_split(table.name, video),
+                    licence=LICENCE,
+                    precut=True,
+                    origin=f"youtube:{video}",
+                ),
+                *segment_names(video, start, end),
             )
     yield from files.unlisted(CORPUS)
 

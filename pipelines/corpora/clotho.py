@@ -53,19 +53,19 @@ def _recording(
 ) -> Record:
     file = row["file_name"].strip()
     recording_id = safe_id(f"{name}_{_stem(file)}")
-    path = files.find(_stem(file))
-    if path is None:
-        return Rejected(CORPUS, str(root / name / file), f"{CORPUS}-{recording_id}", MISSING)
     fact = facts.get(row["file_name"], {})
     sound = fact.get("sound_id", "").strip()
-    return Recording(
-        CORPUS,
-        recording_id,
-        path,
-        captions=texts([value for column, value in row.items() if column.startswith("caption_")]),
-        split=split,
-        licence=tidy(fact.get("license", "")) or LICENCE,
-        origin=f"freesound:{sound}" if sound.isdigit() else "",
+    return files.found(
+        Recording(
+            CORPUS,
+            recording_id,
+            str(root / name / file),
+            captions=texts([value for column, value in row.items() if column.startswith("caption_")]),
+            split=split,
+            licence=tidy(fact.get("license", "")) or LICENCE,
+            origin=f"freesound:{sound}" if sound.isdigit() else "",
+        ),
+        _stem(file),
     )
 
 

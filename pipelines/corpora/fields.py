@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from pipelines.corpora.captions import COLUMNS
 from pipelines.corpora.files import hash_split, split_named, texts, tidy
+from pipelines.corpora.records import Recording
 
 _CAPTION = re.compile(r"caption_?\d+")
 
@@ -21,6 +22,19 @@ class Words(NamedTuple):
     transcript: str
     split: str | None
     licence: str
+
+    def record(self, corpus: str, recording_id: str, address: str, split: str) -> Recording:
+        """The recording at `address` that has them; `split` holds where they name none."""
+        return Recording(
+            corpus,
+            recording_id,
+            address,
+            captions=self.captions,
+            labels=self.labels,
+            transcript=self.transcript,
+            split=self.split or split,
+            licence=self.licence,
+        )
 
 
 def words(row: Mapping[str, Any]) -> Words:

@@ -9,11 +9,11 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.corpora.records import Rejected
+from pipelines.corpora.records import Record, Recording, Rejected
 
 # Everything that is evidently sound, also what cannot be decoded: that is rejected later with a reason, not overlooked.
 AUDIO_SUFFIXES = frozenset(
@@ -92,6 +92,11 @@ class AudioFiles:
                 self._unclaimed.discard(stem)
                 return self._paths[stem]
         return None
+
+    def found(self, recording: Recording, *stems: str) -> Record:
+        """`recording` in the first file called one of `stems`; rejected as missing, at the path it came with, where there is none."""
+        path = self.find(*stems)
+        return recording.rejected(MISSING) if path is None else replace(recording, path=path)
 
     def unlisted(self, corpus: str) -> Iterator[Rejected]:
         """The files that `find` never returned, and the linked folders that were not entered."""

@@ -52,18 +52,18 @@ Row = Mapping[tuple[str, str], str]
 
 def _recording(root: Path, row: Row, files: AudioFiles, genres: Mapping[str, str]) -> Record:
     name = f"{int(row['track', 'track_id']):06d}"
-    path = files.find(name)
-    if path is None:
-        return Rejected(CORPUS, str(root / "fma_full" / name[:3] / f"{name}.mp3"), f"{CORPUS}-{name}", MISSING)
     labels = [row["track", "genre_top"], *(genres.get(number, "") for number in re.findall(r"\d+", row["track", "genres"]))]
-    return Recording(
-        CORPUS,
+    return files.found(
+        Recording(
+            CORPUS,
+            name,
+            str(root / "fma_full" / name[:3] / f"{name}.mp3"),
+            labels=tuple(dict.fromkeys(filter(None, map(tidy, labels)))),
+            split=split_named(row["set", "split"]) or "train",
+            licence=tidy(row["track", "license"]) or LICENCE,
+            origin=f"{CORPUS}:{name}",
+        ),
         name,
-        path,
-        labels=tuple(dict.fromkeys(filter(None, map(tidy, labels)))),
-        split=split_named(row["set", "split"]) or "train",
-        licence=tidy(row["track", "license"]) or LICENCE,
-        origin=f"{CORPUS}:{name}",
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from pipelines.corpora.fields import dealt, shards, split_of, words
 from pipelines.corpora.files import MALFORMED, MISSING, inside, printable, safe_id
-from pipelines.corpora.records import Record, Recording, Rejected
+from pipelines.corpora.records import Record, Rejected
 from stages.recordings import row_of, stretch_of
 
 LAYOUT = "a Hugging Face data set (*.arrow or *.parquet with a column of sounds)"
@@ -73,16 +73,7 @@ def _recording(root: Path, path: Path, number: int, row: Mapping[str, Any], soun
         problem = f"{MALFORMED}: unknown split in row {number}"
     if problem:
         return Rejected(CORPUS, printable(str(path)), f"{CORPUS}-{recording_id}", problem)
-    return Recording(
-        CORPUS,
-        recording_id,
-        address,
-        captions=said.captions,
-        labels=said.labels,
-        transcript=said.transcript,
-        split=said.split or dealt(recording_id, split_of(path), splits),
-        licence=said.licence,
-    )
+    return said.record(CORPUS, recording_id, address, dealt(recording_id, split_of(path), splits))
 
 
 # ------------------------------------------------------------------------------------------------------------ shards

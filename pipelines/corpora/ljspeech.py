@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipelines.corpora.files import MISSING, AudioFiles, BadLine, csv_lines, hash_split, safe_id, tidy
-from pipelines.corpora.records import Record, Recording, Rejected
+from pipelines.corpora.files import AudioFiles, BadLine, csv_lines, hash_split, safe_id, tidy
+from pipelines.corpora.records import Record, Recording
 
 LAYOUT = "LJSpeech (metadata.csv with id|text|normalised text beside wavs/)"
 LICENCE = "LJSpeech, public domain"
@@ -36,17 +36,16 @@ def read(root: Path, follow_links: bool = False) -> Iterator[Record]:
             yield BadLine(table, number, "expected id|text|normalised text").rejected(CORPUS)
             continue
         recording_id = safe_id(name)
-        path = files.find(name)
-        if path is None:
-            yield Rejected(CORPUS, str(root / "wavs" / f"{name}.wav"), f"{CORPUS}-{recording_id}", MISSING)
-            continue
-        yield Recording(
-            CORPUS,
-            recording_id,
-            path,
-            transcript=transcript,
-            split=hash_split(recording_id),
-            licence=LICENCE,
-            origin=f"{CORPUS}:{name}",
+        yield files.found(
+            Recording(
+                CORPUS,
+                recording_id,
+                str(root / "wavs" / f"{name}.wav"),
+                transcript=transcript,
+                split=hash_split(recording_id),
+                licence=LICENCE,
+                origin=f"{CORPUS}:{name}",
+            ),
+            name,
         )
     yield from files.unlisted(CORPUS)

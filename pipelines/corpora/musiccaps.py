@@ -7,8 +7,8 @@ from pathlib import Path
 
 from pipelines.corpora.audioset import segment_names
 from pipelines.corpora.csv_records import csv_records
-from pipelines.corpora.files import MISSING, AudioFiles, BadLine, safe_id, tidy
-from pipelines.corpora.records import Record, Recording, Rejected
+from pipelines.corpora.files import AudioFiles, BadLine, safe_id, tidy
+from pipelines.corpora.records import Record, Recording
 
 LAYOUT = "MusicCaps (musiccaps-public.csv)"
 LICENCE = "captions CC BY-SA 4.0"
@@ -54,20 +54,20 @@ def read(root: Path, follow_links: bool = False) -> Iterator[Record]:
             yield BadLine(table, number, f"expected {', '.join(COLUMNS)}").rejected(CORPUS)
             continue
         recording_id = safe_id(video)
-        path = files.find(*segment_names(video, start, end), f"[{video}]-[{start:g}-{end:g}]")
-        if path is None:
-            yield Rejected(CORPUS, str(root / "audio" / video), f"{CORPUS}-{recording_id}", MISSING)
-            continue
-        yield Recording(
-            CORPUS,
-            recording_id,
-            path,
-            start,
-            end - start,
-            captions=(caption,),
-            split="test",
-            licence=LICENCE,
-            precut=True,
-            origin=f"youtube:{video}",
+        yield files.found(
+            Recording(
+                CORPUS,
+                recording_id,
+                str(root / "audio" / video),
+                start,
+                end - start,
+                captions=(caption,),
+                split="test",
+                licence=LICENCE,
+                precut=True,
+                origin=f"youtube:{video}",
+            ),
+            *segment_names(video, start, end),
+            f"[{video}]-[{start:g}-{end:g}]",
         )
     yield from files.unlisted(CORPUS)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipelines.corpora.audioset import segment_names
-from pipelines.corpora.files import MISSING, AudioFiles, BadLine, csv_lines, hash_split, safe_id, split_named, tidy
-from pipelines.corpora.records import Record, Recording, Rejected
+from pipelines.corpora.files import AudioFiles, BadLine, csv_lines, hash_split, safe_id, split_named, tidy
+from pipelines.corpora.records import Record, Recording
 
 LAYOUT = "VGGSound (vggsound.csv with YouTube id, start seconds, label and split)"
 LICENCE = "labels CC BY 4.0"
@@ -46,20 +46,20 @@ def read(root: Path, follow_links: bool = False) -> Iterator[Record]:
             continue
         name = f"{video}_{round(start):06d}"
         recording_id = safe_id(name)
-        path = files.find(name, *segment_names(video, start, start + CLIP_SECONDS))
-        if path is None:
-            yield Rejected(CORPUS, str(root / "audio" / name), f"{CORPUS}-{recording_id}", MISSING)
-            continue
-        yield Recording(
-            CORPUS,
-            recording_id,
-            path,
-            start,
-            CLIP_SECONDS,
-            labels=(label,),
-            split=hash_split(f"youtube:{video}", test=0.0) if split == "train" else split,
-            licence=LICENCE,
-            precut=True,
-            origin=f"youtube:{video}",
+        yield files.found(
+            Recording(
+                CORPUS,
+                recording_id,
+                str(root / "audio" / name),
+                start,
+                CLIP_SECONDS,
+                labels=(label,),
+                split=hash_split(f"youtube:{video}", test=0.0) if split == "train" else split,
+                licence=LICENCE,
+                precut=True,
+                origin=f"youtube:{video}",
+            ),
+            name,
+            *segment_names(video, start, start + CLIP_SECONDS),
         )
     yield from files.unlisted(CORPUS)

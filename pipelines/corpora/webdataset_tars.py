@@ -12,7 +12,7 @@ from typing import Any
 
 from pipelines.corpora.fields import dealt, shards, split_of, words
 from pipelines.corpora.files import MALFORMED, MISSING, is_audio, printable, safe_id, texts
-from pipelines.corpora.records import Record, Recording, Rejected
+from pipelines.corpora.records import Record, Rejected
 from stages.recordings import stretch_of
 
 LAYOUT = "WebDataset tars (*.tar with sounds beside .json, .txt or .cls)"
@@ -88,16 +88,7 @@ def _recordings(root: Path, path: Path, members: Members, row: dict[str, Any], s
         if problem:
             yield Rejected(CORPUS, printable(address), f"{CORPUS}-{recording_id}", f"{MALFORMED}: {problem}")
             continue
-        yield Recording(
-            CORPUS,
-            recording_id,
-            address,
-            captions=said.captions,
-            labels=said.labels,
-            transcript=said.transcript,
-            split=said.split or dealt(recording_id, split_of(path), splits),
-            licence=said.licence,
-        )
+        yield said.record(CORPUS, recording_id, address, dealt(recording_id, split_of(path), splits))
 
 
 def _samples(path: Path) -> Iterator[dict[str, tuple[int, int, bytes]] | Rejected]:
