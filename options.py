@@ -38,7 +38,7 @@ from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from stages.config import TINY
-from stages.errors import AudioError, UserError
+from stages.errors import AudioError, UnreachableError, UserError
 from stages.sampling import CHOICES, OPTIONS, PROFILES
 
 if TYPE_CHECKING:
@@ -50,7 +50,6 @@ DEFAULT_WORK = "outputs"
 DEFAULT_VARIANT = "audioldm2-full"
 SAME_WISH = 2.0  # seconds
 AWAY = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ETIMEDOUT)  # a mount's errors
-OBJECT_STORES = ("botocore", "aiobotocore", "aiohttp")  # packages whose errors are not OSErrors
 STOPPED = "Stopped. What was finished is kept; the same command continues from there."
 
 
@@ -134,9 +133,9 @@ def plain_sentence(error: BaseException) -> str | None:
                 f"{cause.filename or 'a folder'} cannot be reached ({cause.strerror}): the disk or the network behind it is away; "
                 "when it is back, repeat the command, which continues where it stopped"
             )
-        elif type(cause).__module__.partition(".")[0] in OBJECT_STORES:
+        elif isinstance(cause, UnreachableError):
             return (
-                f"the object store cannot be used ({cause}); check its network, endpoint and credentials, then repeat the command, "
+                f"the storage cannot be used ({cause}); check its network, endpoint and credentials, then repeat the command, "
                 "which continues where it stopped"
             )
         elif isinstance(cause, FileNotFoundError) and (gone := _work_that_is_gone()):

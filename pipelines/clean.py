@@ -61,12 +61,12 @@ def _encoders(work: Path) -> dict[str, Path]:
 
 def _why_old(series: str, recipe: Any, cards: dict[str, dict[str, Any]], current: dict[str, Path]) -> str:
     """Why nobody needs a series: made by an encoder that was replaced, and no released stage learnt from it. "" for one that is needed."""
-    from pipelines.features.space import same_recipe
+    from pipelines.features.store import recipe_identity
 
     encoder = recipe.get("encoder")
     if encoder not in current:
         return ""  # no encoder: mels and waveforms; an encoder that is not of this project: it cannot be told
-    if any(same_recipe(card.get("store_recipes", {}).get(series, {}), recipe) for card in cards.values()):
+    if any(recipe_identity(card.get("store_recipes", {}).get(series, {})) == recipe_identity(recipe) for card in cards.values()):
         return ""
     folders = {name: current[encoder] / name for name in recipe["weights"]}
     hashes = {name: weights_hash(folder if folder.is_dir() else current[encoder]) for name, folder in folders.items()}
@@ -95,9 +95,10 @@ def _run_folders(work: Path) -> list[Path]:
 def _in_use(run: Path) -> bool:
     """Whether somebody trains in a run folder: its lease lives, or something in it changed just now."""
     from pipelines.leases import read_holder
+    from pipelines.training.identity import run_lease
 
-    holders = [read_holder(Place.of(path)) for path in (*run.glob("*.json"), *run.parent.glob(f"{run.name}*.json"))]
-    return any(holder is not None and holder.lives for holder in holders) or time.time() - _measured(run)[1] < JUST_NOW
+    holder = read_holder(run_lease(run))
+    return (holder is not None and holder.lives) or time.time() - _measured(run)[1] < JUST_NOW
 
 
 def _runs(work: Path, cards: dict[str, dict[str, Any]], wanted: bool) -> Iterator[Leftover]:

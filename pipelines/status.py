@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from options import friendly, work_option
 from pipelines.leases import read_holder
 from pipelines.tables import aligned
+from pipelines.training.identity import made_from_now, out_of_date, run_lease
 from stages import STAGES
-from stages.files import Place, digest, weights_hash
+from stages.files import Place
+
+if TYPE_CHECKING:
+    from pipelines.features.store import FeatureStore
 
 RUNNING, STOPPED, FINISHED, STALE, NOTHING = "running", "stopped", "finished", "out of date", "not begun"
 
@@ -38,15 +42,15 @@ def stage_statuses(work: Place, runs: Path | None = None) -> Iterator[StageStatu
     Args:
         runs: where checkpoints lie; `<work>/runs`, or this machine's cache where `work` is behind a URL.
     """
-    series = _series_now(work)
+    store = _store(work)
     for stage in STAGES:
         run, card = (runs or (work / "runs").scratch()) / stage, _card(work / "stages" / stage)
         progress = _json(run / "progress.json")
-        holder = read_holder(Place.of(run.with_name(f".{stage}.lease")))
+        holder = read_holder(run_lease(run))
         if holder is not None and holder.lives:
             yield StageStatus(stage, RUNNING, _steps(progress), _first(progress.get("train", {})), _left(progress))
         elif card and progress.get("step", 0) <= card["steps"]:
-            changed = _changed(work, card, series)
+            changed = _changed(work, card, store)
             yield StageStatus(stage, STALE if changed else FINISHED, f"{card['steps']}", _first(card.get("validation", {})), changed)
         elif progress:
             refused = run / "refused.txt"
@@ -56,40 +60,29 @@ def stage_statuses(work: Place, runs: Path | None = None) -> Iterator[StageStatu
             yield StageStatus(stage, NOTHING, "", "", "")
 
 
-def _series_now(work: Place) -> dict[str, str]:
-    """The recipes of the store's series, as `made_from` of a card has them; none where there is no store."""
+def _store(work: Place) -> FeatureStore | None:
     from pipelines.features.store import FeatureStore, NoStoreError
 
     try:
-        recipes = FeatureStore.open(work / "store").recipes()
+        return FeatureStore.open(work / "store")
     except NoStoreError:
-        return {}
-    return {name: digest({k: v for k, v in recipe.items() if k != "provenance"}, 16) for name, recipe in recipes.items()}
+        return None
 
 
-def _changed(work: Place, card: Mapping[str, Any], series: Mapping[str, str]) -> str:
-    """What a finished stage was made from that is another thing in this project now; "" for nothing."""
+def _changed(work: Place, card: Mapping[str, Any], store: FeatureStore | None) -> str:
+    """What of this project a finished stage was made from that has changed since; "" for nothing. What lies elsewhere is not looked at."""
     before = card.get("made_from", {})
-    others = [f"the series {name}" for name, known in before.get("series", {}).items() if series.get(name, known) != known]
-    for name, known in before.get("inputs", {}).items():
-        folder = work / "stages" / name
-        if (folder / "stage.json").exists() and weights_hash(folder.local_copy()) != known:
-            others.append(f"the weights of {name}")
-    return f"made with other {', '.join(others)}".replace("other the ", "other ").replace(", the ", ", ") if others else ""
+    there = {name: work / "stages" / name for name in before.get("inputs", {}) if (work / "stages" / name / "stage.json").exists()}
+    if store is None:
+        before = before | {"series": {}, "clips": ""}
+    return out_of_date({"made_from": before}, made_from_now(before.get("series", {}), there, store, there))
 
 
-def series_rows(work: Place) -> list[list[str]]:
-    """Series, shards there are and shall be, of the project's store; none without a store."""
-    from pipelines.features.store import FeatureStore, NoStoreError
-
-    try:
-        store = FeatureStore.open(work / "store")
-    except NoStoreError:
-        return []
-    done = {name: store.num_shards - len(store.missing_shards(name)) for name in sorted(store.recipes())}
-    return [
-        [name, f"{count} of {store.num_shards} shards", "" if count == store.num_shards else "unfinished"] for name, count in done.items()
-    ]
+def series_rows(store: FeatureStore) -> list[list[str]]:
+    """Series of a store, and the shards there are and shall be."""
+    total = store.num_shards
+    done = {name: total - len(store.missing_shards(name)) for name in sorted(store.recipes())}
+    return [[name, f"{count} of {total} shards", "" if count == total else "unfinished"] for name, count in done.items()]
 
 
 def _card(folder: Place) -> dict[str, Any]:
@@ -134,8 +127,8 @@ def _left(progress: Mapping[str, Any]) -> str:
 @friendly
 def main(work: Place) -> None:
     """Say how far a project is: the series of its store, and what each stage is at."""
-    if rows := series_rows(work):
-        click.echo(aligned([["series", "", ""], *rows], left=3))
+    if (store := _store(work)) is not None:
+        click.echo(aligned([["series", "", ""], *series_rows(store)], left=3))
         click.echo()
     click.echo(aligned([["stage", "is", "steps", "measure", ""], *(status.row() for status in stage_statuses(work))], left=2, remarks=2))
 

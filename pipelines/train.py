@@ -33,7 +33,16 @@ from pipelines.corpora import PUBLISHED
 from pipelines.leases import lease
 from pipelines.tracking import Tracker
 from pipelines.tracking import tracking_uri as find_tracking
-from pipelines.training.identity import begun_as, check_begun, check_same, identified, made_from_now, out_of_date, without_recipes
+from pipelines.training.identity import (
+    begun_as,
+    check_begun,
+    check_same,
+    identified,
+    made_from_now,
+    out_of_date,
+    run_lease,
+    without_recipes,
+)
 from pipelines.weights import card_beside, released_folders, require_used, start_folder
 from stages import STAGES, require_stage
 from stages.config import Recipe, flat, to_dict
@@ -99,11 +108,11 @@ def train_stage(
     output, folders = work / "stages" / stage, released_folders(work, given or {})
     weights = _known_corpora(weights or {}, opened)
     identity = {"stage": stage, "variant": without_recipes(variant), "seed": seed, "weights": weights}
-    with lease(Place.of(run.with_name(f".{stage}.lease")), f"the run of {stage} in {run}"):
+    with lease(run_lease(run), f"the run of {stage} in {run}"):
         if fresh:
             _discard(run, output)
         check_same(run, identity)
-        made_from = made_from_now(cls, variant, opened, folders)
+        made_from = made_from_now(cls.reads(variant), cls.builds_on(variant), opened, folders)
         if _is_done(output, stage, variant, made_from):
             return output
         start = _start(cls, variant, init_from, begun_as(run))

@@ -11,6 +11,10 @@ class UserError(ValueError):
     """A mistake the user can mend: the message says what was given, what was expected and what to do."""
 
 
+class UnreachableError(OSError):
+    """Storage behind a URL did not answer; the message holds what its library said."""
+
+
 class AudioError(ValueError):
     """A recording that cannot be used; the message names it and says what is wrong with it."""
 

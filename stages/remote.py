@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 
-from stages.errors import UserError
+from stages.errors import UnreachableError, UserError
 
 EXTRAS = {"s3": "s3", "s3a": "s3"}  # scheme → the extra of loa that brings its filesystem
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
@@ -54,7 +54,7 @@ def _answer(url: str, request: Callable[[], T]) -> T:
     except OSError:
         raise
     except Exception as error:  # botocore's and others' are no OSError
-        raise OSError(f"{url}: {type(error).__name__}: {error}") from error
+        raise UnreachableError(f"{url}: {type(error).__name__}: {error}") from error
 
 
 class _File(io.RawIOBase):

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,11 @@ from tiny_store import make_store, run_here, small
 from pipelines.clean import leftovers, main
 from pipelines.features.rates import random_weights
 from pipelines.features.store import FeatureStore
+from pipelines.train import train_stage
+from pipelines.training.checkpoint import Checkpoints, TrainingState
+from pipelines.training.identity import run_lease
 from stages.config import to_dict
-from stages.files import Place, write_json
+from stages.files import write_json
 
 
 def aged(path: Path, days: float = 2) -> Path:
@@ -162,6 +166,24 @@ def test_a_lease_of_another_host_that_beats_guards_a_run(work: Path) -> None:
     run.mkdir(parents=True)
     write_json(work / "stages" / "vae" / "stage.json", {"format": 1, "stage": "vae"})
     holder = json.loads(Holder.here("loa train vae").to_json()) | {"machine": "another", "beat": time.time()}
-    Place.of(run / "lease.json").write_json(holder)
+    run_lease(run).write_json(holder)
     aged(run)
     assert "somebody trains it" in listed(work, runs=True)["runs/vae"]
+
+
+def test_checkpoints_of_a_training_that_says_nothing_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finished stage that is trained further: seen from within, at its first checkpoint, its files as old as after a long validation."""
+    variant = small(steps=2)
+    make_store(tmp_path, variant, clips=12)
+    train_stage("audiomae", variant, tmp_path, workers=0)
+    save, seen = Checkpoints.save, []
+
+    def looked(self: Checkpoints, state: TrainingState) -> None:
+        aged(tmp_path / "runs" / "audiomae")
+        seen.append(listed(tmp_path, runs=True)["runs/audiomae"])
+        save(self, state)
+
+    monkeypatch.setattr(Checkpoints, "save", looked)
+    recipe = replace(variant.recipes.audiomae, steps=4)
+    train_stage("audiomae", replace(variant, recipes=replace(variant.recipes, audiomae=recipe)), tmp_path, workers=0)
+    assert seen and all("somebody trains it" in keep for keep in seen)

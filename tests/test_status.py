@@ -55,7 +55,7 @@ def test_a_stage_from_nothing_to_out_of_date(tmp_path: Path, monkeypatch: pytest
     card["made_from"]["inputs"] = {"vocoder": "0" * 64}
     card["made_from"]["series"]["latent"] = "another"
     (output / "stage.json").write_text(json.dumps(card))
-    assert state(tmp_path, "vae") == ("out of date", "4", "made with other series latent, weights of vocoder")
+    assert state(tmp_path, "vae") == ("out of date", "4", "the series latent, the weights of vocoder changed since")
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -84,4 +84,4 @@ def test_weights_that_were_trained_again_are_seen(tmp_path: Path) -> None:
     assert state(tmp_path, "vae")[0] == "finished"
     path = tmp_path / "stages" / "vocoder" / "vocoder" / "model.safetensors"
     save_file({key: value + 1 for key, value in load_file(path).items()}, path)
-    assert state(tmp_path, "vae") == ("out of date", "1", "made with other weights of vocoder")
+    assert state(tmp_path, "vae") == ("out of date", "1", "the weights of vocoder changed since")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections import defaultdict
@@ -104,9 +103,3 @@ def _age(place: Place) -> float:
     with suppress(OSError):
         return time.time() - os.stat(place.path).st_mtime
     return 0.0
-
-
-def same_recipe(one: Recipe, other: Recipe) -> bool:
-    """Whether two recipes make the same data: what stands under "provenance" does not count."""
-    a, b = ({k: v for k, v in recipe.items() if k != "provenance"} for recipe in (one, other))
-    return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)

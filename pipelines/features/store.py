@@ -249,7 +249,7 @@ class FeatureStore:
         data = (json.dumps(recipe, indent=2, ensure_ascii=False) + "\n").encode()
         if not (folder / RECIPE).create(data):
             known = json.loads((folder / RECIPE).read())
-            changes = differences(_identity(known), _identity(json.loads(data)))
+            changes = differences(recipe_identity(known), recipe_identity(json.loads(data)))
             begun = any(name.endswith(".tar") for name in folder.list()) or jobs.living(self.place) - {self.job}
             if changes and begun:
                 raise UserError(
@@ -396,7 +396,8 @@ def _add(place: Place, part: Part) -> None:
             raise UserError(f"another ingest added clips to {place} meanwhile; run this one again")
 
 
-def _identity(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def recipe_identity(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a series' recipe identifies its data: all but its "provenance"."""
     return {key: value for key, value in recipe.items() if key != "provenance"}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,12 @@ from stages.files import Place, digest, weights_hash, write_json
 
 if TYPE_CHECKING:
     from pipelines.features.store import FeatureStore
-    from stages.base import Stage
     from stages.variants import Variant
+
+
+def run_lease(run: Path) -> Place:
+    """The lease of whoever trains in a run's folder: beside it, so that it outlives --fresh."""
+    return Place.of(run.with_name(f".{run.name}.lease"))
 
 
 def without_recipes(variant: Variant) -> dict[str, Any]:
@@ -35,15 +39,17 @@ def check_same(run: Path, identity: Mapping[str, Any]) -> None:
         )
 
 
-def made_from_now(cls: type[Stage], variant: Variant, store: FeatureStore, folders: Mapping[str, Place]) -> dict[str, Any]:
-    """What a stage is trained from, by content and not by place: clips, series, weights of earlier stages."""
-    recipes = store.recipes()
-    series = {name: {k: v for k, v in recipes.get(name, {}).items() if k != "provenance"} for name in cls.reads(variant)}
-    inputs = {name: folders[name].local_copy() for name in cls.builds_on(variant) if name in folders}
+def made_from_now(
+    series: Collection[str], inputs: Collection[str], store: FeatureStore | None, folders: Mapping[str, Place]
+) -> dict[str, Any]:
+    """What a stage that reads these series and builds on these stages is trained from, by content and not by place."""
+    from pipelines.features.store import recipe_identity
+
+    recipes = store.recipes() if store is not None else {}
     return {
-        "clips": store.digest,
-        "series": {name: digest(recipe, 16) for name, recipe in series.items()},
-        "inputs": {name: weights_hash(folder) for name, folder in inputs.items()},
+        "clips": store.digest if store is not None else "",
+        "series": {name: digest(recipe_identity(recipes.get(name, {})), 16) for name in series},
+        "inputs": {name: weights_hash(folders[name].local_copy()) for name in inputs if name in folders},
     }
 
 
