@@ -76,7 +76,7 @@ def train_stage(
     max_failures: int = 3,
     fresh: bool = False,
     runs: str | Path | Place | None = None,
-    weights: Mapping[str, float] | None = None,
+    turns: Mapping[str, float] | None = None,
     accept_store: bool = False,
     init_from: str | None = None,
     init_allow: Sequence[str] = (),
@@ -88,7 +88,7 @@ def train_stage(
         workers, reserve: Ray Train's workers (`cluster.worker_group`); 0 trains in this process.
         fresh: throw an earlier run of this stage away.
         runs: folder of its checkpoints, on a disk; `<work>/runs`, or this machine's cache where `work` is behind a URL.
-        weights: how often the clips of a corpus come in an epoch, by its name; once where nothing is said.
+        turns: how often the clips of a corpus come in an epoch, by its name; once where nothing is said.
         init_from, init_allow: what its first weights are (`start_folder`, `RANDOM`), and what may be amiss (`start_from`).
         accept_store: continue an earlier run although clips were added to the store since.
 
@@ -106,8 +106,8 @@ def train_stage(
     opened = FeatureStore.open(store or work / "store")
     opened.require_audio(variant.audio, variant.name)
     output, folders = work / "stages" / stage, released_folders(work, given or {})
-    weights = _known_corpora(weights or {}, opened)
-    identity = {"stage": stage, "variant": without_recipes(variant), "seed": seed, "weights": weights}
+    turns = _known_corpora(turns or {}, opened)
+    identity = {"stage": stage, "variant": without_recipes(variant), "seed": seed, "turns": turns}
     with lease(run_lease(run), f"the run of {stage} in {run}"):
         if fresh:
             _discard(run, output)
@@ -118,11 +118,11 @@ def train_stage(
         start = _start(cls, variant, init_from, begun_as(run))
         made_from["start"] = identified(start)
         check_begun(run, identity, made_from, accept_store)
-        dataset = _training_clips(cls, variant, opened, weights)
+        dataset = _training_clips(cls, variant, opened, turns)
         card = _provenance(cls, variant, dataset, opened, folders, tracker) | {"made_from": made_from}
         released, handle = {name: str(folder) for name, folder in folders.items()}, tracker.handle() if tracker else None
         job = TrainJob(stage, variant, opened.root, str(run), released, str(output), handle, seed, precision, loader_workers)
-        job = replace(job, corpora=dataset.corpora, weights=weights, start=start and (start[0], str(start[1])), allow=tuple(init_allow))
+        job = replace(job, corpora=dataset.corpora, turns=turns, start=start and (start[0], str(start[1])), allow=tuple(init_allow))
         fit(replace(job, card=card), cls, dataset, workers, reserve, max_failures)
         return output
 
@@ -138,12 +138,12 @@ def _is_done(output: Place, stage: str, variant: Variant, made_from: Mapping[str
     return True
 
 
-def _training_clips(cls: type[Stage], variant: Variant, store: FeatureStore, weights: Mapping[str, float]) -> ClipDataset:
+def _training_clips(cls: type[Stage], variant: Variant, store: FeatureStore, turns: Mapping[str, float]) -> ClipDataset:
     """What of the store the stage learns from. Raises UserError when that is not enough for it."""
     from pipelines.training.dataset import ClipDataset
 
     corpora = () if cls.any_corpus else _corpora_of(variant, store)
-    dataset = ClipDataset(store, cls, cls.reads(variant), "train", corpora, weights)
+    dataset = ClipDataset(store, cls, cls.reads(variant), "train", corpora, turns)
     if not cls.learns_from(dataset):
         raise UserError(nothing_to_train_on(cls, variant, store, corpora))
     return dataset
@@ -198,13 +198,6 @@ def _corpora_of(variant: Variant, store: FeatureStore) -> tuple[str, ...]:
     return used
 
 
-def _numbers(weights: Mapping[str, str]) -> dict[str, float]:
-    try:
-        return {corpus: float(turns) for corpus, turns in weights.items()}
-    except ValueError as error:
-        raise UserError(f"--weight expects CORPUS=NUMBER, such as audiocaps=2 ({error})") from None
-
-
 def _start(cls: type[Stage], variant: Variant, init_from: str | None, begun: Mapping[str, Any]) -> tuple[str, Place] | None:
     """What the first weights of a run are, as the user named it, and the folder; of a run that has begun, what it began with.
 
@@ -221,15 +214,15 @@ def _start(cls: type[Stage], variant: Variant, init_from: str | None, begun: Map
     return None if source in ("", RANDOM) else (source, start_folder(cls.name, source))
 
 
-def _known_corpora(weights: Mapping[str, float], store: FeatureStore) -> dict[str, float]:
-    """`weights`, if they are of corpora in the store and make sense."""
+def _known_corpora(turns: Mapping[str, float], store: FeatureStore) -> dict[str, float]:
+    """`turns`, if they are of corpora in the store and make sense."""
     there = store.table.values("corpus")
-    for corpus, weight in weights.items():
+    for corpus, weight in turns.items():
         if corpus not in there:
             raise UserError(f"--weight {corpus}={weight:g}: the store {store.root} holds no clips of {corpus!r}, but of {', '.join(there)}")
         if not 0 <= weight <= MOST_TURNS:
             raise UserError(f"--weight {corpus}={weight:g}: expected a number from 0 (never) to {MOST_TURNS} (so many times an epoch)")
-    return dict(sorted(weights.items()))
+    return dict(sorted(turns.items()))
 
 
 def nothing_to_train_on(cls: type[Stage], variant: Variant, store: FeatureStore, corpora: Sequence[str] = ()) -> str:
@@ -264,6 +257,15 @@ def _discard(run: Path, output: Place) -> None:
     (output / "stage.json").remove()  # first: from now on it is no release
     output.remove_tree()
     Place.of(run).remove_tree()
+
+
+def _turns(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:
+    """CORPUS=TURNS given several times."""
+    given = pairs(context, parameter, values)
+    try:
+        return {corpus: float(turns) for corpus, turns in given.items()}
+    except ValueError:
+        raise click.BadParameter(f"{' '.join(values)!r}: expected numbers, such as audiocaps=2") from None
 
 
 @click.command()
@@ -306,9 +308,9 @@ def _discard(run: Path, output: Place) -> None:
 )
 @click.option(
     "--weight",
-    "weights",
+    "turns",
     multiple=True,
-    callback=pairs,
+    callback=_turns,
     metavar="CORPUS=TURNS",
     help="How often an epoch shows the clips of a corpus: 2, 0.5, or 0 for never. May be repeated.  [default: once]",
 )
@@ -340,7 +342,7 @@ def main(
     runs: Place | None,
     workers: tuple[int, int] | None,
     seed: int,
-    weights: dict[str, str],
+    turns: dict[str, float],
     fresh: bool,
     dry_run: bool,
     **options: Any,
@@ -359,13 +361,12 @@ def main(
 
         click.echo(describe(resolved, stage, workers[1] if workers else None))
         return
-    turns = _numbers(weights)
     tracking_uri = find_tracking(work, tracking_uri)  # refused before anything is read
     run_folder(work, stage, runs, workers)
     before = not fresh and is_finished(work / "stages" / stage, stage, getattr(resolved.recipes, stage))
     tags = {"loa.stage": stage, "loa.variant": resolved.name}
     with Tracker.open(tracking_uri, work=work, job=f"train-{stage}", variant=resolved.name, tags=tags, fresh=fresh) as tracker:
-        tracker.params({"seed": seed, **flat({"weight": weights}), **flat(to_dict(resolved))})
+        tracker.params({"seed": seed, **flat({"weight": turns}), **flat(to_dict(resolved))})
         folder = train_stage(
             stage,
             resolved,
@@ -377,7 +378,7 @@ def main(
             seed=seed,
             fresh=fresh,
             runs=runs,
-            weights=turns,
+            turns=turns,
             **options,
         )
     if before:

@@ -17,8 +17,8 @@ from stages.recordings import open_recording
 @pytest.fixture(params=["disk", "memory", "s3"])
 def folder(request, tmp_path) -> Place:
     if request.param == "s3":
-        return Place.of(request.getfixturevalue("s3")) / "work"
-    return Place.of(tmp_path / "work" if request.param == "disk" else f"memory://{uuid.uuid4().hex}/work")
+        return Place.of(request.getfixturevalue("s3")) / "project"
+    return Place.of(tmp_path / "project" if request.param == "disk" else f"memory://{uuid.uuid4().hex}/project")
 
 
 def test_a_file_is_written_read_listed_and_removed(folder):

@@ -1,6 +1,10 @@
 """In which order a training sees its clips, and what of them it reads."""
 
+import os
+import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -145,11 +149,11 @@ def test_any_number_of_workers_sees_the_same_steps(tmp_path: Path) -> None:
 
 def test_corpora_are_weighted(tmp_path: Path) -> None:
     store = store_of(tmp_path, shards=5)
-    clips = ClipDataset(store, Numbers, ["mel"], "train", weights={"a": 3, "b": 0.5})
+    clips = ClipDataset(store, Numbers, ["mel"], "train", turns={"a": 3, "b": 0.5})
     order = clips.order(0)
     ids = Counter(clips.clip(turn.clip)["clip_id"][0] for turn in order.take(0, order.length))
     assert ids == {"a": 30, "b": 5}
-    alone = ClipDataset(store, Numbers, ["mel"], "train", weights={"a": 0})
+    alone = ClipDataset(store, Numbers, ["mel"], "train", turns={"a": 0})
     assert len(alone) == 10 and all(alone.clip(i)["clip_id"].startswith("b") for i in range(10))
 
 
@@ -179,6 +183,40 @@ def test_shards_of_a_remote_store_are_fetched_ahead(s3: str, tmp_path: Path, mon
     next((tmp_path / "cache").rglob("*.tar")).parent.parent.rename(tmp_path / "gone")
     again = ClipDataset(store, Numbers, ["mel"], "train")
     assert [int(again.clip(i)["mel"][0]) for i in range(36)] == clips.numbers.tolist() and len(ranges) == 36
+
+
+def test_workers_of_a_machine_fetch_a_shard_once(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leave what another training has brought."""
+    monkeypatch.setenv("LOA_CACHE", str(tmp_path / "cache"))
+    store = store_of(f"{s3}/store", shards=4)
+    readers = [store.reader(["mel"]) for _ in range(3)]
+    together, downloaded, download = threading.Barrier(3), [], Place.download
+
+    def counted(self: Place, target: Path) -> None:
+        downloaded.append(self.name)
+        time.sleep(0.05)
+        download(self, target)
+
+    def fetch(reader: StoreReader) -> None:
+        together.wait()
+        reader.fetch([0, 1, 2])
+
+    monkeypatch.setattr(Place, "download", counted)
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(fetch, readers))
+    assert len(downloaded) == len(set(downloaded)) == 3 and not list((tmp_path / "cache").rglob("*.fetching"))
+    readers[0].fetch([3])
+    store.reader(["mel"]).fetch([3])  # has brought nothing before, so it removes nothing
+    assert {path.name[:6] for path in (tmp_path / "cache").rglob("*.tar")} == {"000003"}
+
+    dead = next((tmp_path / "cache").rglob("000003*.tar")).with_suffix(".fetching")
+    dead.with_suffix(".tar").unlink()
+    dead.touch()
+    readers[1].fetch([3])
+    assert not dead.with_suffix(".tar").exists()  # somebody seems to be at it
+    os.utime(dead, (0, 0))
+    readers[1].fetch([3]), readers[1].fetch([3])
+    assert dead.with_suffix(".tar").exists() and not dead.exists()
 
 
 def test_nothing_is_fetched_onto_a_full_disk(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,9 +317,9 @@ def test_two_trainings_of_a_stage_are_refused(tmp_path: Path) -> None:
 def test_weights_of_corpora_are_checked(tmp_path: Path) -> None:
     make_store(tmp_path, small(), clips=12)
     with pytest.raises(UserError, match="no clips of 'mada', but of made"):
-        train_stage("vae", small(), tmp_path, workers=0, weights={"mada": 2})
+        train_stage("vae", small(), tmp_path, workers=0, turns={"mada": 2})
     for weight in (-1.0, 1000.0, float("nan")):
         with pytest.raises(UserError, match="from 0 .never. to 100"):
-            train_stage("vae", small(), tmp_path, workers=0, weights={"made": weight})
+            train_stage("vae", small(), tmp_path, workers=0, turns={"made": weight})
     with pytest.raises(UserError, match="vae needs"):
-        train_stage("vae", small(), tmp_path, workers=0, weights={"made": 0})
+        train_stage("vae", small(), tmp_path, workers=0, turns={"made": 0})

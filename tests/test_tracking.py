@@ -170,7 +170,7 @@ def test_where_runs_go(work, monkeypatch):
     assert tracking_uri("/x/project") == "sqlite:////x/project/mlflow.db"
     assert run_key("/x/project", "train-vae", "tiny") == "/x/project/train-vae/tiny"
     with pytest.raises(UserError, match="--tracking-uri"):
-        tracking_uri("s3://bucket/work")
+        tracking_uri("s3://bucket/project")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example.org")
     assert tracking_uri("/x/project") == "http://mlflow.example.org" and tracking_uri("/x/project", "sqlite:///a.db") == "sqlite:///a.db"
 

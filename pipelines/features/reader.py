@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from stages.files import Place, default_cache, digest, replacing
 
 _MOST_OPEN_SHARDS = 256
 _SPARE_DISK = 1 << 30  # bytes that fetching ahead leaves free
+_DEAD = 600.0  # seconds after which a shard is no longer being fetched by whoever began
 
 
 class StoreReader:
@@ -34,6 +36,8 @@ class StoreReader:
     Attributes:
         mask: which clips of the table all series hold, [clips] bool.
     """
+
+    _brought: set[Path]  # shards of a remote store that this reader has on this machine's disk
 
     def __init__(self, table: ClipTable, ledgers: Mapping[str, Ledger], shards: Sequence[int]) -> None:
         self.table, self.ledgers, self.series = table, dict(ledgers), tuple(ledgers)
@@ -95,24 +99,23 @@ class StoreReader:
         return not self.table.root.local
 
     def fetch(self, shards: Iterable[int]) -> None:
-        """Bring these shards of a remote store to this machine's disk, where `read` finds them, and remove those fetched before.
+        """Bring these shards of a remote store to this machine's disk, where `read` finds them; those that it brought before go.
 
-        Whoever reads meanwhile reads by ranges what is not there yet. What cannot be fetched is left to them as well.
+        Of several workers of a machine one fetches a shard. Whoever reads meanwhile reads by ranges what is not there yet; what
+        cannot be fetched is left to them as well.
         """
-        wanted = {str(self._local(place)): (place, size) for place, size in self._objects(shards)}
-        fetched = Path(next(iter(wanted))).parents[1] if wanted else None
-        for old in fetched.glob("*/*.tar") if fetched else ():
-            if str(old) not in wanted:
-                old.unlink(missing_ok=True)  # open files stay readable; a slower worker goes back to ranges
+        wanted = {self._local(place): (place, size) for place, size in self._objects(shards)}
+        for old in self._brought - set(wanted):
+            old.unlink(missing_ok=True)  # open files stay readable
+        self._brought = set(wanted)
         for path, (place, size) in wanted.items():
-            if os.path.exists(path):
-                continue
-            with suppress(OSError):
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                if shutil.disk_usage(os.path.dirname(path)).free < size + _SPARE_DISK:
-                    return
-                with replacing(path) as draft:
-                    place.download(draft)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(path.parent).free < size + _SPARE_DISK:
+                return
+            with suppress(OSError), _first(path.with_suffix(".fetching")) as mine:
+                if mine and not path.exists():
+                    with replacing(path) as draft:
+                        place.download(draft)
 
     def _objects(self, shards: Iterable[int]) -> Iterator[tuple[Place, int]]:
         for shard in shards:
@@ -175,15 +178,33 @@ class StoreReader:
 
     def _forget(self) -> None:
         self._opened: OrderedDict[tuple[str, int], Any] = OrderedDict()
+        self._brought = set[Path]()
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_opened", "_lock", "numbers", "clip_ids", "_by_id")
+        left_out = ("_opened", "_brought", "_lock", "numbers", "clip_ids", "_by_id")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
+
+
+@contextmanager
+def _first(mark: Path) -> Iterator[bool]:
+    """Whether this process alone is at what `mark` stands for, during the block; the mark of one that died counts for a while."""
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        with suppress(FileNotFoundError):
+            if time.time() - mark.stat().st_mtime > _DEAD:
+                mark.unlink()  # whoever comes next takes it
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        mark.unlink(missing_ok=True)
 
 
 class _Shard:

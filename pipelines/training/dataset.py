@@ -38,7 +38,7 @@ class ClipDataset(Dataset):
 
     Args:
         corpora: only these; by default all.
-        weights: how often the clips of a corpus come in an epoch; once where nothing is said, never for 0.
+        turns: how often the clips of a corpus come in an epoch; once where nothing is said, never for 0.
 
     Attributes:
         numbers: of the clips, ascending, [n] int64.
@@ -51,14 +51,14 @@ class ClipDataset(Dataset):
         series: Sequence[str],
         split: str,
         corpora: Sequence[str] = (),
-        weights: Mapping[str, float] | None = None,
+        turns: Mapping[str, float] | None = None,
     ) -> None:
         self.table, self.reader = store.table, store.reader(series)
         mask = self.reader.mask & self.table.among("split", [split]) & self.table.with_texts(stage.needs)
         if corpora:
             mask &= self.table.among("corpus", corpora)
-        self.corpora, self.weights = tuple(corpora), dict(weights or {})
-        if none := [corpus for corpus, weight in self.weights.items() if weight == 0]:
+        self.corpora, self.turns = tuple(corpora), dict(turns or {})
+        if none := [corpus for corpus, weight in self.turns.items() if weight == 0]:
             mask &= ~self.table.among("corpus", none)
         self.numbers = np.flatnonzero(mask)
 
@@ -82,10 +82,10 @@ class ClipDataset(Dataset):
     def order(self, seed: int) -> Order:
         """In which order a training sees them."""
         starts = np.searchsorted(self.numbers, self.table.shard_starts)
-        if all(weight == 1 for weight in self.weights.values()):
+        if all(weight == 1 for weight in self.turns.values()):
             return Order(starts, seed)
         weights = np.ones(len(self), np.float32)
-        for corpus, weight in self.weights.items():
+        for corpus, weight in self.turns.items():
             weights[self.table.among("corpus", [corpus])[self.numbers]] = weight
         return Order(starts, seed, weights)
 

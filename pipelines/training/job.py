@@ -31,7 +31,7 @@ class TrainJob:
     loader_workers: int = 0
     validation_batches: int = 4
     corpora: tuple[str, ...] = ()
-    weights: Mapping[str, float] = field(default_factory=dict)  # turns of a corpus' clips in an epoch
+    turns: Mapping[str, float] = field(default_factory=dict)  # of a corpus' clips in an epoch; one where nothing is said
     start: tuple[str, str] | None = None  # what its first weights are: as the user named it, and the folder or URL
     allow: tuple[str, ...] = ()  # what the start may lack (`stages.starting`)
     card: Mapping[str, Any] = field(default_factory=dict)  # provenance for the release

@@ -114,7 +114,7 @@ def train(job: TrainJob, workers: Workers) -> dict[str, float]:
     cls = stage_class(job.stage)
     series = cls.reads(job.variant)
     store = FeatureStore.open(job.store)
-    clips = ClipDataset(store, cls, series, "train", job.corpora, job.weights)
+    clips = ClipDataset(store, cls, series, "train", job.corpora, job.turns)
     held_out = ClipDataset(store, cls, series, "validation", job.corpora)
     if not len(held_out):
         held_out = clips
