@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from options import again, friendly, shown, work_option
+from friendly import friendly
+from options import again, shown, work_option
 from pipelines.tables import aligned
 from stages.files import Place, default_cache, weights_hash
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from options import PlaceType, friendly, next_step, shown
+from friendly import friendly
+from options import PlaceType, next_step, shown
 from pipelines.evaluation.published import TABLES, PublishedTable
 from pipelines.evaluation.records import MEASURES, SILENT_LIMIT, Comparison, Protocol, Record, read_records, side_by_side
 from pipelines.tables import aligned

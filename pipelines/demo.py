@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import click
 import psutil
 
+from friendly import friendly
 from options import (
     AS_NEEDED,
     PlaceType,
     Reservation,
     WorkerRange,
-    friendly,
     require_disk,
     require_memory,
     set_option,

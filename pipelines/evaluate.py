@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from options import PlaceType, friendly, next_step, sampling_options, shown, tracking_option, work_option, works_on
+from friendly import friendly
+from options import PlaceType, next_step, sampling_options, shown, tracking_option, work_option, works_on
 from pipelines.evaluation.options import PanelOptions, panel_options
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from options import PlaceType, friendly, next_step, shown, tracking_option, with_option, work_option, works_on
+from friendly import friendly
+from options import PlaceType, next_step, shown, tracking_option, with_option, work_option, works_on
 from pipelines.tracking import Tracker
 from pipelines.tracking import tracking_uri as find_tracking
 from pipelines.weights import card_beside, released_folders, require_used

@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from options import DEFAULT_VARIANT, PlaceType, again, friendly, pairs, set_option, shown, work_option
+from friendly import friendly
+from options import DEFAULT_VARIANT, PlaceType, again, pairs, set_option, shown, work_option
 from pipelines.weights import from_hub
 from stages.errors import UserError
 from stages.files import Place, whole_folder

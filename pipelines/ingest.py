@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from friendly import friendly
 from options import (
     AS_NEEDED,
     Reservation,
     WorkerRange,
-    friendly,
     next_step,
     tiny_option,
     tracking_option,

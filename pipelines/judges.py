@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from options import friendly, shown
+from friendly import friendly
+from options import shown
 
 
 @click.command()

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from options import again, friendly, set_option, tiny_option, variant_option, with_option, work_option
+from friendly import friendly
+from options import again, set_option, tiny_option, variant_option, with_option, work_option
 from pipelines.tables import aligned
 from pipelines.weights import card_beside, released_folders
 from stages.errors import UserError

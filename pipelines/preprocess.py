@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from friendly import friendly
 from options import (
     AS_NEEDED,
     again,
-    friendly,
     in_this_process,
     next_step,
     set_option,

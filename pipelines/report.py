@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from options import PlaceType, friendly, next_step, shown, tracking_option, work_option
+from friendly import friendly
+from options import PlaceType, next_step, shown, tracking_option, work_option
 
 if TYPE_CHECKING:
     from stages.files import Place

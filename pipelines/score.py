@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from options import PlaceType, friendly, pairs, shown, work_option
+from friendly import friendly
+from options import PlaceType, pairs, shown, work_option
 from pipelines.evaluation.options import PanelOptions, panel_options
 from stages.files import Place
 

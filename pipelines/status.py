@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from options import friendly, work_option
+from friendly import friendly
+from options import work_option
 from pipelines.leases import read_holder
 from pipelines.tables import aligned
 from pipelines.training.identity import made_from_now, out_of_date, run_lease

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from friendly import friendly
 from options import (
     AS_NEEDED,
     PlaceType,
     Reservation,
     WorkerRange,
-    friendly,
     in_this_process,
     next_step,
     pairs,

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from options import again, friendly, shown, work_option
+from friendly import friendly
+from options import again, shown, work_option
 from pipelines.tables import aligned
 from stages.errors import AudioError, UserError
 

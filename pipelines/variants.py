@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from options import again, friendly, set_option, tiny_option
+from friendly import friendly
+from options import again, set_option, tiny_option
 from pipelines.tables import aligned
 from stages import STAGES
 from stages.config import to_dict

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import local_ray
-from options import PlaceType, friendly, shown
+from friendly import friendly
+from options import PlaceType, shown
 from stages.errors import UserError
 
 if TYPE_CHECKING:

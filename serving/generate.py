@@ -11,7 +11,8 @@ import click
 import numpy as np
 from tqdm import tqdm
 
-from options import PlaceType, friendly, next_step, sampling_options
+from friendly import friendly
+from options import PlaceType, next_step, sampling_options
 from stages.errors import UserError
 from stages.files import Place, replacing
 from stages.sampling import resolve

@@ -18,6 +18,7 @@ import pytest
 from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
+import friendly
 import loa
 import options as cli
 from options import Reservation, worker_options
@@ -34,7 +35,7 @@ def run(*arguments: str) -> Any:
 
 def failing(error: BaseException) -> click.Command:
     @click.command()
-    @cli.friendly
+    @friendly.friendly
     def command() -> None:
         raise error
 
@@ -196,17 +197,17 @@ def test_causes_are_searched_for_the_sentence() -> None:
     class WorkerGroupError(Exception):
         worker_failures = {0: RayTaskError("Traceback (most recent call last): …")}
 
-    assert cli.plain_sentence(RayTaskError("Traceback …")) == "clip 7 is silent"
-    assert cli.plain_sentence(WorkerGroupError()) == "clip 7 is silent"
+    assert friendly.plain_sentence(RayTaskError("Traceback …")) == "clip 7 is silent"
+    assert friendly.plain_sentence(WorkerGroupError()) == "clip 7 is silent"
     outer = RuntimeError("training failed")
     outer.__cause__ = WorkerGroupError()
-    assert cli.plain_sentence(outer) == "clip 7 is silent"
+    assert friendly.plain_sentence(outer) == "clip 7 is silent"
 
 
 def test_the_file_system_is_explained() -> None:
-    assert cli.plain_sentence(FileNotFoundError(errno.ENOENT, "No such file", "a.csv")) == "a.csv does not exist"
-    assert "no permission to use b" in str(cli.plain_sentence(PermissionError(errno.EACCES, "denied", "b")))
-    assert "no space left" in str(cli.plain_sentence(OSError(errno.ENOSPC, "full")))
+    assert friendly.plain_sentence(FileNotFoundError(errno.ENOENT, "No such file", "a.csv")) == "a.csv does not exist"
+    assert "no permission to use b" in str(friendly.plain_sentence(PermissionError(errno.EACCES, "denied", "b")))
+    assert "no space left" in str(friendly.plain_sentence(OSError(errno.ENOSPC, "full")))
 
 
 def test_faults_of_ours_keep_their_traceback() -> None:
@@ -243,7 +244,7 @@ def test_signals_end_a_command_with_a_sentence(handlers: None, number: int, stat
     cleaned = []
 
     @click.command()
-    @cli.friendly
+    @friendly.friendly
     def command() -> None:
         try:
             os.kill(os.getpid(), number)
@@ -253,7 +254,7 @@ def test_signals_end_a_command_with_a_sentence(handlers: None, number: int, stat
             cleaned.append(True)
 
     result = CliRunner().invoke(command)
-    assert (result.exit_code, result.output.strip(), cleaned) == (status, cli.STOPPED, [True])
+    assert (result.exit_code, result.output.strip(), cleaned) == (status, friendly.STOPPED, [True])
     assert signal.getsignal(number) == signal.SIG_DFL  # from here on another one ends the process at once
 
 
@@ -261,7 +262,7 @@ def test_signals_that_the_parent_ignores_stay_ignored(handlers: None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     @click.command()
-    @cli.friendly
+    @friendly.friendly
     def command() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         click.echo("went on")
@@ -282,7 +283,7 @@ def answer(arguments: list[str], say: Callable[[], str]) -> str:
     @cli.tiny_option
     @cli.set_option
     @click.option("--store")
-    @cli.friendly
+    @friendly.friendly
     def command(**values: Any) -> None:
         click.echo(say())
 

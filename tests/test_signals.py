@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 from tiny_store import make_store, small
 
-from options import STOPPED
+from friendly import STOPPED
 from pipelines.features.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore
 
 REPO = Path(__file__).resolve().parent.parent

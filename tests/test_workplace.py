@@ -13,7 +13,7 @@ from tiny_bundle import AUDIO, write_stages
 from tiny_store import KINDS, run_here, small, sound
 
 import loa
-from options import plain_sentence
+from friendly import plain_sentence
 from pipelines.evaluation.records import read_records
 from pipelines.export import export
 from pipelines.features.store import FeatureStore

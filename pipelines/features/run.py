@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from options import AS_NEEDED, Reservation, WorkerRange, in_this_process, plain_sentence
+from friendly import plain_sentence
+from options import AS_NEEDED, Reservation, WorkerRange, in_this_process
 from pipelines import cluster
 from pipelines.features import precision
 from pipelines.features.outcomes import Failed, Outcome, Rejected, describe
