@@ -105,3 +105,17 @@ def small(variant: str = "audioldm2-full", steps: int = 4, batch: int = 4) -> Va
     # The critics join halfway, so that both halves of the adversarial stages are seen.
     late = {k: replace(getattr(tiny, k), critic_start=steps // 2) for k in ("vae_loss", "vocoder_loss")}
     return replace(tiny, recipes=recipes, **late)
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    """All tensors of the safetensors files below a folder, by file and name."""
+    from safetensors.torch import load_file
+
+    return {f"{p.relative_to(folder)}:{k}": v for p in sorted(folder.rglob("*.safetensors")) for k, v in load_file(p).items()}
+
+
+def largest_difference(a: Path, b: Path) -> float:
+    """Of two folders of weights, which hold the same names."""
+    one, two = weights(a), weights(b)
+    assert one.keys() == two.keys() and one
+    return max(float((one[k].float() - two[k].float()).abs().max()) for k in one)
