@@ -119,7 +119,7 @@ def train_stage(
         made_from["start"] = identified(start)
         check_begun(run, identity, made_from, accept_store)
         dataset = _training_clips(cls, variant, opened, turns)
-        card = _provenance(cls, variant, dataset, opened, folders, tracker) | {"made_from": made_from}
+        card = _provenance(cls, variant, dataset, opened, folders, made_from, tracker)
         released, handle = {name: str(folder) for name, folder in folders.items()}, tracker.handle() if tracker else None
         job = TrainJob(stage, variant, opened.root, str(run), released, str(output), handle, seed, precision, loader_workers)
         job = replace(job, corpora=dataset.corpora, turns=turns, start=start and (start[0], str(start[1])), allow=tuple(init_allow))
@@ -166,20 +166,27 @@ def run_folder(work: Place, stage: str, runs: str | Path | Place | None = None, 
 
 
 def _provenance(
-    cls: type[Stage], variant: Variant, dataset: ClipDataset, store: FeatureStore, folders: Mapping[str, Place], tracker: Tracker | None
+    cls: type[Stage],
+    variant: Variant,
+    dataset: ClipDataset,
+    store: FeatureStore,
+    folders: Mapping[str, Place],
+    made_from: Mapping[str, Any],
+    tracker: Tracker | None,
 ) -> dict[str, Any]:
-    """What a stage is made from, for its card and for MLflow: store, clips, licences, recipes of its series, weights of earlier stages."""
+    """What a stage is made from, for its card and for MLflow: store, clips, licences, its series, weights before it and at its start."""
     recipes = {name: recipe for name, recipe in store.recipes().items() if name in cls.reads(variant)}
     before = inherited({name: card_beside(folders[name]) for name in cls.builds_on(variant) if name in folders})
     licences = {"clips": dataset.licences(), "inputs": before["clips"], "unstated": before["unstated"]}
     if tracker is not None:
         tracker.tags({"loa.store": store.root} | {f"loa.store.{name}": json.dumps(recipe) for name, recipe in recipes.items()})
-        tracker.tags({"loa.licences": json.dumps(licences)})
+        tracker.tags({"loa.licences": json.dumps(licences), "loa.made_from": json.dumps(made_from)})
     return {
         "store": store.root,
         "store_recipes": recipes,
         "clips_in_split": len(dataset),
         "licences": licences,
+        "made_from": dict(made_from),
     }
 
 

@@ -1,5 +1,6 @@
 """Stages that begin with given weights."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 from tiny_store import make_store, small
 from transformers import GPT2Config, GPT2Model
 
+from pipelines.tracking import Tracker
 from pipelines.train import train_stage
 from pipelines.weights import start_folder
 from stages import STAGES
@@ -164,7 +167,11 @@ def test_training_begins_where_it_is_told(tmp_path: Path, capsys: pytest.Capture
     make_store(tmp_path, still, clips=12)
     first = train_stage("vae", small(steps=2), tmp_path, workers=0)
     other = tmp_path / "other"
-    output = train_stage("vae", still, other, store=str(tmp_path / "store"), workers=0, init_from=str(first))
+    with Tracker.open(f"sqlite:///{tmp_path}/mlflow.db", work=other, job="train-vae", variant="tiny") as tracker:
+        settings: dict[str, Any] = {"store": str(tmp_path / "store"), "workers": 0, "tracker": tracker}
+        output = train_stage("vae", still, other, init_from=str(first), **settings)
+        tags = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(tracker.handle().run_id).data.tags
+    assert json.loads(tags["loa.made_from"])["start"]["from"] == str(first)
     assert "vae starts from " in capsys.readouterr().err
     one, two = (load_file(folder.path / "vae" / "diffusion_pytorch_model.safetensors") for folder in (first, output))
     assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-6
