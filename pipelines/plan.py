@@ -57,18 +57,21 @@ def passes_of(variant: Variant) -> list[str]:
 
 
 def recordings(data: Path, variant: Variant, count: int = 32) -> list[dict[str, Any]]:
-    """Rows of the first `count` recordings of a folder that can be read. Raises UserError when there is none."""
+    """Rows of the first `count` recordings of a folder that can be read, with captions where they have none. Raises UserError when
+    there is none."""
     from pipelines.corpora import Recording, discover, read
     from pipelines.corpora.headers import probe_header
-    from pipelines.features.rates import TEXTS, row_of
+    from pipelines.features.rates import made_captions, row_of
 
     rows: list[dict[str, Any]] = []
+    texts = made_captions(count)
     for corpus, root in discover(data):
         for record in read(corpus, root):
             if isinstance(record, Recording) and len(rows) < count:
                 seconds, problem = probe_header(record.path)
                 if not problem:
-                    rows.append(row_of(record.path, min(seconds, variant.audio.clip_seconds), TEXTS[len(rows) % len(TEXTS)]))
+                    text = record.captions[0] if record.captions else texts[len(rows)]
+                    rows.append(row_of(record.path, min(seconds, variant.audio.clip_seconds), text))
     if not rows:
         raise UserError(f"{data} holds no recording that can be read; give --data another folder, or leave it out to measure on made clips")
     return rows

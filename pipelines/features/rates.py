@@ -5,7 +5,6 @@ Only `Pass.encode` is timed, on clips at hand; what reading inputs and writing s
 
 from __future__ import annotations
 
-import itertools
 import json
 import multiprocessing
 import platform
@@ -28,6 +27,7 @@ from stages.variants import Variant
 
 FILE = "rates.json"
 MADE_RATE = 44_100  # Hz of made recordings: most real ones have it, so decoding and resampling cost what they do there
+MOST_AT_ONCE = 64  # clips that an encoder is given here
 TEXTS = ("rain falls on a tin roof", "a dog barks twice while a car passes by", "slow piano music with a soft male voice")
 
 
@@ -115,7 +115,7 @@ def _one_core(chosen: Pass, rows: Sequence[Row], seconds: float) -> float:
 def _timed(chosen: Pass, rows: Sequence[Row], seconds: float, device: torch.device) -> float:
     """Clips per second of `encode` in this process; the first call, which warms up, does not count: one clip is enough on a CPU."""
     chosen.load(device)
-    batch = list(itertools.islice(itertools.cycle(rows), min(chosen.batch, 64) if chosen.encoder else 8))
+    batch = list(rows[: min(chosen.batch, MOST_AT_ONCE) if chosen.encoder else 8])
     features = [features_of(row, chosen) for row in batch]
     warm = len(batch) if device.type == "cuda" else 1
     _encoded(chosen, batch[:warm], features[:warm])
@@ -142,14 +142,20 @@ def features_of(row: Row, chosen: Pass) -> dict[str, np.ndarray]:
     return {name: made[name] for name in chosen.reads}
 
 
-def made_rows(folder: Path, audio: AudioConfig, count: int = 16) -> list[dict[str, Any]]:
-    """Rows of recordings made in `folder`: noise under slow envelopes, one clip long."""
-    rng, samples, rows = np.random.default_rng(0), round(audio.clip_seconds * MADE_RATE), []
-    for i in range(count):
+def made_rows(folder: Path, audio: AudioConfig, count: int = MOST_AT_ONCE, recordings: int = 16) -> list[dict[str, Any]]:
+    """Rows of `recordings` made in `folder`, noise under slow envelopes, one clip long; every row has a caption of its own."""
+    rng, samples = np.random.default_rng(0), round(audio.clip_seconds * MADE_RATE)
+    for i in range(recordings):
         envelope = np.abs(np.sin(2 * np.pi * rng.uniform(0.2, 2) * np.arange(samples) / MADE_RATE))
         write_wav(folder / f"{i}.wav", (0.2 * envelope * rng.standard_normal(samples)).astype(np.float32), MADE_RATE)
-        rows.append(row_of(str(folder / f"{i}.wav"), audio.clip_seconds, TEXTS[i % len(TEXTS)]))
-    return rows
+    texts = made_captions(count)
+    return [row_of(str(folder / f"{i % recordings}.wav"), audio.clip_seconds, texts[i]) for i in range(count)]
+
+
+def made_captions(count: int) -> list[str]:
+    """So many different captions of twelve words, about as long as AudioCaps' are: the text pass encodes equal ones once."""
+    rng, words = np.random.default_rng(0), sorted({word for text in TEXTS for word in text.split()})
+    return [" ".join(rng.choice(words, 12)) for _ in range(count)]
 
 
 def row_of(path: str, seconds: float, text: str) -> dict[str, Any]:
