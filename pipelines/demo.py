@@ -6,6 +6,7 @@ Every step finds out by itself whether it is done, so a second call continues wh
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import threading
 import time
@@ -39,6 +40,7 @@ from stages.errors import UserError
 from stages.files import Place, write_json
 
 if TYPE_CHECKING:
+    from pipelines.training.launch import Crew
     from stages.variants import Variant
 
 MEMORY_GB, DISK_GB = 6.0, 4.0  # measured peak and footprint of the default preset, rounded up (docs/log.md)
@@ -81,6 +83,7 @@ class Demo:
     ) -> None:
         self.work, self.data, self.variant, self.preset = work, data, variant, preset
         self.workers, self.reserve, self.tracking_uri, self.seed = workers, reserve, tracking_uri, seed
+        self._crew: Crew | None = None  # of the stages that are trained one after another
 
     # ------------------------------------------------------------------------------------------------- the steps
 
@@ -138,11 +141,9 @@ class Demo:
 
         if stage == "classifier" and not self._has_labels():
             return "skipped: the recordings have no labels; CLAP scores remain"
-        # The judge learns in half a minute, less than Ray Train takes to start.
-        workers = 0 if stage == "classifier" else self.workers if self.workers is not None else 1
-        settings: dict[str, Any] = {"workers": workers, "reserve": self.reserve, "seed": self.seed}
         # In minutes by the clock more steps are worth more than the last bits of the sound.
-        folder = train_stage(stage, self.variant, self.work, tracker=tracker, precision="fast", **settings)
+        settings: dict[str, Any] = {"tracker": tracker, "seed": self.seed, "precision": "fast", "crew": self._crew}
+        folder = train_stage(stage, self.variant, self.work, **settings)
         card = read_card(folder, stage)
         measures = ", ".join(f"{k} {v:.3g}" for k, v in card["validation"].items())
         return f"{card['steps']} steps, held out: {measures}"
@@ -187,20 +188,31 @@ class Demo:
 
     def run(self) -> None:
         """Run what is not done yet, telling what happens and how long it still takes."""
+        from pipelines.training.launch import Crew
+
         self._check_same()
         steps = self.steps()
         with Tracker.open(self.tracking_uri, work=self.work, job="demo", variant=self.variant.name) as parent:
-            for number, step in enumerate(steps, 1):
-                left = sum(self.preset.minutes.get(s.name, 0.2) for s in steps[number - 1 :])
-                click.secho(f"[{number}/{len(steps)}] {step.title}", bold=True, nl=False)
-                click.echo(f"  ({step.name}; about {_minutes(left)} left)")
-                with (
-                    self._measured(step.name) as note,
-                    Tracker.open(self.tracking_uri, work=self.work, job=step.name, variant=self.variant.name, parent=parent) as tracker,
-                ):
-                    tracker.params(self._parameters(step.name))
-                    note["note"] = step.run(tracker)
-                click.echo(f"      {note['note']}  [{note['seconds']:.0f} s]")
+            numbered = enumerate(steps, 1)
+            for _, neighbours in itertools.groupby(numbered, lambda item: item[1].name.startswith("train-")):
+                # Stages that follow each other share their workers; the passes between want their CPUs.
+                with Crew(1 if self.workers is None else self.workers, self.reserve) as self._crew:
+                    for number, step in neighbours:
+                        left = sum(self.preset.minutes.get(s.name, 0.2) for s in steps[number - 1 :])
+                        click.secho(f"[{number}/{len(steps)}] {step.title}", bold=True, nl=False)
+                        click.echo(f"  ({step.name}; about {_minutes(left)} left)")
+                        note = self._take(step, parent)
+                        click.echo(f"      {note['note']}  [{note['seconds']:.0f} s]")
+
+    def _take(self, step: Step, parent: Tracker) -> dict[str, Any]:
+        """Run one step under the demo's own run of MLflow; returns its line of steps.json."""
+        with (
+            self._measured(step.name) as note,
+            Tracker.open(self.tracking_uri, work=self.work, job=step.name, variant=self.variant.name, parent=parent) as tracker,
+        ):
+            tracker.params(self._parameters(step.name))
+            note["note"] = step.run(tracker)
+        return note
 
     def _parameters(self, step: str) -> dict[str, Any]:
         config = to_dict(self.variant)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,7 @@ RANDOM = "random"  # the start that is none
 if TYPE_CHECKING:
     from pipelines.features.store import FeatureStore
     from pipelines.training.dataset import ClipDataset
+    from pipelines.training.launch import Crew
     from stages.base import Stage
     from stages.variants import Variant
 
@@ -74,6 +76,7 @@ def train_stage(
     precision: str = "auto",
     loader_workers: int = 0,
     max_failures: int = 3,
+    crew: Crew | None = None,
     fresh: bool = False,
     runs: str | Path | Place | None = None,
     turns: Mapping[str, float] | None = None,
@@ -86,6 +89,7 @@ def train_stage(
     Args:
         given: folders of weights that replace stages of `work`, by stage name.
         workers, reserve: Ray Train's workers (`cluster.worker_group`); 0 trains in this process.
+        crew: such workers that are there already, or will be, in place of these.
         fresh: throw an earlier run of this stage away.
         runs: folder of its checkpoints, on a disk; `<work>/runs`, or this machine's cache where `work` is behind a URL.
         turns: how often the clips of a corpus come in an epoch, by its name; once where nothing is said.
@@ -98,9 +102,10 @@ def train_stage(
     """
     from pipelines.features.store import FeatureStore
     from pipelines.training.job import TrainJob
-    from pipelines.training.launch import fit
+    from pipelines.training.launch import Crew
     from stages.base import stage_class
 
+    workers = crew.workers if crew else workers
     run, cls = run_folder(work := Place.of(work), stage, runs, workers), stage_class(stage)
     require_used(given or {}, cls.builds_on(variant), stage)
     opened = FeatureStore.open(store or work / "store")
@@ -123,7 +128,8 @@ def train_stage(
         released, handle = {name: str(folder) for name, folder in folders.items()}, tracker.handle() if tracker else None
         job = TrainJob(stage, variant, opened.root, str(run), released, str(output), handle, seed, precision, loader_workers)
         job = replace(job, corpora=dataset.corpora, turns=turns, start=start and (start[0], str(start[1])), allow=tuple(init_allow))
-        fit(replace(job, card=card), cls, dataset, workers, reserve, max_failures)
+        with nullcontext(crew) if crew else Crew(workers, reserve, max_failures) as those:
+            those.train(replace(job, card=card), cls, dataset)
         return output
 
 
@@ -276,7 +282,7 @@ def _turns(context: click.Context, parameter: click.Parameter, values: tuple[str
 
 
 @click.command()
-@click.argument("stage", metavar="STAGE", shell_complete=lambda *a: [s for s in STAGES if s.startswith(a[2])])
+@click.argument("stages", metavar="STAGE...", nargs=-1, required=True, shell_complete=lambda *a: [s for s in STAGES if s.startswith(a[2])])
 @work_option
 @variant_option
 @tiny_option
@@ -338,16 +344,17 @@ def _turns(context: click.Context, parameter: click.Parameter, values: tuple[str
 @click.option("--dry-run", is_flag=True, help="Print the resolved configuration, sizes and estimates, without training.")
 @friendly
 def main(
-    stage: str,
+    stages: tuple[str, ...],
     work: Place,
     variant: str,
     tiny: bool,
     settings: dict[str, str],
     released: dict[str, str],
     tracking_uri: str | None,
-    store: str | None,
     runs: Place | None,
     workers: tuple[int, int] | None,
+    reserve: Reservation,
+    max_failures: int,
     seed: int,
     turns: dict[str, float],
     fresh: bool,
@@ -356,9 +363,12 @@ def main(
 ) -> None:
     """Train STAGE: clap, audiomae, vae, vocoder, translator, diffusion, joint or classifier.
 
-    The same command continues an interrupted run, and does nothing when the run is finished.
+    The same command continues an interrupted run, and does nothing when the run is finished. Several stages are trained one after
+    another by the same workers, which start once.
     """
-    require_stage(stage)
+    for stage in stages:
+        require_stage(stage)
+    from pipelines.training.launch import Crew
     from stages.base import read_card
     from stages.variants import resolve
 
@@ -366,36 +376,27 @@ def main(
     if dry_run:
         from pipelines.variants import describe
 
-        click.echo(describe(resolved, stage, workers[1] if workers else None))
+        for stage in stages:
+            click.echo(describe(resolved, stage, workers[1] if workers else None))
         return
     tracking_uri = find_tracking(work, tracking_uri)  # refused before anything is read
-    run_folder(work, stage, runs, workers)
-    before = not fresh and is_finished(work / "stages" / stage, stage, getattr(resolved.recipes, stage))
-    tags = {"loa.stage": stage, "loa.variant": resolved.name}
-    with Tracker.open(tracking_uri, work=work, job=f"train-{stage}", variant=resolved.name, tags=tags, fresh=fresh) as tracker:
-        tracker.params({"seed": seed, **flat({"weight": turns}), **flat(to_dict(resolved))})
-        folder = train_stage(
-            stage,
-            resolved,
-            work,
-            store=store,
-            given=released,
-            workers=workers,
-            tracker=tracker,
-            seed=seed,
-            fresh=fresh,
-            runs=runs,
-            turns=turns,
-            **options,
-        )
-    if before:
-        steps, where = read_card(folder, stage)["steps"], shown(folder)
-        click.echo(
-            f"{stage}: finished already, {steps} steps, in {where}; raise recipes.{stage}.steps to continue, or start over with --fresh"
-        )
-    else:
-        click.echo(f"{stage}: released to {shown(folder)}")
-    click.echo(next_step(f"train {stage}", speech=resolved.phonemes is not None))
+    for stage in stages:
+        run_folder(work, stage, runs, workers)
+    options |= {"seed": seed, "fresh": fresh, "turns": turns, "runs": runs, "given": released}
+    with Crew(workers, reserve, max_failures) as crew:
+        for stage in stages:
+            before = not fresh and is_finished(work / "stages" / stage, stage, getattr(resolved.recipes, stage))
+            tags = {"loa.stage": stage, "loa.variant": resolved.name}
+            with Tracker.open(tracking_uri, work=work, job=f"train-{stage}", variant=resolved.name, tags=tags, fresh=fresh) as tracker:
+                tracker.params({"seed": seed, **flat({"weight": turns}), **flat(to_dict(resolved))})
+                folder = train_stage(stage, resolved, work, tracker=tracker, crew=crew, **options)
+            if before:
+                steps, where = read_card(folder, stage)["steps"], shown(folder)
+                what = f"finished already, {steps} steps, in {where}; raise recipes.{stage}.steps to continue, or start over with --fresh"
+            else:
+                what = f"released to {shown(folder)}"
+            click.echo(f"{stage}: {what}")
+    click.echo(next_step(f"train {stages[-1]}", speech=resolved.phonemes is not None))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Start a training, in this process or on Ray, and show how far it is."""
+"""Where stages are trained, in this process or by workers on Ray, and how far each of them is."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from options import Reservation, WorkerRange, in_this_process
+from options import AS_NEEDED, Reservation, WorkerRange, in_this_process
 from pipelines import cluster
 from stages.errors import UserError
 from stages.files import whole_folder
@@ -20,22 +21,49 @@ if TYPE_CHECKING:
     from stages.base import Stage
 
 
-def fit(job: TrainJob, cls: type[Stage], dataset: ClipDataset, workers: WorkerRange, reserve: Reservation, max_failures: int) -> None:
-    """Prepare what the stage needs once, then train it in this process or on Ray."""
-    for earlier in cls.builds_on(job.variant):
-        job.folder(earlier)  # refuses now, not on a worker
-    prepared = Path(job.run) / "prepared"
-    if not prepared.is_dir():
-        with whole_folder(prepared) as folder:
-            cls.prepare(job.variant, job.folder, dataset, folder, job.start_folder())
-    with _progress_bar(job):
-        if in_this_process(workers):
-            _fit_here(job)
-        else:
-            _fit_on_ray(job, workers, reserve, max_failures)
+class Crew:
+    """Workers that train one stage after another: they start with the first one and are kept until the block ends.
+
+    A start of Ray Train's workers takes many seconds, most of them imports, so stages that follow each other share it.
+
+    Args:
+        workers, reserve: how many and what each of them gets (`cluster.worker_group`); 0 is this process.
+        max_failures: how often, in all, Ray starts the workers again after one of them died.
+    """
+
+    def __init__(self, workers: WorkerRange = None, reserve: Reservation = AS_NEEDED, max_failures: int = 3) -> None:
+        self.workers, self.reserve, self.max_failures = workers, reserve, max_failures
+        self._ray: _RayCrew | None = None
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._ray is not None:
+            self._ray.close(wait=kind is None or issubclass(kind, Exception))  # Ctrl-C waits for nobody
+            self._ray = None
+
+    def train(self, job: TrainJob, cls: type[Stage], dataset: ClipDataset) -> None:
+        """Prepare what the stage needs once, then train it to its end.
+
+        Raises UserError with the sentence of the worker that could not go on.
+        """
+        for earlier in cls.builds_on(job.variant):
+            job.folder(earlier)  # refuses now, not on a worker
+        prepared = Path(job.run) / "prepared"
+        if not prepared.is_dir():
+            with whole_folder(prepared) as folder:
+                cls.prepare(job.variant, job.folder, dataset, folder, job.start_folder())
+        with _progress_bar(job):
+            if in_this_process(self.workers):
+                _train_here(job)
+                return
+            if self._ray is None:
+                self._ray = _RayCrew(self.workers, self.reserve, self.max_failures, job)
+            self._ray.train(job)
 
 
-def _fit_here(job: TrainJob) -> None:
+def _train_here(job: TrainJob) -> None:
     from pipelines.training.loop import OneProcess, train
 
     world = OneProcess()
@@ -45,16 +73,68 @@ def _fit_here(job: TrainJob) -> None:
         world.close()
 
 
-def _fit_on_ray(job: TrainJob, workers: WorkerRange, reserve: Reservation, max_failures: int) -> None:
-    cluster.connect()
-    pool = cluster.worker_group(workers, reserve)
-    cluster.await_room(pool, f"training {job.stage}")
-    from ray import cloudpickle
+class _RayCrew:
+    """Workers of one Ray Train run, which ask `Jobs` for what to train next.
+
+    Ray Train waits in a thread, so that the thread of the command hears of Ctrl-C and of the end of each job.
+    """
+
+    def __init__(self, workers: WorkerRange, reserve: Reservation, max_failures: int, first: TrainJob) -> None:
+        cluster.connect()
+        pool = cluster.worker_group(workers, reserve)
+        cluster.await_room(pool, f"training {first.stage}")
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        from pipelines.training.ray_worker import Jobs
+
+        # Beside the driver, with which it ends anyway: a node that is taken away must not take the jobs with it.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._jobs = ray.remote(Jobs).options(num_cpus=0, scheduling_strategy=here).remote()
+        self._error: BaseException | None = None
+        trainer = _trainer(pool, first.run, max_failures, self._jobs)
+        self._thread = threading.Thread(target=self._fit, args=(trainer,), name="ray-train", daemon=True)
+        self._thread.start()
+
+    def _fit(self, trainer: Any) -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:  # told by the thread that waits for the job
+            self._error = error
+
+    def train(self, job: TrainJob) -> None:
+        """Have one job done. Raises what ended it."""
+        import ray
+        from ray import cloudpickle
+
+        from pipelines.training.ray_worker import REFUSED
+
+        (Path(job.run) / REFUSED).unlink(missing_ok=True)
+        number = ray.get(self._jobs.add.remote(cloudpickle.dumps(job)))  # opened by the workers alone
+        answer = self._jobs.answer_to.remote(number)
+        while not ray.wait([answer], timeout=0.5)[0]:
+            if not self._thread.is_alive():
+                raise self._error or RuntimeError(f"the workers ended before {job.stage} did")
+        if (sentence := ray.get(answer)) is not None:
+            raise UserError(sentence)
+
+    def close(self, wait: bool = True) -> None:
+        """Send the workers home."""
+        import ray
+
+        if ray.is_initialized():
+            self._jobs.close.remote()
+            if wait:
+                self._thread.join()
+
+
+def _trainer(pool: cluster.Pool, notes: str, max_failures: int, jobs: Any) -> Any:
+    """The Ray Train run of a crew; `notes` is a folder for what Ray keeps of it."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
-    from pipelines.training.ray_worker import REFUSED, ray_worker
+    from pipelines.training.ray_worker import ray_worker
     from pipelines.training.rendezvous import OneMachine
 
     class Trainer(TorchTrainer):
@@ -73,25 +153,20 @@ def _fit_on_ray(job: TrainJob, workers: WorkerRange, reserve: Reservation, max_f
             The controller and its workers belong to this driver and end with it.
             """
 
-    trainer = Trainer(
+    return Trainer(
         ray_worker,
-        train_loop_config={"job": cloudpickle.dumps(job)},  # opened by the workers alone
+        train_loop_config={"jobs": jobs},
         torch_config=OneMachine() if cluster.ends_with_us() else None,
         scaling_config=ScalingConfig(
             num_workers=pool.largest, use_gpu=pool.num_gpus > 0, resources_per_worker={k: v for k, v in pool.resources().items() if v}
         ),
         run_config=RunConfig(
             name="ray",
-            storage_path=job.run,  # for Ray's own notes: checkpoints are the workers' (`Checkpoints`)
+            storage_path=notes,  # for Ray's own notes: checkpoints are the workers' (`Checkpoints`)
             failure_config=FailureConfig(max_failures=max_failures),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
-    (Path(job.run) / REFUSED).unlink(missing_ok=True)
-    result = trainer.fit()
-    answer = result.return_value
-    if isinstance(answer, dict) and "user_error" in answer:
-        raise UserError(answer["user_error"])
 
 
 class _progress_bar:
