@@ -6,6 +6,7 @@ reads its input series, encodes, and writes shards, in one process with the same
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -52,7 +53,6 @@ def bare(work: Pass, store: FeatureStore) -> Callable[[int], Callable[[], Any]]:
     device = work.device
     if isinstance(work, TextPass):
         captions = [text for row in store.shard_rows(0) for text in row["captions"]]
-        captions.sort(key=len)
 
         def texts(size: int) -> Callable[[], Any]:
             parts = np.array_split(np.array(captions[: size * TEXTS]), max(1, size // 2))
@@ -85,9 +85,9 @@ def rate(call: Callable[[], Any], clips: int, device: torch.device) -> float:
 
 
 def main() -> None:
-    """Print both rates of every pass, and their ratio."""
+    """Print both rates of the passes that are named, or of all, and their ratio."""
     variant, device = resolve("audioldm2-full"), torch.device("cuda" if GPU else "cpu")
-    for name in ("loa", "latent", "text"):
+    for name in sys.argv[1:] or ("loa", "latent", "text"):
         with tempfile.TemporaryDirectory() as temporary, torch.inference_mode():
             root = Path(temporary)
             store, rates = make_store(root, variant), []
