@@ -188,9 +188,10 @@ class ClipTable:
         """The ids of ascending `clips`."""
         return [row["clip_id"] for row in self.take(clips, ["clip_id"])]
 
-    def numbers(self, ids: Collection[str]) -> dict[str, int]:
+    def numbers(self, ids: Collection[str] | pa.ChunkedArray) -> dict[str, int]:
         """The numbers of those `ids` that the table has, by looking through all of it."""
-        wanted, numbers = pa.array(ids, pa.string()), {}
+        wanted: Any = ids if isinstance(ids, pa.ChunkedArray) else pa.array(ids, pa.string())
+        numbers: dict[str, int] = {}
         for start, table in self.columns(["clip_id"]):
             column = table["clip_id"]
             for i in np.flatnonzero(pc.is_in(column, value_set=wanted).to_numpy()).tolist():
@@ -265,13 +266,13 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
     for name in missing:
         table = table.append_column(name, pa.array([""] * table.num_rows, pa.string()))
     for name in _MAY_LACK:
-        if name in schema.names:
+        if name in schema.names and (table[name].null_count or table[name].type != pa.string()):
             table = table.set_column(table.schema.get_field_index(name), name, pc.fill_null(pc.cast(table[name], pa.string()), ""))
     return table.select(schema.names).cast(schema)
 
 
-def deal(clips: pa.Table, seed: int, part: int) -> pa.Table:
-    """The clips in shard order: a shuffle of the sorted ids, so it depends on the set of clips, the seed and the part alone."""
+def deal(clips: pa.Table, seed: int, part: int) -> np.ndarray:
+    """Which clips come in which order: a shuffle of the sorted ids, so it depends on the set of clips, the seed and the part alone."""
     ids = clips["clip_id"]
     if pc.count_distinct(ids).as_py() != len(ids):
         raise ValueError("clip ids are not unique")
@@ -279,8 +280,8 @@ def deal(clips: pa.Table, seed: int, part: int) -> pa.Table:
     if pc.any(unfit).as_py():
         raise ValueError(f"{ids.filter(unfit)[0].as_py()!r} is no clip id: it names tar members, so no dots, slashes or blanks")
     rng = np.random.default_rng([seed, part] if part else seed)
-    order = pc.sort_indices(ids).to_numpy()[rng.permutation(len(ids))]
-    return clips.take(pa.array(order))
+    order: np.ndarray = pc.sort_indices(ids).to_numpy()[rng.permutation(len(ids))]
+    return order
 
 
 def write_part(root: Place, before: ClipTable, clips: pa.Table, rejected: pa.Table, seed: int, report: dict[str, Any]) -> Part:
@@ -291,18 +292,19 @@ def write_part(root: Place, before: ClipTable, clips: pa.Table, rejected: pa.Tab
         rejected: what was left out, the columns of REJECTED_SCHEMA.
     """
     number, size = len(before.parts), before.shard_size
-    dealt = deal(clips, seed, number)
+    order = deal(clips, seed, number)
     first_clip, first_shard, files = len(before), before.num_shards, []
     per_file = size * SHARDS_PER_FILE
-    for start in range(0, dealt.num_rows, per_file):
-        files.append(write_file(root, dealt.slice(start, per_file), first_shard + start // size, size))
-    twins = _twins(before, dealt)
+    for start in range(0, len(order), per_file):  # the clips may be mapped: what is in memory are those of one file
+        files.append(write_file(root, clips.take(pa.array(order[start : start + per_file])), first_shard + start // size, size))
+    names = ["split", "origin", "content"]
+    twins = _twins(before, clips.select(names).take(pa.array(order)))
     return Part(
         number=number,
         first_clip=first_clip,
-        clips=dealt.num_rows,
+        clips=len(order),
         first_shard=first_shard,
-        shards=-(-dealt.num_rows // size),
+        shards=-(-len(order) // size),
         files=tuple(files),
         rejected=_keep(root, "rejected", f"{number:06d}", "parquet", _parquet(rejected)),
         withdrawn=_keep(root, "withdrawn", f"{number:06d}", "npy", _npy(twins)) if len(twins) else "",
