@@ -244,6 +244,13 @@ def pad_or_cut(waveform: Waveform, samples: int) -> Waveform:
     return np.pad(waveform[:samples], (0, max(0, samples - len(waveform))))
 
 
+def rolled(batch: Tensor, shifts: Tensor) -> Tensor:
+    """Every clip of `[B, T, …]` shifted in time by its own number of places `[B]`; what leaves at the end comes in at the beginning."""
+    length = batch.shape[1]
+    source = (torch.arange(length, device=batch.device)[None] - shifts[:, None]) % length
+    return batch.gather(1, source.reshape(*source.shape, *[1] * (batch.dim() - 2)).expand_as(batch))
+
+
 def resample(waveform: Tensor, source_rate: int, target_rate: int) -> Tensor:
     """Change the rate of `[..., T]` on its own device, differentiably, to `[..., ceil(T * target / source)]`.
 
@@ -297,6 +304,15 @@ def log_mel(waveform: Tensor, audio: AudioConfig) -> Tensor:
         padded = F.pad(waveform.float(), (missing // 2, missing - missing // 2), mode="reflect")
         spectrum = torch.stft(padded, audio.n_fft, audio.hop_length, window=window, center=False, return_complex=True)
         return (spectrum.abs().transpose(1, 2) @ filters).clamp(min=LOG_FLOOR).log()
+
+
+def clip_mel(waveform: Waveform, audio: AudioConfig) -> Tensor:
+    """`log_mel` of a clip `[T]` that is padded with zeros to a clip's length, `[F, M]`: frames of padding alone are not computed."""
+    missing = audio.n_fft - audio.hop_length
+    # The last frame computed looks so far beyond its end as log_mel reflects, and what is reflected must be zeros as well.
+    frames = min(audio.mel_frames, -(-(len(waveform) + missing - missing // 2 + 1) // audio.hop_length))
+    sounding = log_mel(torch.from_numpy(pad_or_cut(waveform, frames * audio.hop_length))[None], audio)[0]
+    return F.pad(sounding, (0, 0, 0, audio.mel_frames - frames), value=math.log(LOG_FLOOR))
 
 
 @lru_cache(maxsize=16)
