@@ -186,8 +186,9 @@ def decode_flac(data: bytes) -> Waveform:
 
 def _to_int16(waveform: Waveform) -> NDArray[np.int16]:
     # libsndfile writes floats at scale 32767 but reads them at 32768, which would lose 0.003 % per round trip
-    scaled = np.rint(np.asarray(waveform, dtype=np.float32) * 32768.0)
-    return np.clip(scaled, -32768, 32767).astype(np.int16)
+    scaled = np.asarray(waveform, dtype=np.float32) * 32768.0
+    np.rint(scaled, out=scaled)
+    return np.clip(scaled, -32768, 32767, out=scaled).astype(np.int16)
 
 
 def _open(source: Source) -> soundfile.SoundFile:
@@ -235,13 +236,23 @@ def _reason(error: Exception) -> str:
 
 def normalise(waveform: Waveform) -> Waveform:
     """`[T]` without its mean and with peak 0.5; silence stays silent. Comes before any padding."""
-    centred = waveform - waveform.mean()
-    return (PEAK * centred / (np.abs(centred).max() + 1e-8)).astype(np.float32)
+    centred = np.asarray(waveform - waveform.mean(), np.float32)
+    loudest = np.float32(peak(centred)) + np.float32(1e-8)
+    centred *= PEAK
+    centred /= loudest
+    return centred
+
+
+def peak(waveform: Waveform) -> float:
+    """The largest magnitude of `[T]` samples."""
+    return max(float(waveform.max()), -float(waveform.min()))
 
 
 def pad_or_cut(waveform: Waveform, samples: int) -> Waveform:
     """`[T]` brought to `[samples]`: zeros are added, or samples dropped, at the end."""
-    return np.pad(waveform[:samples], (0, max(0, samples - len(waveform))))
+    brought = np.zeros(samples, waveform.dtype)
+    brought[: len(waveform)] = waveform[:samples]
+    return brought
 
 
 def rolled(batch: Tensor, shifts: Tensor) -> Tensor:

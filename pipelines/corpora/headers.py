@@ -107,8 +107,8 @@ class Headers:
 
         row = np.dtype([("path", np.int64), ("seconds", np.float64), ("problem", np.int32), ("high", np.uint64), ("low", np.uint64)])
         parts = [np.array([packed(*one) for one in some], row) for some in chunks(probed)]
-        self._rows = np.concatenate([np.empty(0, row), *parts])
-        self._rows.sort(order="path")
+        rows = np.concatenate([np.empty(0, row), *parts])
+        self._rows = rows[np.argsort(rows["path"])]
         self._paths, self._problems = np.ascontiguousarray(self._rows["path"]), list(problems)
 
     def __getitem__(self, path: str) -> Probed:

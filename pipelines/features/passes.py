@@ -21,7 +21,7 @@ from pipelines.features import precision
 from pipelines.features.outcomes import Failed, Filtered, Kept, Outcome, Rejected, describe, is_failure
 from pipelines.features.recording import decibels, frame_power, measures, read_recording
 from pipelines.features.shards import Member
-from stages.audio import SILENCE, AudioConfig, clip_mel, encode_flac, fbank, normalise, pad_or_cut
+from stages.audio import SILENCE, AudioConfig, clip_mel, encode_flac, fbank, normalise, pad_or_cut, peak
 from stages.errors import AudioError
 from stages.files import Place, code_version, weights_hash
 from stages.text import clip_texts
@@ -131,7 +131,7 @@ class MelPass(Pass):
     def _encode(self, row: Row) -> Outcome:
         try:
             recorded = read_recording(row["path"], self.audio.sample_rate, row["start"], row["seconds"])
-            if not len(recorded) or np.abs(recorded).max() <= SILENCE:
+            if not len(recorded) or peak(recorded) <= SILENCE:
                 return Rejected("silent")
             power = frame_power(recorded)
             if self.skip_silence is not None and (loudest := decibels(float(power.max()))) < self.skip_silence:

@@ -124,8 +124,12 @@ def _make(store: FeatureStore, work: Pass, unit: Unit, encode: Encode, result: S
                 if in_a_row >= IN_A_ROW:
                     raise _NotMade(f"{in_a_row} clips in a row failed")
                 result.enter(row, outcome)
-            if not result.failures:
+            if result.failures:
+                continue
+            if work.encoder:
                 beside.do(_put, writers, batch, outcomes)
+            else:  # on one core another thread saves nothing, and the two wait for each other's lock
+                _put(writers, batch, outcomes)
         beside.finish()
         if result.failures:
             raise _NotMade  # the writers go without storing anything
