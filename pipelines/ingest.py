@@ -145,7 +145,9 @@ def _known(store: FeatureStore, corpus: str) -> Callable[[Recording], bool]:
 
     It is known by its id, or by its file: of `dup.wav` the id changes when `dup.flac` comes beside it.
     """
-    ids, paths = store.table.recordings(corpus)
+    from pipelines.corpora.spool import Hashes
+
+    ids, paths = (Hashes(store.table.recordings(corpus, column)) for column in ("recording", "path"))
     return lambda r: r.recording_id in ids or (r.seconds is None and r.start == 0 and r.path in paths)
 
 

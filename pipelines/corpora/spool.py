@@ -58,6 +58,17 @@ class View:
         return self.change(self.records)
 
 
+class Hashes:
+    """A set of texts in 8 bytes each. Of some million texts one in a trillion others seems to be among them."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._hashes = np.unique(np.fromiter(map(hash, texts), np.int64))
+
+    def __contains__(self, text: str) -> bool:
+        place = int(np.searchsorted(self._hashes, hash(text)))
+        return place < len(self._hashes) and int(self._hashes[place]) == hash(text)
+
+
 class RowFile:
     """Rows of a schema on their way into a file; `table` maps them when all are written."""
 

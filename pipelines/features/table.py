@@ -198,15 +198,10 @@ class ClipTable:
                 numbers[column[i].as_py()] = start + i
         return numbers
 
-    def recordings(self, corpus: str) -> tuple[set[str], set[str]]:
-        """Ids and paths of the recordings of a corpus that have a clip."""
-        ids: set[str] = set()
-        paths: set[str] = set()
-        for _, table in self.columns(["corpus", "recording", "path"]):
-            ours = table.filter(pc.equal(pc.cast(table["corpus"], pa.string()), corpus))
-            ids.update(pc.unique(ours["recording"]).to_pylist())
-            paths.update(pc.unique(ours["path"]).to_pylist())
-        return ids, paths
+    def recordings(self, corpus: str, column: str) -> Iterator[str]:
+        """The `recording` or `path` of all clips of a corpus, file by file; those of a file once each."""
+        for _, table in self.columns(["corpus", column]):
+            yield from pc.unique(table.filter(pc.equal(pc.cast(table["corpus"], pa.string()), corpus))[column]).to_pylist()
 
     def _as_now(self, row: dict[str, Any], number: int) -> dict[str, Any]:
         row["number"] = number
