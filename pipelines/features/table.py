@@ -291,9 +291,8 @@ def write_part(root: Place, before: ClipTable, clips: pa.Table, rejected: pa.Tab
     first_clip, first_shard, files = len(before), before.num_shards, []
     per_file = size * SHARDS_PER_FILE
     for start in range(0, len(order), per_file):  # the clips may be mapped: what is in memory are those of one file
-        files.append(write_file(root, clips.take(pa.array(order[start : start + per_file])), first_shard + start // size, size))
-    names = ["split", "origin", "content"]
-    twins = _twins(before, clips.select(names).take(pa.array(order)))
+        files.append(write_file(root, _gathered(clips, order[start : start + per_file]), first_shard + start // size, size))
+    twins = _twins(before, clips, np.argsort(order))
     return Part(
         number=number,
         first_clip=first_clip,
@@ -372,8 +371,22 @@ def _npy(values: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _twins(before: ClipTable, new: pa.Table) -> np.ndarray:
-    """Training clips, old and new, whose recording is held out somewhere: equal `origin` or `content`. Ascending, not withdrawn yet."""
+def _gathered(clips: pa.Table, places: np.ndarray) -> pa.Table:
+    """The clips at these places, in their order. Arrow's own `take` copies whole columns first, which end at 2 GB."""
+    order = np.argsort(places)
+    ascending, start, parts = places[order], 0, []
+    for batch in clips.to_batches():
+        first, end = np.searchsorted(ascending, (start, start + len(batch)))
+        parts.append(batch.take(pa.array(ascending[first:end] - start)))
+        start += len(batch)
+    return pa.Table.from_batches(parts, clips.schema).combine_chunks().take(pa.array(np.argsort(order)))
+
+
+def _twins(before: ClipTable, new: pa.Table, places: np.ndarray) -> np.ndarray:
+    """Training clips, old and new, whose recording is held out somewhere: equal `origin` or `content`. Ascending, not withdrawn yet.
+
+    `places` says where each of the new ones lies among them, in shard order.
+    """
     names = ["split", "origin", "content"]
     parts = [part.set_column(0, "split", pc.cast(part["split"], pa.string())) for _, part in before.columns(names)]
     parts.append(new.select(names))
@@ -383,8 +396,8 @@ def _twins(before: ClipTable, new: pa.Table) -> np.ndarray:
         values = pc.unique(pa.chunked_array([chunk for column in held_out for chunk in column.chunks], pa.string()))
         start = 0
         for part in parts:
-            same = pc.and_(pc.equal(part["split"], "train"), pc.is_in(part[name], value_set=values))
-            found.append(start + np.flatnonzero(same.to_numpy()))
+            same = np.flatnonzero(pc.and_(pc.equal(part["split"], "train"), pc.is_in(part[name], value_set=values)).to_numpy())
+            found.append(start + (places[same] if part is parts[-1] else same))
             start += part.num_rows
     return np.setdiff1d(np.concatenate(found), before.withdrawn)
 
