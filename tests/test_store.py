@@ -492,6 +492,34 @@ def test_compactions_at_once_lose_nothing(tmp_path, monkeypatch):
     assert len(store.reader(["text"])) == 120
 
 
+def test_a_listing_that_misses_an_edition_loses_nothing(tmp_path, monkeypatch):
+    """Where others rename files meanwhile, a folder's listing may lack the newest one: the edition is made again."""
+    store = make_store(tmp_path)
+    store.begin_series("text", RECIPE)
+    fill(store, "text")
+    rows = dict(store.ledger("text"))
+    store.discard("text", [0])
+    fill(store, "text", shards=range(1))
+    create, listing, missed = Place.create, Place.list, []
+
+    def creates(place, data):
+        made = create(place, data)
+        if made and place.parent.name == "index" and not missed:
+            missed.append(place.parent.url)
+        return made
+
+    def lists(place):
+        if len(missed) == 1 and place.url == missed[0]:
+            missed.append("")
+            return {}
+        return listing(place)
+
+    monkeypatch.setattr(Place, "create", creates)
+    monkeypatch.setattr(Place, "list", lists)
+    store.compact("text")
+    assert len(missed) == 2 and dict(store.ledger("text")) == rows and read_journal(store.series_folder("text")) == {}
+
+
 def test_interrupted_writing_leaves_nothing(tmp_path):
     store = make_store(tmp_path)
     store.begin_series("text", RECIPE)
