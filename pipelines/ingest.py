@@ -6,12 +6,11 @@ is kept in the table of rejected recordings with its reason, or counted as filte
 
 from __future__ import annotations
 
-import fnmatch
-import hashlib
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,36 +30,22 @@ from options import (
 )
 from pipelines import corpora
 from pipelines.corpora.counts import CorpusCounts, IngestReport, reasons
-from pipelines.corpora.cut import Clip, Windows, cut, stretch
-from pipelines.corpora.records import CAPTION_TABLE, SPLITS, Record, Recording, Rejected
-from pipelines.corpora.twins import without_twins
+from pipelines.corpora.records import SPLITS, Recording
 from pipelines.features import DEFAULT_SHARD_SIZE
 from pipelines.tables import aligned
 from stages.errors import UserError
 from stages.files import Place
 
 if TYPE_CHECKING:
-    from pipelines.corpora.headers import Probed
+    from pipelines.corpora.clips import Tally
+    from pipelines.corpora.sources import Source
     from pipelines.features.store import FeatureStore
     from stages.audio import AudioConfig
     from stages.files import Place
     from stages.variants import Variant
 
-MOST_WARNINGS = 10  # of one corpus
-SHORT = "short"  # the kind of reason that --min-seconds gives; an option's doing, so filtered and not rejected
-
 
 # ------------------------------------------------------------------------------------------------------- the job
-
-
-@dataclass
-class Source:
-    """A corpus in its folder, and what its reader lists."""
-
-    corpus: str
-    root: Path
-    records: list[Record]
-    filtered: Counter[str] = field(default_factory=Counter)
 
 
 def ingest(
@@ -105,178 +90,65 @@ def ingest(
     Raises:
         UserError: nothing usable was found, or the store has other settings.
     """
-    from pipelines.corpora.headers import probe_headers
-    from pipelines.features.store import FeatureStore
+    from pipelines.corpora.clips import Cutter
+    from pipelines.corpora.cut import Windows
+    from pipelines.corpora.sources import choose, headers_of, list_sources, reject_twins
+    from pipelines.features.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore
 
     folders = [Path(os.path.abspath(folder)) for folder in data_dirs]
     windows = Windows(max_windows, min_seconds, seed)
-    sources, left_out = _listed(folders, include, keep_blacklisted, follow_links)
     choices = {"limit": limit, "licences": list(licences), "keep_blacklisted": keep_blacklisted, "follow_links": follow_links}
-    recordings = {f"{source.corpus} in {source.root}": _digest(source.records) for source in sources}
-    made_from = {"data": list(map(str, folders)), "windows": asdict(windows), **choices, "recordings": recordings}
-    store = None if dry_run else FeatureStore.find(store_root, audio, seed, shard_size)
-    if store is not None and (report := _earlier_report(store, made_from)):
-        return report
-
-    for source in sources:
-        _filter(source, licences, limit, store)
-    paths = sorted({r.path for source in sources for r in source.records if isinstance(r, Recording)})
-    names = ", ".join(source.corpus for source in sources)
-    say("\n".join([*left_out, f"{names}: reading the headers of {len(paths):,} recordings"]))
-    _without_twins(sources, probed := probe_headers(paths, workers, reserve))
-    clips, rejected, counts = _clips_of_all(sources, probed, audio, windows)
-    if not clips and store is None:
-        raise UserError(_nothing_usable(folders, sources, rejected))
-    splits = Counter(clip.recording.split for clip in clips)
-    before = store.num_clips if store else 0
-    report = IngestReport(str(store_root), tuple(counts), {split: splits[split] for split in SPLITS}, not clips, before)
-    if clips and not dry_run:
-        _write(report, clips, rejected, made_from, audio, seed, shard_size)
+    with tempfile.TemporaryDirectory(prefix="loa-ingest-") as temporary:
+        spools = Path(temporary)
+        sources, left_out = list_sources(folders, include, keep_blacklisted, follow_links, spools)
+        recordings = {f"{source.corpus} in {source.root}": source.listed for source in sources}
+        made_from = {"data": list(map(str, folders)), "windows": asdict(windows), **choices, "recordings": recordings}
+        store = None if dry_run else FeatureStore.find(store_root, audio, seed, shard_size)
+        if store is not None and (report := _earlier_report(store, made_from)):
+            return report
+        for number, source in enumerate(sources):
+            choose(source, spools / f"{number}-kept", licences, limit, None if store is None else _known(store, source.corpus))
+        headers = headers_of(sources, workers, reserve, lambda count: say("\n".join([*left_out, _reading(sources, count)])))
+        reject_twins(sources, headers)
+        made = Cutter(sources, headers, audio, windows, spools, {"clips": CLIP_SCHEMA, "rejected": REJECTED_SCHEMA}).made()
+        if not made.clips.num_rows and store is None:
+            raise UserError(_nothing_usable(folders, sources, made.tallies))
+        report = _report(str(store_root), sources, made.tallies, store.num_clips if store else 0)
+        if made.clips.num_rows and not dry_run:
+            content = {"made_from": made_from, "corpora": [asdict(c) for c in report.corpora], "splits": report.splits}
+            FeatureStore.create(store_root, audio, made.clips, made.rejected, seed, shard_size, content)
     return report
 
 
-def _write(
-    report: IngestReport,
-    clips: Sequence[Clip],
-    rejected: Sequence[Rejected],
-    made_from: Mapping[str, Any],
-    audio: AudioConfig,
-    seed: int,
-    shard_size: int,
-) -> None:
-    import pyarrow as pa
-
-    from pipelines.features.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore
-
-    clip_table = pa.Table.from_pylist([clip.row() for clip in clips], schema=CLIP_SCHEMA)
-    rejected_table = pa.Table.from_pylist([asdict(r) for r in rejected], schema=REJECTED_SCHEMA)
-    content = {"made_from": made_from, "corpora": [asdict(c) for c in report.corpora], "splits": report.splits}
-    FeatureStore.create(report.store, audio, clip_table, rejected_table, seed, shard_size, content)
+def _report(store: str, sources: Sequence[Source], tallies: Sequence[Tally], before: int) -> IngestReport:
+    counts = tuple(tally.counts(source) for tally, source in zip(tallies, sources, strict=True))
+    splits = sum((tally.splits for tally in tallies), Counter[str]())
+    return IngestReport(store, counts, {split: splits[split] for split in SPLITS}, already=not splits.total(), before=before)
 
 
-def _listed(folders: Sequence[Path], include: Sequence[str], keep_blacklisted: bool, follow_links: bool) -> tuple[list[Source], list[str]]:
-    """What the readers find, and a sentence on each corpus that is read only when `include` names it."""
-    roots, left_out = corpora.wanted(folders, include, follow_links)
-    return [Source(name, root, list(corpora.read(name, root, keep_blacklisted, follow_links))) for name, root in roots], left_out
+def _reading(sources: Sequence[Source], count: int) -> str:
+    return f"{', '.join(source.corpus for source in sources)}: reading the headers of {count:,} recordings"
 
 
-def _nothing_usable(folders: Sequence[Path], sources: Sequence[Source], rejected: Sequence[Rejected]) -> str:
-    kinds = Counter(r.kind for r in rejected) + sum((source.filtered for source in sources), Counter[str]())
-    first = f"; the first is {rejected[0].path} ({rejected[0].reason})" if rejected else ""
+def _nothing_usable(folders: Sequence[Path], sources: Sequence[Source], tallies: Sequence[Tally]) -> str:
+    kinds = sum((tally.rejected + tally.filtered + source.filtered for tally, source in zip(tallies, sources, strict=True)), Counter[str]())
+    found = next((tally.first for tally in tallies if tally.first), None)
+    first = f"; the first is {found.path} ({found.reason})" if found else ""
     return (
         f"nothing in {_names(folders)} can be used. Found: {'; '.join(corpora.LAYOUTS[source.corpus] for source in sources)}. "
         f"Rejected: {reasons(dict(kinds.most_common(4)))}{first}"
     )
 
 
-def _filter(source: Source, licences: Sequence[str], limit: int | None, store: FeatureStore | None) -> None:
-    """Leave out what options exclude and what the store has, and count it."""
-    recordings = [r for r in source.records if isinstance(r, Recording)]
-    kept = {r.recording_id for r in recordings}
-    if licences:
-        patterns = [pattern.casefold() for pattern in licences]
-        fit = {r.recording_id for r in recordings if any(fnmatch.fnmatchcase(r.licence.casefold(), p) for p in patterns)}
-        source.filtered["other licence"] += sum(r.recording_id not in fit for r in recordings)
-        kept &= fit
-    if limit is not None:
-        chosen = set(sorted(kept, key=lambda i: hashlib.sha256(i.encode()).digest())[:limit])
-        source.filtered["over the limit"] += sum(r.recording_id in kept - chosen for r in recordings)
-        kept = chosen
-    source.records = [r for r in source.records if isinstance(r, Rejected) or r.recording_id in kept]
-    source.filtered = +source.filtered
-    if store is not None:
-        _forget_known(store, source)
+def _known(store: FeatureStore, corpus: str) -> Callable[[Recording], bool]:
+    """Whether a store has a recording; then it keeps its clips, whatever its file holds now.
 
+    It is known by its id, or by its file: of `dup.wav` the id changes when `dup.flac` comes beside it.
+    """
+    from pipelines.corpora.spool import Hashes
 
-def _without_twins(sources: Sequence[Source], probed: Mapping[str, Probed]) -> None:
-    """Give every recording its content, and reject twins across all sources."""
-    found = [replace(r, content=probed[r.path].content) for source in sources for r in source.records if isinstance(r, Recording)]
-    clean = iter(without_twins(found, {path: file.seconds for path, file in probed.items()}))
-    for source in sources:
-        source.records = [next(clean) if isinstance(r, Recording) else r for r in source.records]
-
-
-def _clips_of_all(
-    sources: Iterable[Source], probed: Mapping[str, Probed], audio: AudioConfig, windows: Windows
-) -> tuple[list[Clip], list[Rejected], list[CorpusCounts]]:
-    """The clips of all corpora, what is rejected, and how many of each there are."""
-    clips: list[Clip] = []
-    rejected: list[Rejected] = []
-    counts: list[CorpusCounts] = []
-    taken: dict[str, Recording] = {}
-    for source in sources:
-        kept, lost, used_hours = _clips_of(source, probed, audio, windows, taken)
-        counts.append(_count(source, kept, lost, used_hours))
-        clips += kept
-        rejected += lost
-    return clips, rejected, counts
-
-
-def _clips_of(
-    source: Source, probed: Mapping[str, Probed], audio: AudioConfig, windows: Windows, taken: dict[str, Recording]
-) -> tuple[list[Clip], list[Rejected], float]:
-    """A corpus' clips, what is rejected, and the hours of the recordings used; `taken` has the clip ids so far, and grows."""
-    clips: list[Clip] = []
-    rejected: list[Rejected] = []
-    hours = 0.0
-    for record in source.records:
-        if isinstance(record, Rejected):
-            rejected.append(record)
-            continue
-        file = probed[record.path]
-        result = record.rejected(file.problem) if file.problem else cut(record, file.seconds, audio, windows)
-        if isinstance(result, list) and (other := next((taken[c.clip_id] for c in result if c.clip_id in taken), None)):
-            if other.path == record.path:
-                result = record.rejected("duplicate id: listed twice")
-            else:  # another sound of this name: its content tells it from the first
-                record = replace(record, recording_id=f"{record.recording_id}-{record.content[:8]}")
-                result = cut(record, file.seconds, audio, windows)
-        if isinstance(result, Rejected):
-            if result.kind == SHORT:
-                source.filtered[SHORT] += 1
-            else:
-                rejected.append(result)
-            continue
-        if any(clip.clip_id in taken for clip in result):
-            rejected.append(record.rejected("duplicate id: its content is that of another recording of this name"))
-            continue
-        taken.update((clip.clip_id, record) for clip in result)
-        hours += stretch(record, file.seconds)[1] / 3600
-        clips += result
-    return clips, rejected, hours
-
-
-def _count(source: Source, clips: Sequence[Clip], rejected: Sequence[Rejected], used_hours: float) -> CorpusCounts:
-    hours = sum(clip.seconds for clip in clips) / 3600
-    return CorpusCounts(
-        source.corpus,
-        str(source.root),
-        recordings=len({clip.recording.recording_id for clip in clips}),
-        clips=len(clips),
-        hours=hours,
-        hours_left_out=max(0.0, used_hours - hours),
-        captions=sum(len(clip.recording.captions) for clip in clips),
-        filtered=dict(source.filtered),
-        rejected=dict(Counter(r.kind for r in rejected).most_common()),
-        warnings=_warnings(clips, rejected),
-    )
-
-
-def _warnings(clips: Sequence[Clip], rejected: Sequence[Rejected]) -> list[str]:
-    """What counts alone would hide: tables of captions that were not used, and a corpus without any recording."""
-    tables = [f"{r.path}: {r.reason}" for r in rejected if r.kind == CAPTION_TABLE]
-    more = [f"and {len(tables) - MOST_WARNINGS:,} more"] if len(tables) > MOST_WARNINGS else []
-    if clips or not rejected:
-        return tables[:MOST_WARNINGS] + more
-    (kind, count), first = Counter(r.kind for r in rejected).most_common(1)[0], rejected[0]
-    return [f"no recording can be used: {count:,} times {kind}; the first is {first.path}", *tables[:MOST_WARNINGS], *more]
-
-
-def _digest(records: Sequence[Record]) -> str:
-    digest = hashlib.sha256()
-    for record in records:
-        digest.update(repr(record).encode())
-    return f"{sum(isinstance(r, Recording) for r in records)} recordings, {digest.hexdigest()[:16]}"
+    ids, paths = (Hashes(store.table.recordings(corpus, column)) for column in ("recording", "path"))
+    return lambda r: r.recording_id in ids or (r.seconds is None and r.start == 0 and r.path in paths)
 
 
 def _earlier_report(store: FeatureStore, made_from: Mapping[str, Any]) -> IngestReport | None:
@@ -286,21 +158,6 @@ def _earlier_report(store: FeatureStore, made_from: Mapping[str, Any]) -> Ingest
             counts = tuple(CorpusCounts(**c) for c in part.report["corpora"])
             return IngestReport(store.root, counts, part.report["splits"], already=True)
     return None
-
-
-def _forget_known(store: FeatureStore, source: Source) -> None:
-    """Leave out the recordings that a store has; they keep their clips, whatever their files hold now.
-
-    They are known by their id, or by their file: of `dup.wav` the id changes when `dup.flac` comes beside it.
-    """
-    ids, paths = store.table.recordings(source.corpus)
-
-    def has(record: Recording) -> bool:
-        return record.recording_id in ids or (record.seconds is None and record.start == 0 and record.path in paths)
-
-    records = [r for r in source.records if isinstance(r, Rejected) or not has(r)]
-    source.filtered["in the store already"] += len(source.records) - len(records)
-    source.records, source.filtered = records, +source.filtered
 
 
 def _names(folders: Sequence[Path]) -> str:

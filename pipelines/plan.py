@@ -83,7 +83,7 @@ def hours_in(data: Path) -> float:
     from pipelines.corpora.headers import probe_headers
 
     paths = sorted({r.path for corpus, root in discover(data) for r in read(corpus, root) if isinstance(r, Recording)})
-    return sum(file.seconds for file in probe_headers(paths, 0).values()) / 3600
+    return sum(file.seconds for _, file in probe_headers(paths, len(paths), 0)) / 3600
 
 
 def describe(variant: Variant, hours: float, clips: int, nodes: int, poolings: Sequence[int], rates: Sequence[Rate]) -> str:

@@ -63,6 +63,7 @@ def run_pass(
     *,
     work: Path | Place | None = None,
     poolings: Sequence[int] | None = None,
+    skip_silence: float | None = None,
     **settings: Any,
 ) -> PassReport:
     """Make the missing shards of one pass on the joined Ray cluster, or on one started here.
@@ -73,13 +74,14 @@ def run_pass(
         released: folders of weights by stage; every pass but mel needs one.
         work: the project folder whose trained stages serve where `released` names none.
         poolings: λ of the loa pass; by default what the variant's stages read.
+        skip_silence: of the mel pass (`MelPass`); by default nothing that holds sound is left out.
         settings: of `make_missing`.
     """
     from pipelines.features.store import FeatureStore
 
     opened = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
     folders = (released_folders(work, {}) if work else {}) | dict(released or {})
-    return make_missing(build_pass(name, variant, folders, poolings), opened, **settings)
+    return make_missing(build_pass(name, variant, folders, poolings, skip_silence), opened, **settings)
 
 
 def make_missing(
@@ -118,7 +120,11 @@ def make_missing(
 
 
 def build_pass(
-    name: str, variant: Variant, released: Mapping[str, Path | Place] | None = None, poolings: Sequence[int] | None = None
+    name: str,
+    variant: Variant,
+    released: Mapping[str, Path | Place] | None = None,
+    poolings: Sequence[int] | None = None,
+    skip_silence: float | None = None,
 ) -> Pass:
     """The pass called `name` with the variant's settings and the encoder among `released`.
 
@@ -129,8 +135,8 @@ def build_pass(
 
     kinds: dict[str, type[Pass]] = {kind.name: kind for kind in (MelPass, LoaPass, LatentPass, TextPass, SpeechPass)}
     kind = kinds[name]
-    if not kind.encoder:
-        return kind(variant.audio)
+    if kind is MelPass:
+        return MelPass(variant.audio, skip_silence)
     if not released or kind.encoder not in released:
         raise UserError(
             f"the {name} pass needs the weights of {kind.encoder}; train them with `loa train {kind.encoder}`, "
@@ -205,6 +211,7 @@ def _pass_command(name: str) -> click.Command:
         tracking_uri: str | None,
         released: dict[str, str] | None = None,
         poolings: tuple[int, ...] | None = None,
+        skip_silence: float | None = None,
         precision: str | None = None,
         **options: Any,
     ) -> None:
@@ -219,7 +226,7 @@ def _pass_command(name: str) -> click.Command:
             click.echo("\n".join(dry_run_of(name, store, system, work, poolings)))
             return
         folders = released_folders(work, released) if released is not None else None
-        chosen = build_pass(name, system, folders, poolings)
+        chosen = build_pass(name, system, folders, poolings, skip_silence)
         if verify:
             for series in chosen.series:
                 store.verify(series)
@@ -248,6 +255,16 @@ def _options(name: str) -> list[Callable[[Any], Any]]:
                 callback=_numbers,
                 metavar="λ,…",
                 help="Poolings λ to store.  [default: those that the variant reads]",
+            )
+        )
+    if name == "mel":
+        options.append(
+            click.option(
+                "--skip-silence",
+                type=click.FloatRange(max=0.0),
+                metavar="DB",
+                help="Leave out clips whose loudest 20 ms lie below DB of full scale, such as -50; settled when the series begins.  "
+                "[default: only what holds no sound at all]",
             )
         )
     if PASSES[name].encoder:

@@ -186,8 +186,9 @@ def decode_flac(data: bytes) -> Waveform:
 
 def _to_int16(waveform: Waveform) -> NDArray[np.int16]:
     # libsndfile writes floats at scale 32767 but reads them at 32768, which would lose 0.003 % per round trip
-    scaled = np.rint(np.asarray(waveform, dtype=np.float32) * 32768.0)
-    return np.clip(scaled, -32768, 32767).astype(np.int16)
+    scaled = np.asarray(waveform, dtype=np.float32) * 32768.0
+    np.rint(scaled, out=scaled)
+    return np.clip(scaled, -32768, 32767, out=scaled).astype(np.int16)
 
 
 def _open(source: Source) -> soundfile.SoundFile:
@@ -235,13 +236,30 @@ def _reason(error: Exception) -> str:
 
 def normalise(waveform: Waveform) -> Waveform:
     """`[T]` without its mean and with peak 0.5; silence stays silent. Comes before any padding."""
-    centred = waveform - waveform.mean()
-    return (PEAK * centred / (np.abs(centred).max() + 1e-8)).astype(np.float32)
+    centred = np.asarray(waveform - waveform.mean(), np.float32)
+    loudest = np.float32(peak(centred)) + np.float32(1e-8)
+    centred *= PEAK
+    centred /= loudest
+    return centred
+
+
+def peak(waveform: Waveform) -> float:
+    """The largest magnitude of `[T]` samples."""
+    return max(float(waveform.max()), -float(waveform.min()))
 
 
 def pad_or_cut(waveform: Waveform, samples: int) -> Waveform:
     """`[T]` brought to `[samples]`: zeros are added, or samples dropped, at the end."""
-    return np.pad(waveform[:samples], (0, max(0, samples - len(waveform))))
+    brought = np.zeros(samples, waveform.dtype)
+    brought[: len(waveform)] = waveform[:samples]
+    return brought
+
+
+def rolled(batch: Tensor, shifts: Tensor) -> Tensor:
+    """Every clip of `[B, T, …]` shifted in time by its own number of places `[B]`; what leaves at the end comes in at the beginning."""
+    length = batch.shape[1]
+    source = (torch.arange(length, device=batch.device)[None] - shifts[:, None]) % length
+    return batch.gather(1, source.reshape(*source.shape, *[1] * (batch.dim() - 2)).expand_as(batch))
 
 
 def resample(waveform: Tensor, source_rate: int, target_rate: int) -> Tensor:
@@ -297,6 +315,15 @@ def log_mel(waveform: Tensor, audio: AudioConfig) -> Tensor:
         padded = F.pad(waveform.float(), (missing // 2, missing - missing // 2), mode="reflect")
         spectrum = torch.stft(padded, audio.n_fft, audio.hop_length, window=window, center=False, return_complex=True)
         return (spectrum.abs().transpose(1, 2) @ filters).clamp(min=LOG_FLOOR).log()
+
+
+def clip_mel(waveform: Waveform, audio: AudioConfig) -> Tensor:
+    """`log_mel` of a clip `[T]` that is padded with zeros to a clip's length, `[F, M]`: frames of padding alone are not computed."""
+    missing = audio.n_fft - audio.hop_length
+    # The last frame computed looks so far beyond its end as log_mel reflects, and what is reflected must be zeros as well.
+    frames = min(audio.mel_frames, -(-(len(waveform) + missing - missing // 2 + 1) // audio.hop_length))
+    sounding = log_mel(torch.from_numpy(pad_or_cut(waveform, frames * audio.hop_length))[None], audio)[0]
+    return F.pad(sounding, (0, 0, 0, audio.mel_frames - frames), value=math.log(LOG_FLOOR))
 
 
 @lru_cache(maxsize=16)

@@ -13,6 +13,7 @@ import torch
 from stages.audio import (
     AUDIO_48K,
     AudioConfig,
+    clip_mel,
     decode_flac,
     encode_flac,
     fbank,
@@ -22,6 +23,7 @@ from stages.audio import (
     pad_or_cut,
     probe,
     resample,
+    rolled,
     slaney_filterbank,
     write_wav,
 )
@@ -238,3 +240,26 @@ def test_a_truncated_recording_gives_what_it_has_or_an_audio_error(tmp_path):
             assert len(load_audio(data[: int(share * len(data))], 16_000)) > 0
         except AudioError as error:
             assert "in memory" in str(error)
+
+
+def test_a_rolled_mel_is_that_of_the_rolled_sound_but_for_the_seams():
+    waveform = torch.randn(2, TINY.clip_samples, generator=torch.Generator().manual_seed(0))
+    shifts = torch.tensor([5, 130])
+    assert torch.equal(rolled(waveform, shifts), torch.stack([w.roll(int(s)) for w, s in zip(waveform, shifts, strict=True)]))
+    of_sound = log_mel(rolled(waveform, shifts * TINY.hop_length), TINY)
+    of_mel = rolled(log_mel(waveform, TINY), shifts)
+    edge = TINY.n_fft // TINY.hop_length  # frames whose window reaches over an end
+    for one, other, shift in zip(of_sound, of_mel, shifts.tolist(), strict=True):
+        near = {(seam + i) % TINY.mel_frames for seam in (0, shift) for i in range(-edge, edge + 1)}
+        inner = [frame for frame in range(TINY.mel_frames) if frame not in near]
+        torch.testing.assert_close(one[inner], other[inner], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("audio", [TINY, AudioConfig(), AUDIO_48K], ids=["tiny", "16 kHz", "48 kHz"])
+@pytest.mark.parametrize("share", [0.001, 0.3, 0.59, 0.98, 0.997, 1.0, 1.2])
+def test_frames_of_padding_alone_need_no_spectrum(audio, share):
+    waveform = np.random.default_rng(0).uniform(-0.5, 0.5, max(100, int(share * audio.clip_samples))).astype(np.float32)
+    whole = log_mel(torch.from_numpy(pad_or_cut(waveform, audio.clip_samples))[None], audio)[0]
+    given = clip_mel(waveform, audio)
+    assert given.shape == (audio.mel_frames, audio.mel_bins) and given.dtype == torch.float32
+    torch.testing.assert_close(given, whole, atol=2e-5, rtol=1e-5)

@@ -148,6 +148,26 @@ def test_clips_that_come_back_are_missing_from_later_series(here, tmp_path):
     assert store.reader(["mel", "echo"]).clip_ids == store.reader(["mel"]).clip_ids
 
 
+def test_quiet_clips_are_left_out_when_asked(here, tmp_path):
+    """By their loudest 20 ms; named in the ledger and counted as filtered. Which are left out belongs to the series."""
+    levels = {"loud": 0.5, "soft": 0.01, "hiss": 0.0005, "none": 0.0}  # of sines: -9, -43 and -69 dB, and no sound
+    for name, level in levels.items():
+        waveform = level * np.sin(np.arange(RATE) * 0.3)
+        waveform[: RATE // 2] *= 0.1  # half of it is 20 dB softer, which counts for nothing
+        soundfile.write(tmp_path / f"{name}.wav", waveform, RATE, subtype="FLOAT")
+    store = make_store(tmp_path / "store", [clip(tmp_path / f"{name}.wav") for name in levels])
+    report = execute(MelPass(VARIANT.audio, skip_silence=-50.0), store, progress=False)
+    assert report.counts() == {"in": 4, "kept": 2, "rejected": 1, "filtered": 1, "failed": 0}
+    assert "1 rejected: 1 × silent; 1 left out: 1 × quiet" in report.sentence()
+    reasons = {entry.clip_id: entry.reason for entry in store.ledger("mel")[0].rejected}
+    assert reasons == {"test-none": "silent", "test-hiss": "quiet: -69.0 dB at its loudest, below -50 dB"}
+    assert set(store.reader(["mel", "waveform"]).clip_ids) == {"test-loud", "test-soft"}
+    assert execute(MelPass(VARIANT.audio, skip_silence=-50.0), store, progress=False).shards_done == 0
+    for other in (None, -60.0):
+        with pytest.raises(UserError, match=f"skip_silence: was -50.0, now {'none' if other is None else other}"):
+            execute(MelPass(VARIANT.audio, skip_silence=other), store, progress=False)
+
+
 def test_only_the_shards_named(here, tmp_path):
     store = make_store(tmp_path / "store", [clip(path) for path in sounds(tmp_path, 10)], shard_size=2)
     assert mel_pass(store, shards=[1, 3]).made == [1, 3]

@@ -1,7 +1,9 @@
 """Recordings become clips: windows, rejections, leaks, re-runs, and the command."""
 
+import gc
 import json
 import os
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -10,10 +12,12 @@ import pytest
 import soundfile
 from click.testing import CliRunner
 
-from pipelines.corpora import Recording, Rejected
-from pipelines.corpora.cut import Windows, cut
-from pipelines.corpora.headers import probe_header, probe_headers
-from pipelines.corpora.twins import without_twins
+from pipelines import corpora
+from pipelines.corpora import Recording, Rejected, sources
+from pipelines.corpora.cut import Clip, Windows, cut
+from pipelines.corpora.headers import Headers, Probed, probe_header, probe_headers
+from pipelines.corpora.spool import BATCH, RowFile, Spool
+from pipelines.corpora.twins import changed_by_twins, without_twins
 from pipelines.features.store import FeatureStore
 from pipelines.ingest import ingest, main
 from stages.audio import AudioConfig
@@ -123,6 +127,72 @@ def test_segments_of_one_file_are_no_copies():
     assert [r.kind for r in without_twins([*segments, whole], LENGTHS) if isinstance(r, Rejected)] == ["held out"]
 
 
+def test_twins_among_many_are_those_among_all(rounds):
+    """Only recordings that have a twin are looked at; what becomes of them is what becomes of them among all."""
+    for seed in range(rounds(20, 400)):
+        rng = np.random.default_rng(seed)
+        many = [
+            recording(
+                corpus="ab"[rng.integers(2)],
+                recording_id=f"r{i}",
+                path=f"/{rng.integers(2)}.wav",
+                content=("", *"1234567")[rng.integers(8)],
+                origin=("", "", "", *"uvwxyz")[rng.integers(9)],
+                split=("train", "train", "test")[rng.integers(3)],
+                start=float(rng.integers(3)),
+                seconds=(None, 2.0)[rng.integers(2)],
+                captions=("A.",) * int(rng.integers(2)),
+                transcript="so" * int(rng.integers(2)),
+            )
+            for i in range(rng.integers(1, 30))
+        ]
+        changed = changed_by_twins(lambda many=many: iter(many), lambda path: 20.0)
+        assert [changed.get(i, r) for i, r in enumerate(many)] == without_twins(many, dict.fromkeys(("/0.wav", "/1.wav"), 20.0))
+
+
+def test_records_come_back_from_the_disk_as_they_were(tmp_path):
+    records = [
+        recording(captions=("Ein Hund.", ""), labels=("Dog", "🐕"), start=0.1, seconds=2.5, precut=True, licence="CC0"),
+        recording(recording_id="s", transcript="so\nwhat", origin="youtube:1", split="test", content="ab"),
+        Rejected("c", "/gone.wav", "c-gone", "missing file"),
+        Rejected("c", "", "", ""),
+    ] * 3000
+    spool = Spool(tmp_path / "spool", iter(records))
+    assert list(spool) == records == list(spool) and spool.recordings == 6000
+    assert list(Spool(tmp_path / "none", [])) == []
+
+
+def test_an_ingest_holds_some_thousand_records_at_a_time(tmp_path, monkeypatch):
+    """However many there are: what becomes of them is looked at whenever rows are written, and when the headers are read."""
+    count, alive = 3 * BATCH, []
+
+    def read(*arguments):
+        for i in range(count):
+            yield recording(corpus="folder", recording_id=f"r{i:07d}", path=f"/corpus/{i:07d}.wav", captions=("A sound.",))
+
+    def look():
+        alive.append(sum(isinstance(thing, (Recording, Clip)) for thing in gc.get_objects()))
+
+    def probed(paths, number, workers, reserve):
+        for place, path in enumerate(paths):
+            yield path, Probed(3.9, "", f"{zlib.crc32(path.encode()):032x}")
+            if place % BATCH == 0:
+                look()
+
+    def flush(rows, before=RowFile._flush):
+        before(rows)
+        look()
+
+    monkeypatch.setattr(corpora, "wanted", lambda *arguments: ([("folder", tmp_path)], []))
+    monkeypatch.setattr(corpora, "read", read)
+    monkeypatch.setattr(sources, "probe_headers", probed)
+    monkeypatch.setattr(RowFile, "_flush", flush)
+    before = sum(isinstance(thing, (Recording, Clip)) for thing in gc.get_objects())
+    report = ingest([tmp_path], tmp_path / "store", AUDIO, workers=0, shard_size=1000)
+    assert report.counts()["clips"] == 2 * count == FeatureStore.open(tmp_path / "store").num_clips
+    assert len(alive) >= 9 and max(alive) - before < 1.5 * BATCH
+
+
 def test_headers_of_anything(tmp_path):
     good = sound(tmp_path / "good.wav", 1.5)
     (tmp_path / "text.wav").write_text("this is no sound at all")
@@ -134,7 +204,7 @@ def test_headers_of_anything(tmp_path):
     found = {name: probe_header(str(tmp_path / name)) for name in names}
     assert found["good.wav"] == (pytest.approx(1.5), "")
     (tmp_path / "copy.wav").write_bytes(good.read_bytes())
-    files = probe_headers([str(tmp_path / name) for name in ("good.wav", "copy.wav", "text.wav", "f.flac")])
+    files = dict(probe_headers([str(tmp_path / name) for name in ("good.wav", "copy.wav", "text.wav", "f.flac")], 4))
     contents = [file.content for file in files.values()]
     assert contents[0] == contents[1] != contents[3] and len(contents[0]) == 32 and contents[2] == ""
     reasons = {name: problem.partition(":")[0] for name, (_, problem) in found.items()}
@@ -148,12 +218,16 @@ def test_headers_of_anything(tmp_path):
         "gone.wav": "missing file",
     }
     assert str(tmp_path) not in found["text.wav"][1]
-    assert probe_headers([str(good)]) == {str(good): (*found["good.wav"], contents[0])}
+    assert dict(probe_headers([str(good)], 1)) == {str(good): (*found["good.wav"], contents[0])}
+    kept = Headers(files.items())
+    assert {path: kept[path] for path in files} == files
+    with pytest.raises(KeyError):
+        kept["/elsewhere.wav"]
 
 
 def test_headers_by_ray(ray_cluster, tmp_path):
     paths = [str(sound(tmp_path / f"{i}.wav", 0.1 + 0.1 * i)) for i in range(5)] + [str(tmp_path / "gone.wav")]
-    assert probe_headers(paths, workers=2) == probe_headers(paths, workers=0)
+    assert dict(probe_headers(paths, 6, workers=2)) == dict(probe_headers(paths, 6, workers=0))
 
 
 @pytest.fixture

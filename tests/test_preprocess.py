@@ -2,15 +2,18 @@
 
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 import soundfile
@@ -32,6 +35,7 @@ REPO = Path(__file__).resolve().parent.parent
 VARIANT = resolve("audioldm2-full", tiny=True)
 SPEECH = resolve("audioldm2-ljs", tiny=True)
 RATE = VARIANT.audio.sample_rate
+T = TypeVar("T")
 
 
 def clip(path: Path | str, **values: object) -> dict[str, object]:
@@ -264,32 +268,60 @@ DRIVER = """
 import sys
 from pipelines import cluster
 from pipelines.features.passes import MelPass
-from pipelines.features.run import Unit, execute, make_shard
+from pipelines.features.run import execute
 from pipelines.features.store import FeatureStore
 store = FeatureStore.open(sys.argv[1])
-cluster.connect(num_cpus=2)
+cluster.connect(sys.argv[2])
 execute(MelPass(store.audio), store, workers=1, progress=False)
 """
 
 
+def shards_of(store: FeatureStore) -> int:
+    return len(list(Path(store.root).glob("waveform/*.tar")))
+
+
+def until(condition: Callable[[], T | None], driver: subprocess.Popen[bytes], what: str) -> T:
+    """What `condition` gives once it gives something, while the driver lives."""
+    deadline = time.monotonic() + 180
+    while not (found := condition()):
+        assert driver.poll() is None and time.monotonic() < deadline, f"the driver {what}"
+        time.sleep(0.002)
+    return found
+
+
+def at_work() -> psutil.Process | None:
+    """A worker of this process' Ray that is at a shard."""
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if child.cmdline()[:1] and child.cmdline()[0].startswith("ray::Map"):
+                return child
+    return None
+
+
 @pytest.mark.slow
-def test_a_killed_driver_resumes_to_the_same_bytes(ray_cluster, tmp_path, rounds):
-    rows = [clip(tone(tmp_path / "sounds", i, seconds=2.5)) for i in range(80)]
+def test_killed_workers_and_drivers_leave_the_same_bytes(ray_cluster, tmp_path, rounds):
+    """Each round kills a worker within a shard, and after further shards the driver."""
+    rng = np.random.default_rng()
+    rows = [clip(tone(tmp_path / "sounds", i, seconds=2.5)) for i in range(rounds(80, 800))]
     killed, calm = make_store(tmp_path / "killed", rows, 2), make_store(tmp_path / "calm", rows, 2)
-    environment = os.environ | {"PYTHONPATH": str(REPO)}
-    for _ in range(rounds(1, 20)):
-        done = len(list(Path(killed.root).glob("waveform/*.tar")))
-        if done > killed.num_shards - 10:  # the last run shall find something to do
-            break
-        driver = subprocess.Popen([sys.executable, "-c", DRIVER, killed.root], env=environment, cwd=REPO)
+    environment, kills = os.environ | {"PYTHONPATH": str(REPO)}, 0
+    address = ray_cluster.get_runtime_context().gcs_address
+    for _ in range(rounds(1, 10)):
+        before = shards_of(killed)
+        driver = subprocess.Popen([sys.executable, "-c", DRIVER, killed.root, address], env=environment, cwd=REPO)
         try:
-            deadline = time.monotonic() + 180
-            while len(list(Path(killed.root).glob("waveform/*.tar"))) == done:
-                assert driver.poll() is None and time.monotonic() < deadline, "the driver made no shard"
-                time.sleep(0.01)
+            until(lambda before=before: shards_of(killed) > before, driver, "made no shard")
+            time.sleep(rng.uniform(0, 0.2))
+            until(at_work, driver, "had no worker").kill()
+            before, kills = shards_of(killed), kills + 1
+            until(lambda before=before: shards_of(killed) > before, driver, "made no shard after its worker had died")
+            time.sleep(rng.uniform(0, 0.2))
+            assert driver.poll() is None, "the driver had nothing left to do"
         finally:
-            driver.send_signal(signal.SIGKILL)
+            driver.kill()
             driver.wait()
+        kills += 1
+    assert kills == rounds(2, 20)
     run_pass("mel", calm, VARIANT, progress=False)
     left = len(killed.missing_shards("mel"))
     assert 0 < left < killed.num_shards

@@ -23,7 +23,7 @@ from pipelines.features import ledger as ledgers
 from pipelines.features.ledger import Ledger, LedgerRow, Rejection, StoreWarning, journal_name, read_journal
 from pipelines.features.shards import completing_command
 from pipelines.features.store import FeatureStore
-from pipelines.features.table import CLIP_SCHEMA, REJECTED_SCHEMA, WITHHELD
+from pipelines.features.table import CLIP_SCHEMA, REJECTED_SCHEMA, WITHHELD, _gathered
 from stages.audio import AudioConfig, encode_flac
 from stages.errors import UserError
 from stages.files import Place
@@ -138,6 +138,17 @@ def test_clips_are_dealt_by_the_seed_alone(tmp_path):
     assert [row["clip_id"] for row in dealt] == order
     assert [(row["shard"], row["position"]) for row in dealt] == [(i // 4, i % 4) for i in range(50)]
     assert [one.shard_count(shard) for shard in (0, 12)] == [4, 2] and dealt[0]["captions"][1] == "noise"
+
+
+def test_rows_are_gathered_in_any_order():
+    rng = np.random.default_rng(0)
+    schema = pa.schema([("a", pa.string()), ("b", pa.list_(pa.string()))])
+    for count in (1, 2, 7, 100):
+        rows = [{"a": f"x{i}", "b": [str(i)] * (i % 3)} for i in range(count)]
+        table = pa.concat_tables([pa.Table.from_pylist(rows[first : first + 3], schema) for first in range(0, count, 3)])
+        for wanted in (0, 1, count):
+            places = rng.permutation(count)[:wanted]
+            assert _gathered(table, places).to_pylist() == [rows[i] for i in places]
 
 
 def test_creating_again_keeps_the_series_and_refuses_other_settings(tmp_path):
@@ -479,6 +490,34 @@ def test_compactions_at_once_lose_nothing(tmp_path, monkeypatch):
     store.compact("text")
     assert list(store.ledger("text")) == list(range(30)) and read_journal(store.series_folder("text")) == {}
     assert len(store.reader(["text"])) == 120
+
+
+def test_a_listing_that_misses_an_edition_loses_nothing(tmp_path, monkeypatch):
+    """Where others rename files meanwhile, a folder's listing may lack the newest one: the edition is made again."""
+    store = make_store(tmp_path)
+    store.begin_series("text", RECIPE)
+    fill(store, "text")
+    rows = dict(store.ledger("text"))
+    store.discard("text", [0])
+    fill(store, "text", shards=range(1))
+    create, listing, missed = Place.create, Place.list, []
+
+    def creates(place, data):
+        made = create(place, data)
+        if made and place.parent.name == "index" and not missed:
+            missed.append(place.parent.url)
+        return made
+
+    def lists(place):
+        if len(missed) == 1 and place.url == missed[0]:
+            missed.append("")
+            return {}
+        return listing(place)
+
+    monkeypatch.setattr(Place, "create", creates)
+    monkeypatch.setattr(Place, "list", lists)
+    store.compact("text")
+    assert len(missed) == 2 and dict(store.ledger("text")) == rows and read_journal(store.series_folder("text")) == {}
 
 
 def test_interrupted_writing_leaves_nothing(tmp_path):

@@ -12,6 +12,8 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
+from pipelines.training.dataset import clip_rng
+from pipelines.training.order import Turn
 from stages.adversarial import balance, hinge_adversarial_loss, hinge_discriminator_loss
 from stages.audio import AudioConfig
 from stages.config import override
@@ -163,6 +165,27 @@ def test_examples_depend_on_the_generator_alone(stage: VAEStage) -> None:
     first, again, other = (stage.example(clip, np.random.default_rng(seed))["noise"] for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert first.shape == (4, 32, 32)
+
+
+def test_windows_may_be_rolled_anew_in_every_epoch(stage: VAEStage) -> None:
+    """A shift of the window by (seed, epoch, clip); without it nothing is other than before, and validation never shifts."""
+    torch.manual_seed(0)
+    rolling = VAEStage(CONFIG, replace(LOSS, augment_roll=True), AUDIO)
+    batch = make_batch(rolling)
+    clip = {"mel": batch["mel"][0].numpy()}
+    by_epoch = [rolling.example(clip, clip_rng(1, Turn(epoch, 3, 0))) for epoch in range(12)]
+    again = rolling.example(clip, clip_rng(1, Turn(5, 3, 0)))
+    assert all(torch.equal(again[name], by_epoch[5][name]) for name in again)
+    shifts = {int(example["roll"]) for example in by_epoch}
+    assert len(shifts) > 6 and all(0 <= shift < 64 for shift in shifts)
+    plain = stage.example(clip, clip_rng(1, Turn(5, 3, 0)))
+    assert plain["roll"] == 0 and torch.equal(plain["noise"], again["noise"])
+
+    batch["roll"] = torch.tensor([7, 63])
+    shifted = batch | {"mel": torch.stack([mel.roll(int(by), 0) for mel, by in zip(batch["mel"], batch["roll"], strict=True)])}
+    for (_, loss, _), (_, expected, _) in zip(rolling.losses(batch), stage.losses(shifted), strict=True):
+        assert torch.equal(loss, expected)
+    assert all(torch.equal(value, stage.validate(batch)[name]) for name, value in rolling.validate(batch).items())
 
 
 def test_validation_hears_the_posterior_mean(stage: VAEStage) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from options import AS_NEEDED, Reservation, WorkerRange, in_this_process
 from pipelines.corpora.files import MISSING
+from pipelines.corpora.spool import chunks
 from stages.audio import probe
 from stages.errors import AudioError
 from stages.recordings import open_recording, parse_address
@@ -23,6 +24,7 @@ from stages.recordings import open_recording, parse_address
 # Fewer headers than this are read sooner than a Ray cluster starts.
 FEW = 4096
 _BLOCK = 256  # headers per task
+_AT_ONCE = 1 << 19  # headers that Ray is asked for at a time
 _THREADS = 4  # reading and hashing leave Python's lock
 
 
@@ -80,15 +82,42 @@ def _probe_here(paths: Sequence[str]) -> list[Probed]:
         return list(pool.map(probe_one, paths))
 
 
-def probe_headers(paths: Sequence[str], workers: WorkerRange = None, reserve: Reservation = AS_NEEDED) -> dict[str, Probed]:
-    """What is known of every recording's file, by path.
+def probe_headers(
+    paths: Iterable[str], count: int, workers: WorkerRange = None, reserve: Reservation = AS_NEEDED
+) -> Iterator[tuple[str, Probed]]:
+    """What is known of every recording's file, with its path; in no certain order.
 
-    `workers` of the Ray cluster share the work; None takes what there is room for, or this process when there is little
-    to do; 0 is always this process.
+    `workers` of the Ray cluster share the work; None takes what there is room for, or this process when the `count` is small; 0 is
+    always this process.
     """
-    if in_this_process(workers) or (workers is None and len(paths) < FEW):
-        return dict(zip(paths, _probe_here(paths), strict=True))
-    return dict(_probe_with_ray(paths, workers, reserve))
+    here = in_this_process(workers) or (workers is None and count < FEW)
+    for some in chunks(paths, FEW if here else _AT_ONCE):
+        yield from zip(some, _probe_here(some), strict=True) if here else _probe_with_ray(some, workers, reserve)
+
+
+class Headers:
+    """What is known of files, by path, in 36 bytes each."""
+
+    def __init__(self, probed: Iterable[tuple[str, Probed]]) -> None:
+        problems: dict[str, int] = {"": 0}
+
+        def packed(path: str, file: Probed) -> tuple[int, float, int, int, int]:
+            content = int(file.content or "0", 16)
+            return hash(path), file.seconds, problems.setdefault(file.problem, len(problems)), content >> 64, content & (1 << 64) - 1
+
+        row = np.dtype([("path", np.int64), ("seconds", np.float64), ("problem", np.int32), ("high", np.uint64), ("low", np.uint64)])
+        parts = [np.array([packed(*one) for one in some], row) for some in chunks(probed)]
+        rows = np.concatenate([np.empty(0, row), *parts])
+        self._rows = rows[np.argsort(rows["path"])]
+        self._paths, self._problems = np.ascontiguousarray(self._rows["path"]), list(problems)
+
+    def __getitem__(self, path: str) -> Probed:
+        """Raises KeyError for a path that is not known."""
+        place = int(np.searchsorted(self._paths, hash(path)))
+        if place == len(self._paths) or self._paths[place] != hash(path):
+            raise KeyError(path)
+        _, seconds, problem, high, low = self._rows[place].item()
+        return Probed(seconds, self._problems[problem], f"{high:016x}{low:016x}" if high or low else "")
 
 
 def _probe_with_ray(paths: Sequence[str], workers: WorkerRange, reserve: Reservation) -> Iterator[tuple[str, Probed]]:

@@ -2,11 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+
+import numpy as np
 
 from pipelines.corpora.cut import stretch
 from pipelines.corpora.records import Record, Recording
+from pipelines.corpora.spool import at
+
+
+def changed_by_twins(recordings: Callable[[], Iterable[Recording]], file_seconds: Callable[[str], float]) -> dict[int, Record]:
+    """What `without_twins` makes other of the recordings, by their places: it is given only those that have a twin.
+
+    Args:
+        recordings: all of them, each time anew in the same order; about 30 bytes of each are held in memory.
+        file_seconds: length of the file at a path.
+    """
+    origins, contents, keys, training = array("q"), array("q"), array("q"), array("b")
+    for r in recordings():
+        origins.append(hash(r.origin) if r.origin else 0)
+        contents.append(hash(r.content) if r.content else 0)
+        keys.append(hash(key(r, file_seconds(r.path))) if r.content else 0)
+        training.append(r.split == "train")
+    origin, content, stretches = (np.frombuffer(values, np.int64) for values in (origins, contents, keys))
+    train = np.frombuffer(training, np.int8).astype(bool)
+
+    values, counts = np.unique(stretches[train & (stretches != 0)], return_counts=True)
+    chosen = train & np.isin(stretches, values[counts > 1])  # equal hashes of unequal things only make the choice larger
+    for names in (origin, content):
+        both = np.intersect1d(names[train], names[~train])
+        chosen |= np.isin(names, both[both != 0])
+    places = np.flatnonzero(chosen)
+    found = list(at(places, recordings()))
+    result = without_twins(found, {r.path: file_seconds(r.path) for r in found})
+    return {place: now for place, was, now in zip(places.tolist(), found, result, strict=True) if now is not was}
+
+
+def key(recording: Recording, file_seconds: float) -> tuple[str, float, float, bool]:
+    """Equal for recordings that are the same stretch of the same bytes."""
+    start, seconds = stretch(recording, file_seconds)
+    return recording.content, round(start, 2), round(seconds, 2), bool(recording.transcript)
 
 
 def without_twins(recordings: Sequence[Recording], file_seconds: Mapping[str, float]) -> list[Record]:
@@ -33,11 +70,10 @@ def without_twins(recordings: Sequence[Recording], file_seconds: Mapping[str, fl
             return same_origin
         twins = by_content.get(recording.content, [])
         # Segments of one long file, dealt to splits by their own corpus, are no twins.
-        return next((t for t in twins if t.corpus != recording.corpus or key(t) == key(recording)), None)
+        return next((t for t in twins if t.corpus != recording.corpus or same(t) == same(recording)), None)
 
-    def key(recording: Recording) -> tuple[str, float, float, bool]:
-        start, seconds = stretch(recording, file_seconds[recording.path])
-        return recording.content, round(start, 2), round(seconds, 2), bool(recording.transcript)
+    def same(recording: Recording) -> tuple[str, float, float, bool]:
+        return key(recording, file_seconds[recording.path])
 
     result: list[Record] = []
     copies: dict[tuple[str, float, float, bool], list[int]] = {}  # places in `result`
@@ -47,7 +83,7 @@ def without_twins(recordings: Sequence[Recording], file_seconds: Mapping[str, fl
             result.append(recording.rejected(f"held out: in the {twin.split} split of {twin.corpus}, as {twin.recording_id}"))
             continue
         if recording.content and recording.split == "train":
-            copies.setdefault(key(recording), []).append(len(result))
+            copies.setdefault(same(recording), []).append(len(result))
         result.append(recording)
     for places in copies.values():
         if len(places) > 1:

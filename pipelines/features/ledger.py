@@ -356,7 +356,8 @@ def _publish(folder: Place, group: int, rows: Mapping[int, LedgerRow], drop: Map
     if not (folder / INDEX / _edition_name(group, number)).create(data.getvalue()):
         return False
     there = {int(match[2]) for name in (folder / INDEX).list() if (match := _EDITION.fullmatch(name)) and int(match[1]) == group}
-    if max(there) != number:  # made from an edition that was replaced meanwhile: it does not count
+    # Made from an edition that was replaced meanwhile: it does not count. A listing beside other writers may even miss both.
+    if max(there, default=0) != number:
         (folder / INDEX / _edition_name(group, number)).remove()
         return False
     for old in there - {number}:

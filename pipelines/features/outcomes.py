@@ -1,4 +1,4 @@
-"""What becomes of a clip: three verdicts, since what the world did to a clip must not look like what is wrong with it."""
+"""What becomes of a clip: four verdicts, since what the world did to a clip must not look like what is wrong with it."""
 
 from __future__ import annotations
 
@@ -26,13 +26,20 @@ class Rejected:
 
 
 @dataclass(frozen=True)
+class Filtered:
+    """An option leaves the clip out, as the series' recipe says; the ledger names it beside what is rejected."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Failed:
     """Storage, memory or a mount failed, not the content: the clip's shard is not made, and tried again."""
 
     reason: str
 
 
-Outcome = Kept | Rejected | Failed
+Outcome = Kept | Rejected | Filtered | Failed
 
 
 def is_failure(error: BaseException) -> bool:

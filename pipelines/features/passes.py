@@ -18,10 +18,10 @@ from torch import Tensor
 
 from options import Reservation
 from pipelines.features import precision
-from pipelines.features.outcomes import Failed, Kept, Outcome, Rejected, describe, is_failure
-from pipelines.features.recording import measures, read_recording
+from pipelines.features.outcomes import Failed, Filtered, Kept, Outcome, Rejected, describe, is_failure
+from pipelines.features.recording import decibels, frame_power, measures, read_recording
 from pipelines.features.shards import Member
-from stages.audio import SILENCE, AudioConfig, encode_flac, fbank, log_mel, normalise, pad_or_cut
+from stages.audio import SILENCE, AudioConfig, clip_mel, encode_flac, fbank, normalise, pad_or_cut, peak
 from stages.errors import AudioError
 from stages.files import Place, code_version, weights_hash
 from stages.text import clip_texts
@@ -97,10 +97,21 @@ class Pass:
 
 
 class MelPass(Pass):
-    """Recordings → normalised waveform (FLAC) and log-mel spectrogram of every clip."""
+    """Recordings → normalised waveform (FLAC) and log-mel spectrogram of every clip.
+
+    Args:
+        skip_silence: leave out clips whose loudest 20 ms lie below so many dB of full scale; None keeps all that hold sound.
+    """
 
     name = "mel"
     needs = Reservation(cpus=1, gpus=0)
+
+    def __init__(self, audio: AudioConfig, skip_silence: float | None = None) -> None:
+        super().__init__(audio)
+        self.skip_silence = skip_silence
+
+    def recipe(self, series: str) -> dict[str, Any]:
+        return super().recipe(series) | ({} if self.skip_silence is None else {"skip_silence": self.skip_silence})
 
     @property
     def series(self) -> tuple[str, ...]:
@@ -120,15 +131,17 @@ class MelPass(Pass):
     def _encode(self, row: Row) -> Outcome:
         try:
             recorded = read_recording(row["path"], self.audio.sample_rate, row["start"], row["seconds"])
-            if not len(recorded) or np.abs(recorded).max() <= SILENCE:
+            if not len(recorded) or peak(recorded) <= SILENCE:
                 return Rejected("silent")
-            waveform = pad_or_cut(normalise(recorded), self.audio.clip_samples)
-            mel = log_mel(torch.from_numpy(waveform)[None], self.audio)[0]
+            power = frame_power(recorded)
+            if self.skip_silence is not None and (loudest := decibels(float(power.max()))) < self.skip_silence:
+                return Filtered(f"quiet: {loudest:.1f} dB at its loudest, below {self.skip_silence:g} dB")
+            waveform = normalise(recorded)
             members: dict[str, dict[str, Member]] = {
-                "mel": {"mel.npy": _half(mel)},
-                "waveform": {"waveform.flac": encode_flac(waveform, self.audio.sample_rate)},
+                "mel": {"mel.npy": _half(clip_mel(waveform, self.audio))},
+                "waveform": {"waveform.flac": encode_flac(pad_or_cut(waveform, self.audio.clip_samples), self.audio.sample_rate)},
             }
-            return Kept(members, measures(recorded))
+            return Kept(members, measures(power))
         except AudioError as error:
             return Rejected(str(error))
         except Exception as error:

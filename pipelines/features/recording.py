@@ -47,13 +47,22 @@ def _read_watched(path: str, sample_rate: int, start: float, seconds: float) -> 
             watched.raise_failure()  # libsndfile takes a failing read for the end of the file
 
 
-def measures(waveform: Waveform) -> dict[str, float]:
-    """Loudness in dB of full scale (RMS), and the share of 20 ms frames below -60 dB, of a waveform as recorded."""
+def frame_power(waveform: Waveform) -> np.ndarray:
+    """Mean square of the whole 20 ms frames of `[T]`, or of all of a shorter waveform: [frames]."""
     frames = waveform[: max(FRAME, len(waveform) // FRAME * FRAME)]
     frames = frames.reshape(-1, FRAME) if len(frames) >= FRAME else frames[None]
-    power = np.einsum("ij,ij->i", frames, frames) / frames.shape[1]
-    loudness = 10 * np.log10(max(float(power.mean()), 1e-12))
-    return {"loudness": round(loudness, 2), "silence": round(float((power < QUIET).mean()), 3)}
+    power: np.ndarray = np.einsum("ij,ij->i", frames, frames) / frames.shape[1]
+    return power
+
+
+def decibels(power: float) -> float:
+    """dB of full scale of a mean square; at least -120."""
+    return 10 * float(np.log10(max(power, 1e-12)))
+
+
+def measures(power: np.ndarray) -> dict[str, float]:
+    """Loudness in dB of full scale (RMS), and the share of 20 ms frames below -60 dB, by the frames' power as recorded."""
+    return {"loudness": round(decibels(float(power.mean())), 2), "silence": round(float((power < QUIET).mean()), 3)}
 
 
 class _Watched(io.RawIOBase):

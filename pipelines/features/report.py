@@ -36,13 +36,14 @@ class PassReport:
     given: int = 0  # clips of the shards that were tried
     clips: int = 0  # kept
     rejected: int = 0
-    filtered: int = 0  # not wanted by the pass, or absent from its input series
+    filtered: int = 0  # not wanted by the pass, absent from its input series, or left out by an option
     seconds: float = 0.0
     audio_seconds: float = 0.0  # of the kept clips
     shards_done: int = 0
     shards_skipped: int = 0
     shards_left: int = 0  # never tried, since too many failed
-    reasons: collections.Counter[str] = field(default_factory=collections.Counter)
+    reasons: collections.Counter[str] = field(default_factory=collections.Counter)  # of rejected clips
+    left_out: collections.Counter[str] = field(default_factory=collections.Counter)  # kinds of reasons of clips that an option leaves out
     made: list[int] = field(default_factory=list)  # shard numbers
     failing: dict[int, ShardResult] = field(default_factory=dict)  # shards that could not be made so far
     histograms: dict[str, np.ndarray] = field(default_factory=dict)  # counts in the bins of EDGES
@@ -62,6 +63,7 @@ class PassReport:
         self.given += result.clips
         self.audio_seconds += result.seconds
         self.reasons.update(map(gist, result.rejected))
+        self.left_out.update(reason.partition(":")[0] for reason in result.left_out)
         for name, values in result.measures.items():
             self.histograms[name] = self.histograms.get(name, 0) + histogram(name, values)
         for licence, (clips, seconds) in result.licences.items():
@@ -98,6 +100,8 @@ class PassReport:
         if self.rejected:
             common = "; ".join(f"{count} × {reason}" for reason, count in self.reasons.most_common(3))
             line += f"; {self.rejected} rejected: {common}" + (" …" if len(self.reasons) > 3 else "")
+        if self.left_out:
+            line += f"; {self.left_out.total()} left out: " + "; ".join(f"{count} × {kind}" for kind, count in self.left_out.items())
         counts = self.counts()
         return f"{line}\n{counts.pop('in')} clips in = " + " + ".join(f"{count} {verdict}" for verdict, count in counts.items())
 

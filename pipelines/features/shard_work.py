@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipelines.features.outcomes import Failed, Kept, Outcome, Rejected, describe, is_failure
+from pipelines.features.outcomes import Failed, Filtered, Kept, Outcome, Rejected, describe, is_failure
 from pipelines.features.passes import Features, Pass, Row, chunks
 from pipelines.features.reader import StoreReader
 from pipelines.features.shards import ShardWriter
@@ -40,7 +40,8 @@ class ShardResult:
     shard: int
     clips: int = 0  # of the clip table
     kept: int = 0
-    filtered: int = 0  # the pass does not want them, or its input series lack them
+    filtered: int = 0  # the pass does not want them, its input series lack them, or an option leaves them out
+    left_out: list[str] = field(default_factory=list)  # reasons, of those that an option leaves out
     rejected: list[str] = field(default_factory=list)  # reasons
     failed: int = 0  # all others of a shard that could not be made
     failures: list[str] = field(default_factory=list)  # what went wrong; empty when the shard was made
@@ -70,6 +71,10 @@ class ShardResult:
             return
         if isinstance(outcome, Rejected):
             self.rejected.append(outcome.reason)
+            return
+        if isinstance(outcome, Filtered):
+            self.filtered += 1
+            self.left_out.append(outcome.reason)
             return
         self.kept += 1
         self.seconds += row["seconds"]
@@ -119,8 +124,12 @@ def _make(store: FeatureStore, work: Pass, unit: Unit, encode: Encode, result: S
                 if in_a_row >= IN_A_ROW:
                     raise _NotMade(f"{in_a_row} clips in a row failed")
                 result.enter(row, outcome)
-            if not result.failures:
+            if result.failures:
+                continue
+            if work.encoder:
                 beside.do(_put, writers, batch, outcomes)
+            else:  # on one core another thread saves nothing, and the two wait for each other's lock
+                _put(writers, batch, outcomes)
         beside.finish()
         if result.failures:
             raise _NotMade  # the writers go without storing anything
@@ -135,7 +144,7 @@ def _put(writers: Sequence[ShardWriter], rows: Sequence[Row], outcomes: Sequence
         for writer in writers:
             if isinstance(outcome, Kept):
                 writer.add(row["clip_id"], outcome.members[writer.series])
-            elif isinstance(outcome, Rejected):
+            elif isinstance(outcome, (Rejected, Filtered)):
                 writer.reject(row["clip_id"], outcome.reason)
 
 

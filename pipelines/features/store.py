@@ -134,11 +134,12 @@ class FeatureStore:
             card = _card(audio, seed, shard_size)
             (Place.of(root) / "store.json").write_json(card)
             store = cls(Place.of(root), card, [])
-        known = store.table.numbers(clips["clip_id"].to_pylist())
-        new = clips.filter(pc.invert(pc.is_in(clips["clip_id"], value_set=pa.array(known, pa.string()))))
-        if not new.num_rows:
+        known = list(store.table.numbers(clips["clip_id"])) if len(store.table) else []
+        if known:
+            clips = clips.filter(pc.invert(pc.is_in(clips["clip_id"], value_set=pa.array(known, pa.string()))))
+        if not clips.num_rows:
             return store
-        _add(store.place, write_part(store.place, store.table, new, rejected, seed, dict(report or {})))
+        _add(store.place, write_part(store.place, store.table, clips, rejected, seed, dict(report or {})))
         return cls.open(root)
 
     # ------------------------------------------------------------------------------------------------- what it holds

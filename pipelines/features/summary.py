@@ -29,6 +29,7 @@ Clip = tuple[str, np.ndarray, np.ndarray]  # name, samples [T], log-mel [F, M]
 def log_pass(tracker: Tracker, report: PassReport, store: FeatureStore) -> None:
     """Log what a pass did. MLflow out of reach is warned of and no error."""
     reasons = [("rejected", reason, count) for reason, count in report.reasons.most_common()]
+    reasons += [("filtered", kind, count) for kind, count in report.left_out.most_common()]
     reasons += [("failed", failure, 1) for result in report.failing.values() for failure in result.failures]
     log_summary(
         tracker,
@@ -102,23 +103,34 @@ def log_ingest(tracker: Tracker, store: FeatureStore, totals: Mapping[str, float
     counts = {"in": int(totals.get("listed", sum(counts.values()))), **counts}
     if counts["in"] * 2 != sum(counts.values()):
         raise AssertionError(f"the counts of the ingest do not add up: {counts}")
-    clips, rejected = store.clips(), store.rejected()
-    seconds = clips["seconds"].groupby(clips["licence"]).agg(["size", "sum"])
-    histograms = {
-        "seconds": histogram("seconds", clips["seconds"].to_numpy()),
-        "words": histogram("words", [len(caption.split()) for captions in clips["captions"] for caption in captions]),
-    }
-    kinds = rejected["reason"].map(gist).value_counts()
+    licences, histograms = _of_the_table(store)
+    kinds = store.rejected()["reason"].map(gist).value_counts()
     log_summary(
         tracker,
         "ingest",
         counts,
         [("rejected", str(reason), int(count)) for reason, count in kinds.items()],
-        {str(licence): (int(n), float(total)) for licence, n, total in seconds.itertuples()},
+        licences,
         histograms,
         lambda: _recorded(store),
         store.audio,
     )
+
+
+def _of_the_table(store: FeatureStore) -> tuple[dict[str, list[float]], dict[str, np.ndarray]]:
+    """Clips and seconds by licence, and histograms, of all clips; a batch of rows in memory at a time."""
+    licences: dict[str, list[float]] = {}
+    histograms = {name: np.zeros(len(EDGES[name]) - 1, np.int64) for name in ("seconds", "words")}
+    for _, table in store.table.columns(["seconds", "licence", "captions"]):
+        for batch in table.to_batches():
+            rows = batch.to_pydict()
+            for seconds, licence in zip(rows["seconds"], rows["licence"], strict=True):
+                known = licences.setdefault(licence, [0, 0.0])
+                known[0] += 1
+                known[1] += seconds
+            histograms["seconds"] += histogram("seconds", rows["seconds"])
+            histograms["words"] += histogram("words", [len(caption.split()) for captions in rows["captions"] for caption in captions])
+    return licences, histograms
 
 
 def _recorded(store: FeatureStore) -> Iterable[Clip]:

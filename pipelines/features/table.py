@@ -188,24 +188,20 @@ class ClipTable:
         """The ids of ascending `clips`."""
         return [row["clip_id"] for row in self.take(clips, ["clip_id"])]
 
-    def numbers(self, ids: Collection[str]) -> dict[str, int]:
+    def numbers(self, ids: Collection[str] | pa.ChunkedArray) -> dict[str, int]:
         """The numbers of those `ids` that the table has, by looking through all of it."""
-        wanted, numbers = pa.array(ids, pa.string()), {}
+        wanted: Any = ids if isinstance(ids, pa.ChunkedArray) else pa.array(ids, pa.string())
+        numbers: dict[str, int] = {}
         for start, table in self.columns(["clip_id"]):
             column = table["clip_id"]
             for i in np.flatnonzero(pc.is_in(column, value_set=wanted).to_numpy()).tolist():
                 numbers[column[i].as_py()] = start + i
         return numbers
 
-    def recordings(self, corpus: str) -> tuple[set[str], set[str]]:
-        """Ids and paths of the recordings of a corpus that have a clip."""
-        ids: set[str] = set()
-        paths: set[str] = set()
-        for _, table in self.columns(["corpus", "recording", "path"]):
-            ours = table.filter(pc.equal(pc.cast(table["corpus"], pa.string()), corpus))
-            ids.update(pc.unique(ours["recording"]).to_pylist())
-            paths.update(pc.unique(ours["path"]).to_pylist())
-        return ids, paths
+    def recordings(self, corpus: str, column: str) -> Iterator[str]:
+        """The `recording` or `path` of all clips of a corpus, file by file; those of a file once each."""
+        for _, table in self.columns(["corpus", column]):
+            yield from pc.unique(table.filter(pc.equal(pc.cast(table["corpus"], pa.string()), corpus))[column]).to_pylist()
 
     def _as_now(self, row: dict[str, Any], number: int) -> dict[str, Any]:
         row["number"] = number
@@ -265,13 +261,13 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
     for name in missing:
         table = table.append_column(name, pa.array([""] * table.num_rows, pa.string()))
     for name in _MAY_LACK:
-        if name in schema.names:
+        if name in schema.names and (table[name].null_count or table[name].type != pa.string()):
             table = table.set_column(table.schema.get_field_index(name), name, pc.fill_null(pc.cast(table[name], pa.string()), ""))
     return table.select(schema.names).cast(schema)
 
 
-def deal(clips: pa.Table, seed: int, part: int) -> pa.Table:
-    """The clips in shard order: a shuffle of the sorted ids, so it depends on the set of clips, the seed and the part alone."""
+def deal(clips: pa.Table, seed: int, part: int) -> np.ndarray:
+    """Which clips come in which order: a shuffle of the sorted ids, so it depends on the set of clips, the seed and the part alone."""
     ids = clips["clip_id"]
     if pc.count_distinct(ids).as_py() != len(ids):
         raise ValueError("clip ids are not unique")
@@ -279,8 +275,8 @@ def deal(clips: pa.Table, seed: int, part: int) -> pa.Table:
     if pc.any(unfit).as_py():
         raise ValueError(f"{ids.filter(unfit)[0].as_py()!r} is no clip id: it names tar members, so no dots, slashes or blanks")
     rng = np.random.default_rng([seed, part] if part else seed)
-    order = pc.sort_indices(ids).to_numpy()[rng.permutation(len(ids))]
-    return clips.take(pa.array(order))
+    order: np.ndarray = pc.sort_indices(ids).to_numpy()[rng.permutation(len(ids))]
+    return order
 
 
 def write_part(root: Place, before: ClipTable, clips: pa.Table, rejected: pa.Table, seed: int, report: dict[str, Any]) -> Part:
@@ -291,18 +287,18 @@ def write_part(root: Place, before: ClipTable, clips: pa.Table, rejected: pa.Tab
         rejected: what was left out, the columns of REJECTED_SCHEMA.
     """
     number, size = len(before.parts), before.shard_size
-    dealt = deal(clips, seed, number)
+    order = deal(clips, seed, number)
     first_clip, first_shard, files = len(before), before.num_shards, []
     per_file = size * SHARDS_PER_FILE
-    for start in range(0, dealt.num_rows, per_file):
-        files.append(write_file(root, dealt.slice(start, per_file), first_shard + start // size, size))
-    twins = _twins(before, dealt)
+    for start in range(0, len(order), per_file):  # the clips may be mapped: what is in memory are those of one file
+        files.append(write_file(root, _gathered(clips, order[start : start + per_file]), first_shard + start // size, size))
+    twins = _twins(before, clips, np.argsort(order))
     return Part(
         number=number,
         first_clip=first_clip,
-        clips=dealt.num_rows,
+        clips=len(order),
         first_shard=first_shard,
-        shards=-(-dealt.num_rows // size),
+        shards=-(-len(order) // size),
         files=tuple(files),
         rejected=_keep(root, "rejected", f"{number:06d}", "parquet", _parquet(rejected)),
         withdrawn=_keep(root, "withdrawn", f"{number:06d}", "npy", _npy(twins)) if len(twins) else "",
@@ -375,8 +371,22 @@ def _npy(values: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _twins(before: ClipTable, new: pa.Table) -> np.ndarray:
-    """Training clips, old and new, whose recording is held out somewhere: equal `origin` or `content`. Ascending, not withdrawn yet."""
+def _gathered(clips: pa.Table, places: np.ndarray) -> pa.Table:
+    """The clips at these places, in their order. Arrow's own `take` copies whole columns first, which end at 2 GB."""
+    order = np.argsort(places)
+    ascending, start, parts = places[order], 0, []
+    for batch in clips.to_batches():
+        first, end = np.searchsorted(ascending, (start, start + len(batch)))
+        parts.append(batch.take(pa.array(ascending[first:end] - start)))
+        start += len(batch)
+    return pa.Table.from_batches(parts, clips.schema).combine_chunks().take(pa.array(np.argsort(order)))
+
+
+def _twins(before: ClipTable, new: pa.Table, places: np.ndarray) -> np.ndarray:
+    """Training clips, old and new, whose recording is held out somewhere: equal `origin` or `content`. Ascending, not withdrawn yet.
+
+    `places` says where each of the new ones lies among them, in shard order.
+    """
     names = ["split", "origin", "content"]
     parts = [part.set_column(0, "split", pc.cast(part["split"], pa.string())) for _, part in before.columns(names)]
     parts.append(new.select(names))
@@ -386,8 +396,8 @@ def _twins(before: ClipTable, new: pa.Table) -> np.ndarray:
         values = pc.unique(pa.chunked_array([chunk for column in held_out for chunk in column.chunks], pa.string()))
         start = 0
         for part in parts:
-            same = pc.and_(pc.equal(part["split"], "train"), pc.is_in(part[name], value_set=values))
-            found.append(start + np.flatnonzero(same.to_numpy()))
+            same = np.flatnonzero(pc.and_(pc.equal(part["split"], "train"), pc.is_in(part[name], value_set=values)).to_numpy())
+            found.append(start + (places[same] if part is parts[-1] else same))
             start += part.num_rows
     return np.setdiff1d(np.concatenate(found), before.withdrawn)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stages.audio import AudioConfig, fbank
+from stages.audio import AudioConfig, fbank, rolled
 from stages.audiomae.model import AudioMAE, AudioMAEConfig, Block, Reconstruction, SwinBlock
 from stages.base import Stage
 from stages.errors import UserError
@@ -57,9 +57,7 @@ class AudioMAEStage(Stage):
         }
 
     def losses(self, batch: dict[str, Any]) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        waveform = batch["waveform"]
-        source = torch.arange(waveform.shape[1], device=waveform.device)[None] - batch["roll"][:, None]
-        augmented = waveform.gather(1, source % waveform.shape[1]) * batch["gain"][:, None]
+        augmented = rolled(batch["waveform"], batch["roll"]) * batch["gain"][:, None]
         loss = self.model(fbank(augmented, self.audio), batch["noise"]).loss
         yield "audiomae", loss, {"reconstruction": loss}
 

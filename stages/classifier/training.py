@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.audio import LOG_FLOOR
+from stages.audio import LOG_FLOOR, rolled
 from stages.base import ClipSource, Stage
 from stages.classifier.model import Classifier, ClassifierConfig
 from stages.files import write_json
@@ -100,8 +100,7 @@ def augment(batch: Mapping[str, Tensor]) -> Tensor:
     """The batch's mels `[B, F, M]` at another level, rolled in time, with a stretch of frames and of bins silenced."""
     mel, floor = batch["mel"], math.log(LOG_FLOOR)
     frames, bins = (torch.arange(length, device=mel.device) for length in mel.shape[1:])
-    source = (frames[None] - batch["roll"][:, None]) % len(frames)
-    mel = mel.gather(1, source[..., None].expand_as(mel)) + batch["gain"][:, None, None]
+    mel = rolled(mel, batch["roll"]) + batch["gain"][:, None, None]
     first, last = batch["hide"][..., :1], batch["hide"][..., 1:]  # [B, 2, 1]
     hidden_frames = (frames >= first[:, 0]) & (frames < last[:, 0])
     hidden_bins = (bins >= first[:, 1]) & (bins < last[:, 1])

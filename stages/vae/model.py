@@ -181,6 +181,7 @@ class VAELossConfig:
     adaptive_limit: float = 1e4
     critic_start: int = 25_000  # steps; the reference writes 50,001 and counts both optimisers
     critic: PatchCriticConfig = PatchCriticConfig()
+    augment_roll: bool = False  # training sees windows rolled in time, anew in every epoch; the reference draws new excerpts instead
 
     @classmethod
     def tiny(cls) -> VAELossConfig:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stages.adversarial import balance, hinge_adversarial_loss, hinge_discriminator_loss
-from stages.audio import AudioConfig
+from stages.audio import AudioConfig, rolled
 from stages.base import Stage
 from stages.vae.model import Autoencoder, VAEConfig, VAELossConfig
 from stages.variants import Variant
@@ -48,15 +48,15 @@ class VAEStage(Stage):
         return {"discriminator": self.discriminator, "autoencoder": self.autoencoder}
 
     def example(self, clip: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Tensor]:
-        """`mel` [F, M] and the posterior's `noise` [C, F', M']."""
-        return {
-            "mel": torch.from_numpy(np.asarray(clip["mel"], np.float32)),
-            "noise": torch.from_numpy(rng.standard_normal(self.latent_shape, np.float32)),
-        }
+        """`mel` [F, M], the posterior's `noise` [C, F', M'], and the augmentation's `roll` (frames)."""
+        mel = np.asarray(clip["mel"], np.float32)
+        noise = rng.standard_normal(self.latent_shape, np.float32)
+        roll = rng.integers(len(mel)) if self.loss.augment_roll else 0
+        return {"mel": torch.from_numpy(mel), "noise": torch.from_numpy(noise), "roll": torch.tensor(int(roll))}
 
     def losses(self, batch: dict[str, Any]) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         """The critic's loss once it has started, then the autoencoder's; `batch["step"]` counts finished updates."""
-        mel = batch["mel"]
+        mel = rolled(batch["mel"], batch["roll"]) if self.loss.augment_roll else batch["mel"]
         reconstruction = self.autoencoder(mel, batch["noise"])
         decoded = reconstruction.mel.float()
         adversarial = batch["step"] >= self.loss.critic_start
