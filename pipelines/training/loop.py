@@ -166,14 +166,15 @@ class _Run:
         recipe, progress = self.recipe, self.progress
         examples, order = Examples(clips, self.stage, self.job.seed), clips.order(self.job.seed)
         batches = training_batches(examples, order, recipe, self.share, replace(progress), self.job.loader_workers)
+        measures: dict[str, float] = {}
+        sums: dict[str, Tensor] = {}
+        before, clock = progress.seconds, time.monotonic()
         if not progress.precision:
             first = next(batches)
             self._measure_precision(first)
             batches = itertools.chain([first], batches)
-        measures: dict[str, float] = {}
-        sums: dict[str, Tensor] = {}
-        before, clock = progress.seconds, time.monotonic()
-        since, last = clock, progress.step
+        since, last = time.monotonic(), progress.step
+        progress.seconds = before + since - clock
         done = self._share_done()
         while done < 1.0:
             rate = self._set_rate(done, progress.cursor // order.length)

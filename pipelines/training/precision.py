@@ -50,12 +50,12 @@ def measure(step: Callable[[str], None], device: torch.device, world: int) -> di
     going by what bf16 took, it is not tried and takes for ever.
     """
     seconds = dict.fromkeys(DTYPES, math.inf)
-    held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    held = _held(device)
     step("bf16")
-    tried = ["bf16"]
-    if _slowest([0.0 if _has_room(device, held) else 1.0], device, world) == [0.0]:
-        step("fp32")
-        tried.append("fp32")
+    full = 0.0 if _has_room(device, held) else 1.0
+    tried = ["bf16"] if any(_slowest([full], device, world)) else ["bf16", "fp32"]
+    for name in tried[1:]:
+        step(name)
     for name in TIMED * tried:  # in turns, so that what else the machine does meets both
         _await(device)
         began = time.monotonic()
@@ -91,6 +91,14 @@ def tensor_float32(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def _held(device: torch.device) -> int:
+    """Bytes that a GPU holds; the count of the most that it held begins anew."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
 
 
 def _has_room(device: torch.device, held: int) -> bool:
