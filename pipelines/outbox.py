@@ -14,6 +14,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from stages.files import write_json
 
 MOST_METRICS = 1000  # per request, MLflow's limit
@@ -57,19 +60,24 @@ class Outbox:
             yield draft
         self._send_if_there()
 
-    def image(self, picture: Any, key: str, step: int) -> None:
-        """Queue a PIL image of MLflow's series `key`."""
+    def image(self, picture: NDArray[np.uint8], key: str, step: int) -> None:
+        """Queue a picture [H, W, 3] uint8 of MLflow's series `key`."""
+        from PIL import Image
+
         with self._entry("image") as draft:
-            picture.save(draft / "image.png")
+            Image.fromarray(picture).save(draft / "image.png")
             write_json(draft / "image.json", {"key": key, "step": step, "timestamp": int(time.time() * 1000)})
         self._send_if_there()
 
     def adopt(self) -> None:
         """Take over what other processes of this run, which are gone, left on disk."""
-        for entry in sorted(self.folder.glob("*/*.*")) if self.folder else []:
-            if entry.parent != self.own and not entry.name.startswith("."):
-                with suppress(FileNotFoundError):  # another was quicker
-                    os.replace(entry, self._own_folder() / entry.name)
+        for folder in sorted(self.folder.iterdir()) if self.folder and self.folder.is_dir() else []:
+            if folder != self.own:
+                for entry in sorted(folder.glob("[0-9]*.*")):
+                    with suppress(FileNotFoundError):  # another was quicker
+                        os.replace(entry, self._own_folder() / entry.name)
+                with suppress(OSError):  # it has a draft
+                    folder.rmdir()
 
     def send(self) -> None:
         """Send everything; what cannot be sent stays."""
