@@ -142,8 +142,13 @@ def test_a_watch_names_step_and_clips_and_logs(capsys: pytest.CaptureFixture[str
 @pytest.fixture(scope="module")
 def line(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Variant]:
     """A project folder with a store, and the variant that it was made for."""
-    make_store(work := tmp_path_factory.mktemp("guards"), variant := small())
+    make_store(work := tmp_path_factory.mktemp("guards"), variant := quick(small()))
     return work, variant
+
+
+def quick(variant: Variant) -> Variant:
+    """With a VAE of few channels."""
+    return replace(variant, vae=replace(variant.vae, block_channels=(8,) * 5, norm_groups=4))
 
 
 def test_a_training_tells_of_a_spike_and_of_a_dead_critic(

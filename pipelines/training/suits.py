@@ -63,9 +63,10 @@ def expected(variant: Variant, series: str) -> dict[str, tuple[int, ...]]:
 
 def _other_weights(recipe: Mapping[str, dict[str, str]], folder: Place) -> str:
     """Which of an encoder's weights in `folder` are not those that a recipe names; "" for none."""
-    there, encoder = folder.local_copy(), recipe["encoder"]
-    places = {part: there if part == encoder else there / part for part in recipe["weights"]}
-    return ", ".join(part for part, place in places.items() if place.is_dir() and weights_hash(place) != recipe["weights"][part])
+    there = folder.local_copy()
+    # A part is a folder of the release, or the release itself under its encoder's name.
+    places = {part: there / part if (there / part).is_dir() else there for part in recipe["weights"]}
+    return ", ".join(part for part, place in places.items() if weights_hash(place) != recipe["weights"][part])
 
 
 def _sizes(shape: tuple[int, ...]) -> str:
