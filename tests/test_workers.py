@@ -23,17 +23,18 @@ from pipelines.training import precision
 from pipelines.training.checkpoint import TrainingState
 from pipelines.training.dataset import ClipDataset
 from pipelines.training.job import TrainJob
-from pipelines.training.loop import _Run
+from pipelines.training.loop import OneProcess, _Run
 from pipelines.training.sharding import shard
 from stages.base import Stage
 from stages.clap.training import ClapStage
 from stages.conditions import ClapDropout
 from stages.config import Recipe
-from stages.translator.model import build_translator
-from stages.translator.training import TranslatorStage
+from stages.translator.training import TranslatorStage, build_translator
 from stages.vae.model import PatchCriticConfig
 from stages.vae.training import VAEStage
 from stages.variants import Variant
+
+pytestmark = pytest.mark.slow  # two processes import everything
 
 CLIPS = 4
 CPU = torch.device("cpu")
@@ -106,7 +107,6 @@ def measured_time(rank: int, world: int) -> dict[str, float]:
 
 
 def everything(rank: int, world: int, store: str, prepared: Path) -> dict[str, Any]:
-    torch.set_num_threads(1)
     found: dict[str, Any] = {"clap": clap_measures(store, prepared, rank, world)}
     for label, stage, (network, batch) in (
         ("translator", "translator", translator(0.0)),
@@ -121,6 +121,7 @@ def everything(rank: int, world: int, store: str, prepared: Path) -> dict[str, A
 
 
 def worker(rank: int, world: int, store: str, prepared: Path, out: Path) -> None:
+    torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous-{world}", rank=rank, world_size=world)
     try:
@@ -137,10 +138,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     prepared = out / "prepared"
     prepared.mkdir()
     ClapStage.prepare(variant, lambda name: out, ClipDataset(store, ClapStage, ["waveform"], "train"), prepared)
-    for world in (1, 2):
-        torch.multiprocessing.spawn(worker, (world, store.root, prepared, out), nprocs=world)
-    names = ("0-of-1", "0-of-2", "1-of-2")
-    return {name: torch.load(out / f"{name}.pt", weights_only=True) for name in names}
+    torch.multiprocessing.spawn(worker, (2, store.root, prepared, out), nprocs=2)
+    alone = OneProcess()
+    try:
+        one = everything(0, 1, store.root, prepared)
+    finally:
+        alone.close()
+    return {"0-of-1": one} | {name: torch.load(out / f"{name}.pt", weights_only=True) for name in ("0-of-2", "1-of-2")}
 
 
 def apart(found: dict[str, dict[str, Any]], what: str) -> float:
