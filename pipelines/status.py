@@ -108,8 +108,9 @@ def _steps(progress: Mapping[str, Any]) -> str:
 
 
 def _first(measures: Mapping[str, float]) -> str:
-    name = next((name for name in measures if "grad_norm" not in name), "")
-    return f"{name.removeprefix('train/')} {measures[name]:.3g}" if name else ""
+    named = {name.removeprefix("train/"): value for name, value in measures.items()}
+    name = next((name for name in named if "/" not in name and not name.startswith("critic_")), "")
+    return f"{name} {named[name]:.3g}" if name else ""
 
 
 def _left(progress: Mapping[str, Any]) -> str:

@@ -10,8 +10,6 @@ import json
 import logging
 import os
 import re
-import tempfile
-import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from pipelines.outbox import Outbox
 from stages.config import to_dict
 from stages.errors import UserError
 from stages.files import Place, code_version, weights_hash
@@ -31,12 +30,10 @@ from stages.files import Place, code_version, weights_hash
 EXPERIMENT = "loa"
 RUN_KEY = "loa.run_key"
 
-_MOST_METRICS = 1000  # per request, MLflow's limit
 _MOST_PARAMS = 100
 _LONGEST_PARAM = 6000  # characters
 _LONGEST_TAG = 8000
-_FLUSH_SECONDS = 5.0
-_UNFIT_FOR_NAMES = re.compile(r"[^A-Za-z0-9_\-./ ]")
+_UNFIT_FOR_NAMES = re.compile(r"[^A-Za-z0-9_\-./ ]|\.\.")
 
 log = logging.getLogger(__name__)
 
@@ -73,20 +70,22 @@ class RunHandle:
 
     uri: str = ""
     run_id: str = ""
+    unsent: str = ""  # folder for what waits for a store that is away
 
 
 class Tracker:
     """Writes one MLflow run. As a context manager it ends the run as FINISHED, FAILED or KILLED.
 
-    Metrics are sent in batches. What a server refuses for the moment is kept and tried again; what is still waiting
-    when the tracker is closed, collected or the interpreter exits is sent then.
+    Metrics are sent in batches, sounds, pictures and files at once. What a server does not take for the moment is kept and tried
+    again; what is still waiting when the tracker is closed, collected or the interpreter exits is sent then, or left in
+    `<work>/unsent/`, from where the next call sends it.
     """
 
     def __init__(self, handle: RunHandle, owner: bool) -> None:
         self._handle, self._owner = handle, owner
         self._client = mlflow().MlflowClient(handle.uri) if handle.run_id else None
-        self._waiting = _Waiting(self._client, handle.run_id)
-        self._send_at_exit = weakref.finalize(self, self._waiting.send_quietly)
+        self._outbox = Outbox(self._client, handle.run_id, Path(handle.unsent) if handle.unsent else None)
+        self._send_at_exit = weakref.finalize(self, self._outbox.close)
 
     # ---------------------------------------------------------------------------------------------- opening and closing
 
@@ -132,8 +131,9 @@ class Tracker:
                 client.update_run(run_id, status="RUNNING")
             else:
                 run_id = client.create_run(experiment_id, run_name=name or job).info.run_id
-        tracker = cls(RunHandle(uri, run_id), owner=True)
+        tracker = cls(RunHandle(uri, run_id, str((Place.of(work) / "unsent").scratch() / run_id)), owner=True)
         tracker.tags(all_tags)
+        tracker._outbox.adopt()
         return tracker
 
     @classmethod
@@ -151,11 +151,14 @@ class Tracker:
         return self._handle
 
     def close(self, status: str = "FINISHED") -> None:
-        """Send what is waiting; the tracker that opened the run also ends it with `status`."""
-        self._waiting.send()
+        """Send what is waiting; the tracker that opened the run also sends what its workers left, and ends it with `status`."""
+        if self._owner:
+            self._outbox.adopt()
+        self._outbox.close()
         self._send_at_exit.detach()
         if self._client is not None and self._owner:
-            self._client.set_terminated(self._handle.run_id, status)
+            with never_fatal("how the run ended"):
+                self._client.set_terminated(self._handle.run_id, status)
 
     def __enter__(self) -> Tracker:
         return self
@@ -200,7 +203,7 @@ class Tracker:
         """Log numbers under slashed names ("train/loss") at a step. Buffered."""
         if self._client is None:
             return
-        self._waiting.add({_fit_name(k): float(v) for k, v in values.items()}, step)
+        self._outbox.metrics({_fit_name(k): float(v) for k, v in values.items()}, step)
 
     def audio(self, name: str, waveform: ArrayLike, rate: int, step: int = 0) -> None:
         """Keep `[T]` samples in [-1, 1] as `samples/step_…/<name>.wav`, which the UI plays."""
@@ -218,7 +221,7 @@ class Tracker:
         from pipelines import plots  # matplotlib, which most processes never need
 
         picture = plots.mel_image(np.asarray(mel, dtype=np.float32), scale=4)
-        self._client.log_image(self._handle.run_id, picture, key=f"mel/{_fit_name(name)}", step=step, synchronous=True)
+        self._outbox.image(picture, f"mel/{_fit_name(name)}", step)
 
     def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """Show a table in the UI as `<name>.json`; writing it again replaces it."""
@@ -226,6 +229,11 @@ class Tracker:
             return
         path = f"{_fit_name(name)}.json"
         self.file(path, json.dumps({"columns": list(columns), "data": [list(row) for row in rows]}, ensure_ascii=False))
+        with never_fatal(f"that {path} is a table"):
+            self._list_table(path)
+
+    def _list_table(self, path: str) -> None:
+        assert self._client is not None
         listed = json.loads(self._client.get_run(self._handle.run_id).data.tags.get("mlflow.loggedArtifacts", "[]"))
         entry = {"path": path, "type": "table"}
         if entry not in listed:
@@ -250,12 +258,10 @@ class Tracker:
     @contextmanager
     def _draft(self, path: str) -> Iterator[Path]:
         """A local file that becomes the artifact `path`."""
-        assert self._client is not None
-        folder, _, name = path.rpartition("/")
-        with tempfile.TemporaryDirectory(prefix="loa-") as temporary:
-            draft = Path(temporary) / name
+        with self._outbox.files() as folder:
+            draft = folder / path
+            draft.parent.mkdir(parents=True, exist_ok=True)
             yield draft
-            self._client.log_artifact(self._handle.run_id, str(draft), folder or None)
 
     # -------------------------------------------------------------------------------------------------------- registry
 
@@ -332,42 +338,6 @@ def never_fatal(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         log.warning("MLflow did not take %s: %s", what, str(error).splitlines()[0] if str(error) else type(error).__name__)
-
-
-class _Waiting:
-    """Metrics on their way. Lives apart from its tracker, so that a finalizer can hold it."""
-
-    def __init__(self, client: Any, run_id: str) -> None:
-        self.client, self.run_id = client, run_id
-        self.metrics: list[Any] = []
-        self.last = time.monotonic()
-        self.warned = False
-
-    def add(self, values: Mapping[str, float], step: int) -> None:
-        """Queue values, and send when there are many or the last sending was long ago."""
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        self.metrics += [Metric(name, value, now, step) for name, value in values.items()]
-        if len(self.metrics) >= _MOST_METRICS or time.monotonic() - self.last > _FLUSH_SECONDS:
-            self.send_quietly()
-
-    def send(self) -> None:
-        """Send everything; what a batch fails to send stays in the queue."""
-        self.last = time.monotonic()
-        while self.metrics:
-            self.client.log_batch(self.run_id, metrics=self.metrics[:_MOST_METRICS])
-            del self.metrics[:_MOST_METRICS]
-
-    def send_quietly(self) -> None:
-        """As `send`, but a store out of reach is only warned of, once: training is worth more than its curves."""
-        try:
-            self.send()
-            self.warned = False
-        except Exception as error:
-            if not self.warned:
-                log.warning("MLflow takes no metrics at the moment (%s); they are kept and sent later", error)
-            self.warned = True
 
 
 # --------------------------------------------------------------------------------------------------------- small things

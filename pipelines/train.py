@@ -44,6 +44,7 @@ from pipelines.training.identity import (
     run_lease,
     without_recipes,
 )
+from pipelines.training.suits import require_suitable
 from pipelines.weights import card_beside, released_folders, require_used, start_folder
 from stages import STAGES, require_stage
 from stages.config import Recipe, flat, to_dict
@@ -124,6 +125,7 @@ def train_stage(
         made_from["start"] = identified(start)
         check_begun(run, identity, made_from, accept_store)
         dataset = _training_clips(cls, variant, opened, turns)
+        require_suitable(cls, variant, opened, dataset, folders)
         card = _provenance(cls, variant, dataset, opened, folders, made_from, tracker)
         released, handle = {name: str(folder) for name, folder in folders.items()}, tracker.handle() if tracker else None
         job = TrainJob(stage, variant, opened.root, str(run), released, str(output), handle, seed, precision, loader_workers)
@@ -303,7 +305,8 @@ def _turns(context: click.Context, parameter: click.Parameter, values: tuple[str
     type=click.Choice(["auto", "fast", "bf16", "fp32"]),
     default="auto",
     show_default=True,
-    help="auto: bf16 where the device is fast at it, but fp32 for vae and vocoder, where bf16 is heard; fast: for these as well.",
+    help="auto: the faster of bf16 and fp32, by measuring some steps, but fp32 for vae and vocoder, where bf16 is heard; fast: measured "
+    "for these as well.",
 )
 @click.option(
     "--loader-workers",

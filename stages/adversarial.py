@@ -45,5 +45,16 @@ def balance(main_gradient: Tensor, adversarial_gradient: Tensor, largest: float)
     return ratio.clamp(max=largest).detach()
 
 
+def standing(real: Sequence[Tensor], fake: Sequence[Tensor], loss: Tensor, middle: float, at_chance: float) -> dict[str, Tensor]:
+    """How a critic stands, for the log and for whoever watches over it.
+
+    `critic_accuracy`: share of logits on their side of `middle`; 0.5 for a critic that says the same of everything.
+    `critic_doubt`: its loss as a share of `at_chance`, that of a critic which cannot decide; near 0 it has nothing left to learn.
+    """
+    sides = zip(real, fake, strict=True)
+    accuracy = torch.stack([0.5 * ((r > middle).float().mean() + (f <= middle).float().mean()) for r, f in sides]).mean()
+    return {"critic_accuracy": accuracy, "critic_doubt": loss.detach() / at_chance}
+
+
 def _sum(terms: Iterable[Tensor]) -> Tensor:
     return torch.stack(list(terms)).sum()

@@ -117,7 +117,9 @@ class Stage(nn.Module):
     def losses(self, batch: dict[str, Any]) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         """Yield (part, loss, logs) for every part that moves in this step; resumed after that part has been stepped.
 
-        `batch` holds stacked examples, `step` (finished updates) and `step_rng`.
+        `batch` holds stacked examples, `step` (finished updates) and `step_rng`. Where `in_pieces` is true, it is one of several
+        whose losses are asked for in turns, part by part: what a stage keeps from one yield to the next is then kept of all of
+        them at once, so it keeps no graph and computes again what the next loss needs.
         """
         raise TypeError(f"{type(self).__name__} has no losses")
 

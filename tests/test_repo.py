@@ -79,6 +79,7 @@ def test_stages_import_without_ray() -> None:
 COMMON = {
     "cluster",
     "leases",
+    "outbox",
     "plots",
     "tables",
     "tracking",

@@ -122,15 +122,6 @@ def test_changed_settings_hold_when_a_run_continues(line: tuple[Path, Variant], 
     run(tmp_path / "a", 5, weight_decay=0.0, warmup_steps=0, decay="constant")  # and back
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [("vae", None), ("vocoder", None), ("diffusion", torch.bfloat16)])
-def test_sound_is_trained_in_full_precision(stage: str, dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a device that is fast at bfloat16; told to, all stages use it."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    full, cpu = stage_class(stage).full_precision, torch.device("cpu")
-    assert loop.autocast_dtype(cpu, "auto", full) is dtype and loop.autocast_dtype(cpu, "bf16", full) is torch.bfloat16
-    assert loop.autocast_dtype(cpu, "fp32", full) is None and loop.autocast_dtype(cpu, "fast", full) is torch.bfloat16
-
-
 @pytest.mark.slow
 def test_this_process_and_ray_continue_each_others_runs(short: Callable[..., Path], tmp_path: Path, ray_cluster: object) -> None:
     short(tmp_path / "whole", 6)

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipelines import outbox
+from pipelines.outbox import Outbox
 from pipelines.page.runs import read_runs
-from pipelines.tracking import RunHandle, Tracker, _Waiting, run_key, tracking_uri
+from pipelines.tracking import RunHandle, Tracker, run_key, tracking_uri
 from stages.audio import load_audio
 from stages.errors import UserError
 
@@ -124,32 +126,101 @@ def test_a_bundle_is_registered_once(work, tmp_path):
 
 
 class Flaky:
-    """A store that refuses the first few batches."""
+    """A store that refuses the first few requests."""
 
     def __init__(self, failures):
-        self.failures, self.got = failures, []
+        self.failures, self.asked, self.got, self.files, self.images = failures, 0, [], {}, []
 
-    def log_batch(self, run_id, metrics):
+    def _answer(self):
+        self.asked += 1
         if self.failures:
             self.failures -= 1
             raise ConnectionError("away")
+
+    def log_batch(self, run_id, metrics):
+        self._answer()
         self.got += [(m.key, m.value, m.step) for m in metrics]
+
+    def log_artifacts(self, run_id, folder):
+        self._answer()
+        paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+        self.files |= {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+    def log_image(self, run_id, picture, key, step, timestamp, synchronous):
+        self._answer()
+        assert synchronous and timestamp > 0
+        self.images.append((key, step, picture.size))
+
+
+FOREVER = 10**6
 
 
 def test_metrics_wait_for_a_store_that_is_away(caplog):
-    store = Flaky(failures=2)
-    waiting = _Waiting(store, "run")
+    store = Flaky(failures=1)
+    box = Outbox(store, "run")
     for step in range(2500):
-        waiting.add({"loss": float(step)}, step)
+        box.metrics({"loss": float(step)}, step)
     assert len(caplog.records) == 1 and "away" in caplog.text
-    waiting.send()
+    assert store.asked == 1  # and is not asked again at every step
+    box.send()
     assert store.got == [("loss", float(step), step) for step in range(2500)]
+
+
+def put(box, text, step):
+    """A metric, a file and a picture."""
+    box.metrics({"loss": float(step)}, step)
+    with box.files() as folder:
+        (folder / "sounds").mkdir()
+        (folder / "sounds" / f"{step}.txt").write_text(text)
+    box.image(np.zeros((2, step, 3), np.uint8), "mel/x", step)
+
+
+def test_what_a_store_does_not_take_waits_on_disk(tmp_path, caplog):
+    """Also beyond the end of the process: the next one of the same run sends it."""
+    gone = Outbox(Flaky(FOREVER), "run", tmp_path / "unsent" / "run")
+    put(gone, "one", 1)
+    put(gone, "two", 2)
+    gone.close()
+    assert len(caplog.records) == 2 and "the next call of the same command sends it" in caplog.text
+    store = Flaky(failures=1)
+    back = Outbox(store, "run", tmp_path / "unsent" / "run")
+    back.adopt()
+    back.send_quietly()
+    assert store.files == {} and back.away
+    put(back, "three", 3)
+    back.close()
+    assert store.files == {"sounds/1.txt": b"one", "sounds/2.txt": b"two", "sounds/3.txt": b"three"}
+    assert store.images == [("mel/x", step, (step, 2)) for step in (1, 2, 3)]
+    assert sorted(store.got) == [("loss", float(step), step) for step in (1, 2, 3)]
+    assert not (tmp_path / "unsent").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_no_end(tmp_path, caplog):
+    """A worker on another machine may not reach the project's."""
+    (tmp_path / "file").write_text("")
+    store = Flaky(failures=2)
+    box = Outbox(store, "run", tmp_path / "file" / "run")
+    put(box, "one", 1)
+    box.close()
+    assert "nothing sends it by itself" in caplog.text and box.own.is_dir()
+    box.close()
+    assert store.files == {"sounds/1.txt": b"one"} and not box.own.exists()
+
+
+def test_half_an_artifact_is_never_sent(tmp_path):
+    store = Flaky(failures=0)
+    box = Outbox(store, "run", tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt), box.files() as folder:
+        (folder / "half").write_text("")
+        raise KeyboardInterrupt
+    box.close()
+    assert store.asked == 0 and not (tmp_path / "run").exists()
 
 
 def test_a_tracker_that_nobody_closed_still_sends():
     tracker = Tracker.off()
-    store = tracker._waiting.client = Flaky(failures=0)
-    tracker._waiting.add({"loss": 1.0}, 7)
+    store = tracker._outbox.client = Flaky(failures=0)
+    tracker._outbox.metrics({"loss": 1.0}, 7)
     del tracker
     assert store.got == [("loss", 1.0, 7)]
 
@@ -183,3 +254,86 @@ def test_an_unusable_store_is_named(tmp_path):
 
 def test_reading_a_folder_without_runs(tmp_path):
     assert read_runs(tmp_path) == [] and not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------------- a server that goes away and comes back
+
+
+class Server:
+    """MLflow's server in this process, at a port of its own, which can go away and come back."""
+
+    def __init__(self, folder, monkeypatch):
+        import socket
+
+        for name, value in {
+            "_MLFLOW_SERVER_FILE_STORE": f"sqlite:///{folder}/mlflow.db",
+            "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
+            "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(folder / "artifacts"),
+            "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the real three take a quarter of a minute
+        }.items():
+            monkeypatch.setenv(name, value)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.come()
+
+    def come(self):
+        from threading import Thread
+
+        from mlflow.server import app
+        from werkzeug.serving import make_server
+
+        self.server = make_server("127.0.0.1", self.port, app, threaded=True)
+        Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def go(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.mark.slow
+def test_a_training_outlives_its_server(tmp_path, monkeypatch, caplog):
+    """It is away during the first validation and back for the second one, away again from the last on; nothing is missing in the end."""
+    from dataclasses import replace
+
+    from tiny_store import make_store, small
+
+    from pipelines.train import train_stage
+    from pipelines.training.loop import _Run
+
+    variant, work = small(), tmp_path / "work"
+    make_store(work, variant)
+    recipe = replace(variant.recipes.vae, steps=6, validate_every=2, checkpoint_every=3, global_batch=2)
+    variant = replace(variant, recipes=replace(variant.recipes, vae=recipe))
+    server = Server(tmp_path, monkeypatch)
+    monkeypatch.setattr(outbox, "RETRY_SECONDS", 0.0)
+    validate = _Run._validate
+
+    def validated(self, *arguments):
+        if self.progress.step in (2, 6):
+            server.go()
+        measures = validate(self, *arguments)
+        if self.progress.step == 2:
+            server.come()
+        return measures
+
+    monkeypatch.setattr(_Run, "_validate", validated)
+    with Tracker.open(server.uri, work=work, job="train-vae") as tracker:
+        train_stage("vae", variant, work, workers=0, tracker=tracker)
+    assert (work / "stages" / "vae" / "stage.json").exists()
+    assert "MLflow takes nothing at the moment" in caplog.text and "the next call of the same command sends it" in caplog.text
+    left = sorted(path.suffix for path in (work / "unsent").glob("*/*/*"))
+    assert left == [".image", ".image", ".metrics"], left
+    server.come()
+    with Tracker.open(server.uri, work=work, job="train-vae") as tracker:
+        train_stage("vae", variant, work, workers=0, tracker=tracker)  # finished already
+    there = artifacts(tracker)
+    for step in (2, 4, 6):
+        for name in ("original", "reconstruction"):
+            assert sum(path.startswith(f"images/mel~{name}+step+{step}+") and path.endswith(".png") for path in there) == 1, there
+    history = client_of(tracker).get_metric_history(tracker.handle().run_id, "val/mel_l1")
+    assert [metric.step for metric in history] == [2, 4, 6]
+    assert client_of(tracker).get_run(tracker.handle().run_id).info.status == "FINISHED" and not (work / "unsent").exists()
+    server.go()

@@ -58,7 +58,9 @@ def test_segments_hold_sound(stage: VocoderStage) -> None:
 def make_batch(stage: VocoderStage, clips: int = 2, step: int = 0) -> dict:
     rng = np.random.default_rng(0)
     time = np.arange(5120) / 16_000
-    examples = [stage.example({"waveform": (0.4 * np.sin(2 * np.pi * f * time)).astype(np.float32)}, rng) for f in (300, 900)[:clips]]
+    examples = [
+        stage.example({"waveform": (0.4 * np.sin(2 * np.pi * f * time)).astype(np.float32)}, rng) for f in (300, 900, 500, 1500)[:clips]
+    ]
     return {name: torch.stack([e[name] for e in examples]) for name in examples[0]} | {"step": step}
 
 

@@ -29,7 +29,7 @@ from stages.files import code_version
 FILES = Path(__file__).parent  # report.html, report.css and report.js
 MOST_BYTES = 11_000_000  # of base64 sounds and spectrograms; charts and text stay below 1 MB
 MOST_PANELS = 6  # curves of one stage
-NO_CURVES = ("grad_norm", "learning_rate")
+NO_CURVES = ("grad_norm", "learning_rate", "loss/", "critic_")
 
 
 # ------------------------------------------------------------------------------------------------------------ the page

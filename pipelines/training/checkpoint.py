@@ -30,6 +30,7 @@ from stages.errors import UserError
 
 KEPT = 2  # checkpoints of a run
 COMMIT = "COMMIT"
+SETTLED = ("", "fp32", "bf16")  # precisions, as checkpoints number them
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Progress:
     cursor: int = 0  # clips consumed
     seconds: float = 0.0  # of training, over all restarts
     skipped: int = 0  # steps left out because a gradient was not finite
+    precision: str = ""  # fp32 or bf16; "" before it is settled
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -112,6 +114,7 @@ class TrainingState:
             "progress": {
                 "counts": torch.tensor([progress.step, progress.cursor, progress.skipped]),
                 "seconds": torch.tensor(progress.seconds, dtype=torch.float64),
+                "precision": torch.tensor(SETTLED.index(progress.precision)),
             },
         }
         if self.ema is not None:
@@ -218,12 +221,15 @@ def _load(folder: Path, state: TrainingState) -> None:
     averaged = any(name.startswith("ema.") for name in held)
     if not averaged:
         tensors.pop("ema", None)
+    if not any(name.startswith("progress.precision") for name in held):
+        tensors["progress"].pop("precision")  # an older loa's
     dcp.load(tensors, checkpoint_id=folder)
     for name, part in state.parts.items():
         set_model_state_dict(part, tensors["parts"][name])
         set_optimizer_state_dict(part, state.optimizers[name], tensors["optimizers"][name])
     step, cursor, skipped = tensors["progress"]["counts"].tolist()
-    state.progress = Progress(step, cursor, float(tensors["progress"]["seconds"]), skipped)
+    precision = SETTLED[int(tensors["progress"].get("precision", 0))]
+    state.progress = Progress(step, cursor, float(tensors["progress"]["seconds"]), skipped, precision)
     if state.ema is not None and not averaged:
         state.ema.restart()  # the run kept no average until now
 

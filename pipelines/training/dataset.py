@@ -168,9 +168,15 @@ def training_batches(
 
 
 def validation_batches(examples: Examples, share: Share, batch: int, limit: int) -> Iterator[dict[str, Any]]:
-    """At most `limit` batches per worker with draws that never change; workers get equally many."""
+    """At most `limit` batches per worker with draws that never change; workers get equally many.
+
+    The i-th batches of all workers are together the same clips for any number of workers (`batch` times it being equal), unless
+    there are fewer clips than one such group has: then as many as the workers can share.
+    """
     num_clips, seed, series = len(examples.clips), examples.seed, examples.stage.reads_now(None)
-    chosen = np.linspace(0, num_clips - 1, min(num_clips, limit * batch * share.world)).astype(int)
+    group = batch * share.world
+    groups = max(1, min(limit, num_clips // group))
+    chosen = np.linspace(0, num_clips - 1, min(num_clips, groups * group)).astype(int)
     count = len(chosen) // share.world
     mine = chosen[share.rank :: share.world][:count] if count else chosen
     for i in range(0, len(mine), batch):

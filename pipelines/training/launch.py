@@ -195,7 +195,8 @@ class _progress_bar:
                 if step and share:
                     bar.total = max(step, round(step / share))
                 bar.n = step
-                logs = {k.removeprefix("train/"): v for k, v in state["train"].items() if "grad_norm" not in k and "rate" not in k}
+                named = {k.removeprefix("train/"): v for k, v in state["train"].items()}
+                logs = {k: v for k, v in named.items() if "/" not in k and not k.startswith("critic_")}
                 if logs:
                     bar.set_postfix({k: f"{v:.3g}" for k, v in list(logs.items())[:4]}, refresh=False)
                 bar.update(0)

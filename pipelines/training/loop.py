@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,8 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import local_ray
@@ -27,8 +26,11 @@ from pipelines.features.store import FeatureStore
 from pipelines.tracking import Tracker
 from pipelines.training.checkpoint import EMA, Checkpoints, TrainingState, full_weights
 from pipelines.training.dataset import ClipDataset, Examples, Share, step_rng, training_batches, validation_batches
-from pipelines.training.job import PRECISIONS, TrainJob
+from pipelines.training.guards import LOSS, Watch, listed
+from pipelines.training.job import TrainJob
 from pipelines.training.order import Order
+from pipelines.training.precision import DTYPES, faster, measure, settled, tensor_float32, untouched
+from pipelines.training.sharding import shard
 from stages.base import Stage, release, stage_class
 from stages.config import Recipe, to_dict
 from stages.errors import UserError
@@ -36,7 +38,6 @@ from stages.files import write_json
 from stages.starting import start_from
 
 LOG_EVERY = 10  # steps
-SHARD_FROM = 1_000_000  # parameters; smaller blocks are gathered together with their part, one message instead of many
 NAMED = 5  # steps left out whose clips are named
 PATIENCE = 20  # steps in a row without finite gradients before the run is given up
 
@@ -71,38 +72,6 @@ class OneProcess:
             dist.destroy_process_group()
             Path(self._store).unlink(missing_ok=True)
             sys.excepthook = self._excepthook
-
-
-def autocast_dtype(device: torch.device, precision: str, full: bool = False) -> torch.dtype | None:
-    """bfloat16, or None for float32. "auto": where the device is fast at it, but not for stages of `full` precision; "fast": also there.
-
-    CPUs: only with AMX tiles. With AVX512-BF16 alone a T-UNet step took twice as long as in float32 (docs/log.md).
-    """
-    if precision not in PRECISIONS:
-        raise UserError(f"precision is {precision!r}; expected {', '.join(PRECISIONS)}")
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported()
-    else:
-        fast = torch.cpu._is_amx_tile_supported()
-    chosen = {"bf16": True, "fp32": False, "fast": fast, "auto": fast and not full}[precision]
-    return torch.bfloat16 if chosen else None
-
-
-def shard(stage: Stage, mesh: DeviceMesh) -> dict[str, nn.Module]:
-    """FSDP2: large repeated blocks one by one, innermost first, then each part."""
-    # Outputs that are views would lose their hook if someone wrote into them; nobody here does.
-    warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
-    parts = stage.parts()
-    for part in parts.values():
-        for module in reversed(list(part.modules())):
-            large = isinstance(module, stage.blocks) and sum(p.numel() for p in module.parameters()) >= SHARD_FROM
-            if module is not part and (large or isinstance(module, stage.entries)):
-                fully_shard(module, mesh=mesh)
-        # FSDP2 takes no scalars; they stay whole everywhere, which only frozen ones may.
-        scalars = {p for p in part.parameters() if p.ndim == 0}
-        assert not any(p.requires_grad for p in scalars), f"{stage.name} trains a scalar parameter; give it one dimension"
-        fully_shard(part, mesh=mesh, ignored_params=scalars)
-    return parts
 
 
 def train(job: TrainJob, workers: Workers) -> dict[str, float]:
@@ -152,7 +121,7 @@ def train(job: TrainJob, workers: Workers) -> dict[str, float]:
                 "clips": progress.cursor,
                 "seconds": round(progress.seconds, 1),
                 "skipped_steps": progress.skipped,
-                "precision": "fp32" if run.dtype is None else "bf16",
+                "precision": progress.precision,
                 "validation": measures,
                 **job.card,
             }
@@ -184,7 +153,8 @@ class _Run:
         self.job, self.recipe, self.workers, self.stage, self.state = job, job.recipe, workers, stage, state
         self.checkpoints = checkpoints
         self.progress, self.share = state.progress, Share(workers.rank, workers.world)
-        self.dtype = autocast_dtype(workers.device, job.precision, stage.full_precision)
+        self.progress.precision = settled(job.precision, stage.full_precision, self.progress.precision, self.recipe.steps)
+        self.watch = Watch(stage.name, workers.rank, workers.world)
         self.trained = {name: [p for p in part.parameters() if p.requires_grad] for name, part in state.parts.items()}
         self.stuck = dict.fromkeys(
             self.trained, 0
@@ -199,12 +169,20 @@ class _Run:
         measures: dict[str, float] = {}
         sums: dict[str, Tensor] = {}
         before, clock = progress.seconds, time.monotonic()
-        since, last = clock, progress.step
+        if not progress.precision:
+            first = next(batches)
+            self._measure_precision(first)
+            batches = itertools.chain([first], batches)
+        since, last = time.monotonic(), progress.step
+        progress.seconds = before + since - clock
         done = self._share_done()
         while done < 1.0:
             rate = self._set_rate(done, progress.cursor // order.length)
             left_out = progress.skipped
-            _add(sums, self._step(next(batches)))
+            with tensor_float32(self.workers.device):
+                logs = self._step(next(batches))
+            _add(sums, logs)
+            self.watch.add(progress.step, progress.cursor, logs)
             if progress.skipped > left_out:
                 self._name_clips(clips, order)
             progress.step += 1
@@ -213,7 +191,9 @@ class _Run:
             done = self._share_done()
             if progress.step % LOG_EVERY == 0 or done >= 1.0:
                 steps = progress.step - last
-                means = {f"train/{k}": v / steps for k, v in self._mean(sums).items()}  # waits for the device, so before the clock
+                means = {k: v / steps for k, v in self._mean(sums).items()}  # waits for the device, so before the clock
+                self.watch.look(means, lambda cursor: self._clips_at(cursor, clips, order), tracker)
+                means = {f"train/{k}": v for k, v in means.items()}
                 now = time.monotonic()
                 speed = steps * recipe.global_batch / max(now - since, 1e-9)
                 tracker.metrics(means | {"train/learning_rate": rate, "speed/clips_per_second": speed}, progress.step)
@@ -234,10 +214,13 @@ class _Run:
     def _name_clips(self, clips: ClipDataset, order: Order) -> None:
         """Say of which clips the batch consisted whose gradients were not finite, the first few times."""
         if self.workers.rank == 0 and self.progress.skipped <= NAMED:
-            turns = order.take(self.progress.cursor, self.recipe.global_batch)
-            ids = clips.table.ids(np.unique(clips.numbers[[turn.clip for turn in turns]]))
             what = f"{self.stage.name}: a gradient of step {self.progress.step} was not finite, so it moved nothing"
-            print(f"{what}; its clips: {', '.join(ids)}", file=sys.stderr)
+            print(f"{what}; its clips: {listed(self._clips_at(self.progress.cursor, clips, order))}", file=sys.stderr)
+
+    def _clips_at(self, cursor: int, clips: ClipDataset, order: Order) -> Sequence[str]:
+        """The ids of the clips of the batch that begins there."""
+        turns = order.take(cursor, self.recipe.global_batch)
+        return clips.table.ids(np.unique(clips.numbers[[turn.clip for turn in turns]]))
 
     def _require_moved(self) -> None:
         """Refuse to release what no step of this call has trained although its turn came."""
@@ -274,7 +257,25 @@ class _Run:
         return rate
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.workers.device.type, self.dtype, enabled=self.dtype is not None)
+        dtype = DTYPES[self.progress.precision]
+        return torch.autocast(self.workers.device.type, dtype, enabled=dtype is not None)
+
+    def _measure_precision(self, micro_batches: list[dict[str, Any]]) -> None:
+        """Settle it by the time that the gradients of a batch take; updates are the same in both, and are left out."""
+
+        def gradients(precision: str) -> None:
+            self.progress.precision = precision
+            streams, weights = self._begin(micro_batches)
+            while self._accumulate(streams, weights, {}) is not None:
+                self._forget_gradients()
+
+        device, world = self.workers.device, self.workers.world
+        with untouched(self.stage, device), tensor_float32(device):
+            seconds = measure(gradients, device, world)
+        self.progress.precision = faster(seconds)
+        if self.workers.rank == 0:
+            times = " and ".join(f"{value:.3g} s in {name}" for name, value in seconds.items())
+            print(f"{self.stage.name}: trains in {self.progress.precision}; gradients of a step take {times}", file=sys.stderr)
 
     def _step(self, micro_batches: list[dict[str, Any]]) -> dict[str, Tensor]:
         """One update of every part, gradients accumulated over the micro-batches; returns mean logs, on the device.
@@ -283,21 +284,26 @@ class _Run:
         critic already stepped, and the critic steps once it has the gradients of all micro-batches. So the generators that
         `losses` returns, one per micro-batch, advance in lockstep, and each part is stepped between two of their yields.
         """
-        self.stage.train()
-        torch.manual_seed(hash((self.job.seed, self.progress.step, self.workers.rank)))  # dropout repeats on resume
-        streams = []
-        for batch in micro_batches:
-            moved = {k: v.to(self.workers.device, non_blocking=True) for k, v in batch.items()}
-            moved |= {"step_rng": step_rng(self.job.seed, self.progress.step), "step": self.progress.step}
-            streams.append(self.stage.losses(moved))
-        sizes = [len(next(iter(batch.values()))) for batch in micro_batches]
-        weights = [size / sum(sizes) for size in sizes]
+        streams, weights = self._begin(micro_batches)
         logs: dict[str, Tensor] = {}
         while (part := self._accumulate(streams, weights, logs)) is not None:
             logs[f"grad_norm/{part}"] = self._update(part)
         if self.state.ema is not None:
             self.state.ema.update()
         return logs
+
+    def _begin(self, micro_batches: list[dict[str, Any]]) -> tuple[list[Losses], list[float]]:
+        """The losses of every micro-batch of a step, to be asked for, and its share of the batch."""
+        self.stage.train()
+        torch.manual_seed(hash((self.job.seed, self.progress.step, self.workers.rank)))  # dropout repeats on resume
+        streams = []
+        for batch in micro_batches:
+            moved = {k: v.to(self.workers.device, non_blocking=True) for k, v in batch.items()}
+            moved |= {"step_rng": step_rng(self.job.seed, self.progress.step), "step": self.progress.step}
+            moved |= {"in_pieces": len(micro_batches) > 1}
+            streams.append(self.stage.losses(moved))
+        sizes = [len(next(iter(batch.values()))) for batch in micro_batches]
+        return streams, [size / sum(sizes) for size in sizes]
 
     def _accumulate(self, streams: Sequence[Losses], weights: Sequence[float], logs: dict[str, Tensor]) -> str | None:
         """Gradients of the next part over all micro-batches; returns its name, or None after the last part."""
@@ -311,7 +317,7 @@ class _Run:
             if len(streams) > 1:  # workers exchange gradients once, with the last micro-batch
                 self.state.parts[part].set_requires_gradient_sync(i == len(streams) - 1)  # type: ignore[operator]
             (loss * weight).backward()
-            _add(logs, terms, weight)
+            _add(logs, {f"{LOSS}{part}": loss, **terms}, weight)
         return part
 
     def _update(self, name: str) -> Tensor:
@@ -336,9 +342,12 @@ class _Run:
                     f"up to step {self.progress.step}; "
                     f"lower --set recipes.{self.stage.name}.learning_rate (now {self.recipe.learning_rate}) or use --precision fp32"
                 )
-        for other in self.state.optimizers.values():
-            other.zero_grad(set_to_none=True)
+        self._forget_gradients()
         return norm.detach()
+
+    def _forget_gradients(self) -> None:
+        for optimizer in self.state.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
 
     def _mean(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Mean over the workers; the one place where logged values leave the device, all at once."""
@@ -358,6 +367,7 @@ class _Run:
     def _validate(self, clips: ClipDataset, tracker: Tracker) -> dict[str, float]:
         """Measures over held-out clips, and something to see and hear of the first batch."""
         self.stage.eval()
+        self._share_statistics()
         examples = Examples(clips, self.stage, self.job.seed)
         batch_size = max(1, min(self.recipe.global_batch, len(clips)) // self.workers.world)
         sums: dict[str, Tensor] = {}
@@ -385,13 +395,17 @@ class _Run:
                 tracker.spectrogram(label, array, self.progress.step)
 
     def _keep(self) -> None:
-        """Checkpoint; running statistics are averaged first, so that all workers hold the same."""
+        """Checkpoint."""
+        self._share_statistics()
+        self.checkpoints.save(self.state)
+
+    def _share_statistics(self) -> None:
+        """Average running statistics, so that all workers hold the same."""
         if self.workers.world > 1:
             for buffer in self.stage.buffers():
                 if buffer.is_floating_point() and not isinstance(buffer, DTensor):
                     dist.all_reduce(buffer)
                     buffer /= self.workers.world
-        self.checkpoints.save(self.state)
 
     def gather(self) -> dict[str, dict[str, Tensor]]:
         """The weights to release, whole, on worker 0."""

@@ -140,10 +140,12 @@ class ClapStage(Stage):
 
     @torch.no_grad()
     def validate(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """`contrast` and `accuracy` among the clips of all workers: both depend on how many there are to choose from."""
         sound, text, second = self._embed(batch)
+        sound, text = gather(sound.float()), gather(text.float())
         scale = self.towers.log_scale.exp().clamp(max=100.0)
         measures = {"contrast": contrast(sound, text, scale), "accuracy": _retrieval(sound, text)}
-        return measures if second is None else measures | {"t5_accuracy": _retrieval(sound, second)}
+        return measures if second is None else measures | {"t5_accuracy": _retrieval(sound, gather(second.float()))}
 
     def homes(self) -> dict[str, nn.Module]:
         second = {} if self.towers.second is None else {"text_encoder_2": self.towers.second.encoder}

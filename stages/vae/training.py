@@ -13,7 +13,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stages.adversarial import balance, hinge_adversarial_loss, hinge_discriminator_loss
+from stages.adversarial import balance, hinge_adversarial_loss, hinge_discriminator_loss, standing
 from stages.audio import AudioConfig, rolled
 from stages.base import Stage
 from stages.vae.model import Autoencoder, VAEConfig, VAELossConfig
@@ -57,14 +57,19 @@ class VAEStage(Stage):
     def losses(self, batch: dict[str, Any]) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         """The critic's loss once it has started, then the autoencoder's; `batch["step"]` counts finished updates."""
         mel = rolled(batch["mel"], batch["roll"]) if self.loss.augment_roll else batch["mel"]
-        reconstruction = self.autoencoder(mel, batch["noise"])
-        decoded = reconstruction.mel.float()
         adversarial = batch["step"] >= self.loss.critic_start
+        again = adversarial and batch.get("in_pieces", False)
+        with torch.set_grad_enabled(not again):
+            reconstruction = self.autoencoder(mel, batch["noise"])
         if adversarial:
-            real, fake = self.discriminator(mel), self.discriminator(decoded.detach())
+            real, fake = self.discriminator(mel), self.discriminator(reconstruction.mel.float().detach())
             loss = hinge_discriminator_loss(real, fake)
-            yield "discriminator", loss, {"discriminator": loss, "real": real.float().mean(), "fake": fake.float().mean()}
+            logs = {"discriminator": loss, "real": real.float().mean(), "fake": fake.float().mean()}
+            yield "discriminator", loss, logs | standing([real], [fake], loss, middle=0.0, at_chance=1.0)
 
+        if again:
+            reconstruction = self.autoencoder(mel, batch["noise"])
+        decoded = reconstruction.mel.float()
         absolute = (decoded - mel).abs()
         fidelity = absolute.sum() / len(mel)
         kl = kl_divergence(reconstruction.mean, reconstruction.log_variance)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.models.speecht5.modeling_speecht5 import HifiGanResidualBlock
 
-from stages.adversarial import feature_matching_loss, least_squares_adversarial_loss, least_squares_discriminator_loss
+from stages.adversarial import feature_matching_loss, least_squares_adversarial_loss, least_squares_discriminator_loss, standing
 from stages.audio import AudioConfig, log_mel, pad_or_cut
 from stages.base import Stage
 from stages.errors import UserError
@@ -64,14 +64,18 @@ class VocoderStage(Stage):
         """The critics' loss once they have started, then the vocoder's; `batch["step"]` counts finished updates."""
         real = batch["segment"]
         mel = log_mel(real, self.audio)
-        fake = self.vocoder(mel).float()[:, : real.shape[-1]]
-        real = real[:, : fake.shape[-1]]
         adversarial = batch["step"] >= self.loss.critic_start
+        again = adversarial and batch.get("in_pieces", False)
+        with torch.set_grad_enabled(not again):
+            fake = self.vocoder(mel).float()[:, : real.shape[-1]]
+        real = real[:, : fake.shape[-1]]
         if adversarial:
             scores = self.discriminator(real).scores, self.discriminator(fake.detach()).scores
             loss = least_squares_discriminator_loss(*scores)
-            yield "discriminator", loss, {"discriminator": loss}
+            yield "discriminator", loss, {"discriminator": loss} | standing(*scores, loss, middle=0.5, at_chance=0.5 * len(scores[0]))
 
+        if again:
+            fake = self.vocoder(mel).float()[:, : real.shape[-1]]
         mel_l1 = F.l1_loss(log_mel(fake, self.audio), mel)
         loss = self.loss.mel_weight * mel_l1
         logs = {"mel_l1": mel_l1}
