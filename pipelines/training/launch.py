@@ -6,13 +6,15 @@ import json
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from options import Reservation, WorkerRange, in_this_process
 from pipelines import cluster
+from pipelines.training.identity import COMPLETE
+from pipelines.training.shared import require_shared
 from stages.errors import UserError
-from stages.files import whole_folder
+from stages.files import Place
+from stages.remote import filesystem
 
 if TYPE_CHECKING:
     from pipelines.training.dataset import ClipDataset
@@ -24,10 +26,12 @@ def fit(job: TrainJob, cls: type[Stage], dataset: ClipDataset, workers: WorkerRa
     """Prepare what the stage needs once, then train it in this process or on Ray."""
     for earlier in cls.builds_on(job.variant):
         job.folder(earlier)  # refuses now, not on a worker
-    prepared = Path(job.run) / "prepared"
-    if not prepared.is_dir():
-        with whole_folder(prepared) as folder:
+    prepared = Place.of(job.run) / "prepared"
+    if not (prepared / COMPLETE).exists():
+        with prepared.writing_folder(last=[COMPLETE]) as folder:
+            folder.mkdir(parents=True, exist_ok=True)
             cls.prepare(job.variant, job.folder, dataset, folder, job.start_folder())
+            (folder / COMPLETE).touch()
     with _progress_bar(job):
         if in_this_process(workers):
             _fit_here(job)
@@ -49,6 +53,8 @@ def _fit_on_ray(job: TrainJob, workers: WorkerRange, reserve: Reservation, max_f
     cluster.connect()
     pool = cluster.worker_group(workers, reserve)
     cluster.await_room(pool, f"training {job.stage}")
+    run = Place.of(job.run)
+    require_shared(run, pool)
     from ray import cloudpickle
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -82,23 +88,33 @@ def _fit_on_ray(job: TrainJob, workers: WorkerRange, reserve: Reservation, max_f
         ),
         run_config=RunConfig(
             name="ray",
-            storage_path=job.run,  # for Ray's own notes: checkpoints are the workers' (`Checkpoints`)
+            **_storage(run),  # for Ray's own notes: checkpoints are the workers' (`Checkpoints`)
             failure_config=FailureConfig(max_failures=max_failures),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
-    (Path(job.run) / REFUSED).unlink(missing_ok=True)
+    (run / REFUSED).remove()
     result = trainer.fit()
     answer = result.return_value
     if isinstance(answer, dict) and "user_error" in answer:
         raise UserError(answer["user_error"])
 
 
+def _storage(run: Place) -> dict[str, Any]:
+    """A run's folder in the words of Ray, with the filesystem that loa itself uses: Ray's own S3 takes other credentials."""
+    if run.local:
+        return {"storage_path": run.url}
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    fs, path = filesystem(run.url)
+    return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
+
+
 class _progress_bar:
     """A bar over the run's steps, fed by what its first worker leaves in the run folder."""
 
     def __init__(self, job: TrainJob) -> None:
-        self.job, self.stop = job, threading.Event()
+        self.job, self.run, self.stop = job, Place.of(job.run), threading.Event()
 
     def __enter__(self) -> None:
         self.thread = threading.Thread(target=self._show, daemon=True)
@@ -114,7 +130,7 @@ class _progress_bar:
         steps = self.job.recipe.steps
         interval = 1.0 if sys.stderr.isatty() else 15.0
         with tqdm(total=steps, desc=self.job.stage, unit="step", mininterval=interval, file=sys.stderr, dynamic_ncols=True) as bar:
-            for state in _reports(self.job):
+            for state in _reports(self.run):
                 # A run that stops by the clock has its bar stretched to that end.
                 share, step = float(state["share"]), int(state["step"])
                 if step and share:
@@ -124,16 +140,15 @@ class _progress_bar:
                 if logs:
                     bar.set_postfix({k: f"{v:.3g}" for k, v in list(logs.items())[:4]}, refresh=False)
                 bar.update(0)
-                if self.stop.wait(0.5):
+                if self.stop.wait(0.5 if self.run.local else 5.0):
                     bar.refresh()
                     return
 
 
-def _reports(job: TrainJob) -> Iterator[dict[str, Any]]:
-    """Progress of a job as its first worker last reported it; ends when the caller stops asking."""
-    path = Path(job.run) / "progress.json"
+def _reports(run: Place) -> Iterator[dict[str, Any]]:
+    """Progress of a run as its first worker last reported it; ends when the caller stops asking."""
     while True:
         try:
-            yield json.loads(path.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+            yield json.loads((run / "progress.json").read())
+        except (OSError, json.JSONDecodeError):
             yield {"step": 0, "share": 0.0, "train": {}, "val": {}}

@@ -6,7 +6,6 @@ Ray's controller imports this module as well, before every stage: it stays light
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 REFUSED = "refused.txt"  # in the run's folder: what a worker could not go on with
@@ -35,11 +34,14 @@ def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
 
     from pipelines import cluster
     from pipelines.training.loop import train
+    from pipelines.training.shared import require_seen
     from stages.errors import UserError
+    from stages.files import Place
 
     job, workers = cloudpickle.loads(config["job"]), RayWorkers()
-    if (refused := Path(job.run) / REFUSED).exists():
-        return {"user_error": refused.read_text(encoding="utf-8")}
+    if (refused := Place.of(job.run) / REFUSED).exists():
+        return {"user_error": refused.read().decode()}
+    require_seen(Place.of(job.run))
     try:
         threads, _ = cluster.given()
         torch.set_num_threads(threads)
@@ -47,5 +49,5 @@ def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
     except UserError as error:
         if workers.world == 1:
             return {"user_error": str(error)}
-        refused.write_text(str(error), encoding="utf-8")
+        refused.write(str(error).encode())
         raise
