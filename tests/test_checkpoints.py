@@ -138,14 +138,14 @@ def test_what_ends_a_training_waits_for_the_checkpoint_under_way(
 
 def die_in_mid_save(name: str, *args: Any, **kwargs: Any) -> None:
     """Train, and be killed when all files of a checkpoint are there but not its COMMIT."""
-    commit = Checkpoints._commit
+    write_json = Place.write_json
 
-    def killed(self: Checkpoints, step: str) -> None:
-        if step == name:
+    def killed(self: Place, value: Any) -> None:
+        if (self.parent.name, self.name) == (name, COMMIT):
             os.kill(os.getpid(), signal.SIGKILL)
-        commit(self, step)
+        write_json(self, value)
 
-    Checkpoints._commit = killed  # type: ignore[method-assign]
+    Place.write_json = killed  # type: ignore[method-assign]
     train(*args, **kwargs)
 
 
@@ -193,7 +193,7 @@ def save_with_a_rank_that_fails(rank: int, folder: str, failing: str) -> None:
     if failing == "part" and rank == 1:
         FsspecWriter.prepare_local_plan = lambda *_: 1 / 0  # type: ignore[method-assign, assignment]
     if failing == "commit":
-        Checkpoints._commit = lambda *_: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+        Place.write_json = lambda *_: 1 / 0  # type: ignore[method-assign, assignment, return-value]
     state.progress.step = 2
     checkpoints.save(state)
     try:

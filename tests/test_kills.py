@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -12,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from children import start_training
 from tiny_store import largest_difference, make_store, small, whole_line
 
+from options import Reservation
+from pipelines.train import train_stage
 from stages import STAGES
 from stages.base import read_card
 from stages.variants import Variant
@@ -69,6 +74,49 @@ def test_killed_trainings_release_what_undisturbed_ones_do(tmp_path: Path, round
             assert largest_difference(work / "stages" / stage, tmp_path / stage / "whole" / "stages" / stage) == 0.0
         print(f"{stage}: {dict(counts)}, killed at {' '.join(where)}, difference 0.0, {length:.1f} s undisturbed")
         assert counts
+
+
+@pytest.mark.slow
+def test_a_ray_worker_that_is_killed_is_replaced(tmp_path: Path, ray_cluster: object, rounds: Callable[[Any, Any], Any]) -> None:
+    """By Ray, without a word from anyone; with the threads of the undisturbed process it ends with the same bits."""
+    make_store(tmp_path, variant := small())
+    recipe = replace(variant.recipes.audiomae, steps=150, checkpoint_every=5, validate_every=150)
+    variant = replace(variant, recipes=replace(variant.recipes, audiomae=recipe))
+    options = {"store": str(tmp_path / "store"), "precision": "fp32"}
+    train_stage("audiomae", variant, tmp_path / "whole", workers=0, **options)
+    run, killed = tmp_path / "killed" / "runs" / "audiomae", list[str]()
+
+    def kill() -> None:
+        before = {reached(run)}
+        for _ in range(rounds(1, 3)):
+            while reached(run) in before or not (workers := ray_workers()):
+                if over.wait(0.01):
+                    return
+            before = {reached(run), reached(run).strip("+")}
+            workers[0].kill()
+            killed.append(min(before))
+
+    over = threading.Event()
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        train_stage("audiomae", variant, tmp_path / "killed", workers=1, reserve=Reservation(cpus=1), **options)
+    finally:
+        over.set()
+        killer.join()
+    print(f"a worker of Ray killed at {' '.join(killed)}")
+    assert len(killed) == rounds(1, 3)
+    assert largest_difference(tmp_path / "killed" / "stages" / "audiomae", tmp_path / "whole" / "stages" / "audiomae") == 0.0
+
+
+def ray_workers() -> list[psutil.Process]:
+    """The processes below this one in which Ray Train trains."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def reached(run: Path) -> str:

@@ -140,7 +140,7 @@ class Checkpoints:
 
     def whole(self) -> list[Place]:
         """Those that can be continued from, the newest first; the same on all workers."""
-        return [self.run / name for name in self._by_first(self._whole_names)]
+        return self._by_first(lambda: whole_checkpoints(self.run))
 
     def save(self, state: TrainingState) -> None:
         """Begin to write one, of the state as it is now, once the one before is whole; older ones go when this one is.
@@ -167,23 +167,15 @@ class Checkpoints:
 
         Raises UserError when none can.
         """
+        cause = ""
         for folder in folders:
             try:
                 self._load(folder, state)
                 return
             except (CheckpointException, OSError) as error:
-                warnings.warn(f"the checkpoint {folder} cannot be read ({_cause(error)}); going back to an older one", stacklevel=2)
-        raise UserError(f"no checkpoint in {self.run} can be read; start over with --fresh")
-
-    def _names(self) -> list[str]:
-        return [name for name in self.run.folders() if name.startswith("step_")]
-
-    def _whole_names(self) -> list[str]:
-        faults = {name: _fault(self.run / name) for name in reversed(self._names())}
-        for name, fault in faults.items():
-            if fault:
-                warnings.warn(f"{self.run / name} is no whole checkpoint ({fault}); going on from one that is", stacklevel=2)
-        return [name for name, fault in faults.items() if not fault]
+                cause = _cause(error)
+                warnings.warn(f"the checkpoint {folder} cannot be read ({cause}); going back to an older one", stacklevel=2)
+        raise UserError(f"no checkpoint in {self.run} can be read ({cause}); if they are damaged for good, start over with --fresh")
 
     def _write(self, name: str, tensors: dict[str, Any]) -> None:
         folder = self.run / name
@@ -192,30 +184,26 @@ class Checkpoints:
             # Without a cache of listings, in which what other workers write is missing.
             writer = FsspecWriter(folder.url, sync_files=folder.local, use_listings_cache=False)
             dcp.save(tensors, storage_writer=writer, process_group=self._group)
-            self._by_first(lambda: self._commit(name))
+            self._by_first(lambda: (folder / COMMIT).write_json(folder.list()))
+            self._by_first(lambda: self._let_go(name))
         except (CheckpointException, OSError) as error:
             kept = ""
             with suppress(OSError):
                 if self.rank == 0:
                     _discard(folder)  # the disk is not left full
-                kept = max(self._committed(), default="")
+                kept = max(_committed(self.run), default="")
             cure = "make room" if folder.local else "check it, its network and credentials"
             raise UserError(
                 f"the checkpoint {name} cannot be written to {self.run} ({_cause(error)}); {kept or 'none before it'} is there: "
                 f"{cure}, and run this again"
             ) from error
 
-    def _commit(self, name: str) -> None:
-        """Now it is one. Only it and its forerunners are kept: what lies beyond it, from before a restart, could not be continued from."""
-        folder = self.run / name
-        (folder / COMMIT).write_json(folder.list())
-        kept = [other for other in self._committed() if other <= name][-KEPT:]
-        for other in set(self._names()) - set(kept):
+    def _let_go(self, newest: str) -> None:
+        """Keep the newest ones. What lies beyond, from before a restart, could not be continued from: it is no newer one."""
+        kept = [name for name in _committed(self.run) if name <= newest][-KEPT:]
+        for name in set(_names(self.run)) - set(kept):
             with suppress(OSError):
-                _discard(self.run / other)
-
-    def _committed(self) -> list[str]:
-        return [name for name in self._names() if (self.run / name / COMMIT).exists()]
+                _discard(self.run / name)
 
     def _load(self, folder: Place, state: TrainingState) -> None:
         tensors, reader = state.tensors(), FsspecReader(folder.url, use_listings_cache=False)
@@ -232,7 +220,7 @@ class Checkpoints:
             state.ema.restart()  # the run kept no average until now
 
     def _by_first(self, work: Callable[[], T]) -> T:
-        """What the first worker makes of `work`, on all of them. Raises OSError on all of them if it fails."""
+        """What the first worker makes of `work`, on all of them. Raises UnreachableError on all of them if it fails."""
         answer: list[Any] = [None, ""]
         if self.rank == 0:
             try:
@@ -241,8 +229,25 @@ class Checkpoints:
                 answer[1] = _cause(error)
         dist.broadcast_object_list(answer, group=self._group)
         if answer[1]:
-            raise OSError(answer[1])
+            raise UnreachableError(answer[1])
         return cast(T, answer[0])
+
+
+def whole_checkpoints(run: Place) -> list[Place]:
+    """The checkpoints of a run that can be continued from, the newest first; warns of the others."""
+    faults = {name: _fault(run / name) for name in reversed(_names(run))}
+    for name, fault in faults.items():
+        if fault:
+            warnings.warn(f"{run / name} is no whole checkpoint ({fault}); going on from one that is", stacklevel=3)
+    return [run / name for name, fault in faults.items() if not fault]
+
+
+def _names(run: Place) -> list[str]:
+    return [name for name in run.folders() if name.startswith("step_")]
+
+
+def _committed(run: Place) -> list[str]:
+    return [name for name in _names(run) if (run / name / COMMIT).exists()]
 
 
 def _discard(folder: Place) -> None:
@@ -268,8 +273,8 @@ def _cause(error: BaseException) -> str:
     """The first worker's error in one line."""
     failures = getattr(error, "failures", {})
     inner = next(iter(failures.values()))[0] if failures else error
-    if isinstance(inner, OSError) and inner.errno is None and inner.args:
-        return str(inner)  # `_by_first` told which it was
+    if isinstance(inner, UnreachableError):
+        return str(inner)  # it says which error it was
     return f"{type(inner).__name__}: {inner}".splitlines()[0]
 
 

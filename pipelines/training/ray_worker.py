@@ -6,6 +6,7 @@ Ray's controller imports this module as well, before every stage: it stays light
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 REFUSED = "refused.txt"  # in the run's folder: what a worker could not go on with
@@ -15,9 +16,15 @@ class RayWorkers:
     """Ray Train's world."""
 
     def __init__(self) -> None:
+        import psutil
         import ray.train
         import ray.train.torch
 
+        # Checkpoints are written over gloo beside NCCL, too. Unasked it takes the address of the machine's name, often a loopback.
+        address = ray.util.get_node_ip_address()
+        for interface, addresses in psutil.net_if_addrs().items():
+            if address in [one.address for one in addresses]:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
