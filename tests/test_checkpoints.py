@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -52,6 +53,18 @@ def short(line: tuple[Path, Variant]) -> Callable[..., Place]:
     return lambda *args, **options: run(*args, **{"workers": 0, **options})
 
 
+@pytest.fixture(scope="module")
+def undisturbed(line: tuple[Path, Variant]) -> Callable[[int], Path]:
+    """What a run of so many steps releases that nothing happens to."""
+
+    @functools.cache
+    def run(steps: int) -> Path:
+        variant, store = of(line[1], steps, checkpoint_every=steps), str(line[0] / "store")
+        return train_stage("audiomae", variant, line[0] / f"whole-{steps}", store=store, workers=0).path
+
+    return run
+
+
 def committed(run: Place) -> list[str]:
     return sorted(name.split("/")[0] for name in run.tree() if name.endswith(f"/{COMMIT}"))
 
@@ -59,9 +72,10 @@ def committed(run: Place) -> list[str]:
 # ------------------------------------------------------------------------------------------- while training goes on
 
 
-def test_what_is_saved_is_the_state_of_its_step(short: Callable[..., Place], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_saved_is_the_state_of_its_step(
+    short: Callable[..., Place], undisturbed: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The writer waits until two more steps are taken; a run that continues from what it then writes equals an undisturbed one."""
-    whole = short(tmp_path / "whole", 6)
     step, write, later = loop._Run._step, Checkpoints._write, threading.Event()
     ahead = []
 
@@ -85,7 +99,7 @@ def test_what_is_saved_is_the_state_of_its_step(short: Callable[..., Place], tmp
     assert committed(run) == ["step_00000003", "step_00000006"]
     (run / "step_00000006").remove_tree()
     shutil.rmtree(tmp_path / "late" / "stages")
-    assert largest_difference(short(tmp_path / "late", 6, every=3).path, whole.path) == 0.0
+    assert largest_difference(short(tmp_path / "late", 6, every=3).path, undisturbed(6)) == 0.0
 
 
 def test_one_is_written_at_a_time_and_the_last_before_the_release(
@@ -151,7 +165,12 @@ def die_in_mid_save(name: str, *args: Any, **kwargs: Any) -> None:
 
 @pytest.mark.parametrize("where", ["disk", "s3"])
 def test_a_kill_in_mid_save_leaves_the_one_before(
-    short: Callable[..., Place], line: tuple[Path, Variant], tmp_path: Path, where: str, request: pytest.FixtureRequest
+    short: Callable[..., Place],
+    undisturbed: Callable[[int], Path],
+    line: tuple[Path, Variant],
+    tmp_path: Path,
+    where: str,
+    request: pytest.FixtureRequest,
 ) -> None:
     work = Place.of(tmp_path / "killed") if where == "disk" else Place.of(f"{request.getfixturevalue('s3')}/killed")
     options = {"store": str(line[0] / "store"), "workers": 0}
@@ -164,7 +183,7 @@ def test_a_kill_in_mid_save_leaves_the_one_before(
     with pytest.warns(UserWarning, match="step_00000004 is no whole checkpoint .it has no COMMIT.; going on from one that is"):
         ended = short(str(work), 5)
     assert committed(run) == ["step_00000004", "step_00000005"]
-    assert largest_difference(ended.local_copy(), short(tmp_path / "whole", 5).path) == 0.0
+    assert largest_difference(ended.local_copy(), undisturbed(5)) == 0.0
 
 
 def test_what_lies_beyond_a_restart_goes(short: Callable[..., Place], tmp_path: Path) -> None:
@@ -221,7 +240,7 @@ def test_all_workers_hear_of_one_that_cannot_save(tmp_path: Path, failing: str) 
 
 
 def test_a_run_on_an_object_store_goes_on_elsewhere(
-    short: Callable[..., Place], s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short: Callable[..., Place], undisturbed: Callable[[int], Path], s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Begun on a machine whose cache is lost; its newest checkpoint is a truncated object: the weights are those of an undisturbed run."""
     monkeypatch.setenv("LOA_CACHE", str(tmp_path / "cache"))
@@ -235,11 +254,11 @@ def test_a_run_on_an_object_store_goes_on_elsewhere(
     with pytest.warns(UserWarning, match="step_00000004 is no whole checkpoint .__0_0.distcp has"):
         ended = short(f"{s3}/w", 6)
     assert committed(run) == ["step_00000005", "step_00000006"] and read_card(ended, "audiomae")["clips"] == 24
-    assert largest_difference(ended.local_copy(), short(tmp_path / "whole", 6).path) == 0.0
+    assert largest_difference(ended.local_copy(), undisturbed(6)) == 0.0
 
 
 def test_an_object_store_that_goes_away_keeps_the_last_good_checkpoint(
-    short: Callable[..., Place], s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short: Callable[..., Place], undisturbed: Callable[[int], Path], s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torch.distributed.checkpoint import _fsspec_filesystem as torchs
 
@@ -256,7 +275,7 @@ def test_an_object_store_that_goes_away_keeps_the_last_good_checkpoint(
         short(tmp_path, 5, runs=f"{s3}/runs")
     monkeypatch.undo()
     short(tmp_path, 5, runs=f"{s3}/runs")
-    assert largest_difference(tmp_path / "stages" / "audiomae", short(tmp_path / "whole", 5).path) == 0.0
+    assert largest_difference(tmp_path / "stages" / "audiomae", undisturbed(5)) == 0.0
 
 
 @pytest.mark.slow
