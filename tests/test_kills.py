@@ -22,7 +22,7 @@ from tiny_store import largest_difference, make_store, small, whole_line
 from options import Reservation
 from pipelines.train import train_stage
 from stages import STAGES
-from stages.base import read_card
+from stages.base import read_card, stage_class
 from stages.variants import Variant
 
 STEPS = 12  # with a checkpoint at every second, and at the third a critic
@@ -46,7 +46,7 @@ def test_killed_trainings_release_what_undisturbed_ones_do(tmp_path: Path, round
     rng = np.random.default_rng(0)
 
     def start(stage: str, work: Path) -> Any:
-        others = {name: folder for name, folder in given.items() if name != stage}
+        others = {name: given[name] for name in stage_class(stage).builds_on(variant)}
         options = {"store": str(line / "store"), "given": others, "workers": 0, "precision": "fp32"}
         return start_training(tmp_path / "log", stage, longer(variant, stage), work, **options)
 
