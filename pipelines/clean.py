@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 QUIET = 24 * 3600.0  # seconds without a change after which a draft is nobody's
 JUST_NOW = 120.0  # seconds; a training step may take as long as that
-# `whole_folder`: .vae.k3j2h1_x, .vae.k3j2h1_x.old; `replacing`: .progress.json.123.456; `OneProcess`: .step_00000100
-DRAFTS = re.compile(r"\.(?:(?P<name>[\w-]+)\.[a-z0-9_]{8}(?P<old>\.old)?|[\w.-]+\.\d+\.\d+(?:\.\w+)?|step_\d{8})")
+# `whole_folder`: .vae.k3j2h1_x, .vae.k3j2h1_x.old; `replacing`: .progress.json.123.456
+DRAFTS = re.compile(r"\.(?:(?P<name>[\w-]+)\.[a-z0-9_]{8}(?P<old>\.old)?|[\w.-]+\.\d+\.\d+(?:\.\w+)?)")
 
 
 def leftovers(work: Path, store: str | None = None, runs: bool = False, caches: bool = False) -> list[Leftover]:
@@ -98,7 +98,7 @@ def _in_use(run: Path) -> bool:
     from pipelines.leases import read_holder
     from pipelines.training.identity import run_lease
 
-    holder = read_holder(run_lease(run))
+    holder = read_holder(run_lease(Place.of(run)))
     return (holder is not None and holder.lives) or time.time() - _measured(run)[1] < JUST_NOW
 
 

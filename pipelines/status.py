@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
@@ -37,15 +36,15 @@ class StageStatus(NamedTuple):
         return list(self)
 
 
-def stage_statuses(work: Place, runs: Path | None = None) -> Iterator[StageStatus]:
+def stage_statuses(work: Place, runs: Place | None = None) -> Iterator[StageStatus]:
     """Every stage of a project in turn. Reads cards, progress and leases; opens no checkpoint.
 
     Args:
-        runs: where checkpoints lie; `<work>/runs`, or this machine's cache where `work` is behind a URL.
+        runs: where checkpoints lie; `<work>/runs` by default.
     """
     store = _store(work)
     for stage in STAGES:
-        run, card = (runs or (work / "runs").scratch()) / stage, _card(work / "stages" / stage)
+        run, card = (runs or work / "runs") / stage, _card(work / "stages" / stage)
         progress = _json(run / "progress.json")
         holder = read_holder(run_lease(run))
         if holder is not None and holder.lives:
@@ -55,7 +54,7 @@ def stage_statuses(work: Place, runs: Path | None = None) -> Iterator[StageStatu
             yield StageStatus(stage, STALE if changed else FINISHED, f"{card['steps']}", _first(card.get("validation", {})), changed)
         elif progress:
             refused = run / "refused.txt"
-            why = refused.read_text(encoding="utf-8").splitlines()[0] if refused.exists() else "the same command continues it"
+            why = refused.read().decode().splitlines()[0] if refused.exists() else "the same command continues it"
             yield StageStatus(stage, STOPPED, _steps(progress), _first(progress.get("train", {})), why)
         else:
             yield StageStatus(stage, NOTHING, "", "", "")
@@ -94,9 +93,9 @@ def _card(folder: Place) -> dict[str, Any]:
     return card
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(file: Place) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(file.read())
     except (FileNotFoundError, ValueError):
         return {}
     return content

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,7 +17,6 @@ from options import (
     PlaceType,
     Reservation,
     WorkerRange,
-    in_this_process,
     next_step,
     pairs,
     set_option,
@@ -92,7 +90,7 @@ def train_stage(
         workers, reserve: Ray Train's workers (`cluster.worker_group`); 0 trains in this process.
         crew: such workers that are there already, or will be, in place of these.
         fresh: throw an earlier run of this stage away.
-        runs: folder of its checkpoints, on a disk; `<work>/runs`, or this machine's cache where `work` is behind a URL.
+        runs: folder of its checkpoints; `<work>/runs` by default.
         turns: how often the clips of a corpus come in an epoch, by its name; once where nothing is said.
         init_from, init_allow: what its first weights are (`start_folder`, `RANDOM`), and what may be amiss (`start_from`).
         accept_store: continue an earlier run although clips were added to the store since.
@@ -106,8 +104,7 @@ def train_stage(
     from pipelines.training.launch import Crew
     from stages.base import stage_class
 
-    workers = crew.workers if crew else workers
-    run, cls = run_folder(work := Place.of(work), stage, runs, workers), stage_class(stage)
+    run, cls = run_folder(work := Place.of(work), stage, runs), stage_class(stage)
     require_used(given or {}, cls.builds_on(variant), stage)
     opened = FeatureStore.open(store or work / "store")
     opened.require_audio(variant.audio, variant.name)
@@ -128,7 +125,7 @@ def train_stage(
         require_suitable(cls, variant, opened, dataset, folders)
         card = _provenance(cls, variant, dataset, opened, folders, made_from, tracker)
         released, handle = {name: str(folder) for name, folder in folders.items()}, tracker.handle() if tracker else None
-        job = TrainJob(stage, variant, opened.root, str(run), released, str(output), handle, seed, precision, loader_workers)
+        job = TrainJob(stage, variant, opened.root, run.url, released, str(output), handle, seed, precision, loader_workers)
         job = replace(job, corpora=dataset.corpora, turns=turns, start=start and (start[0], str(start[1])), allow=tuple(init_allow))
         with nullcontext(crew) if crew else Crew(workers, reserve, max_failures) as those:
             those.train(replace(job, card=card), cls, dataset)
@@ -157,20 +154,9 @@ def _training_clips(cls: type[Stage], variant: Variant, store: FeatureStore, tur
     return dataset
 
 
-def run_folder(work: Place, stage: str, runs: str | Path | Place | None = None, workers: WorkerRange = None) -> Path:
-    """Where the checkpoints of a stage lie: on a disk that all of its workers reach.
-
-    Raises UserError when there is no such disk: checkpoints are not written to an object store.
-    """
-    if runs is None and not work.local and not in_this_process(workers) and os.environ.get("RAY_ADDRESS"):
-        raise UserError(
-            f"checkpoints of a training are not written to {work}, and the workers of a cluster need them in one place; "
-            "name a folder that all nodes share with --runs, or train on one machine, without RAY_ADDRESS"
-        )
-    folder = Place.of(runs) if runs is not None else work / "runs"
-    if runs is not None and not folder.local:
-        raise UserError(f"--runs {folder}: checkpoints are written to a disk; name a folder that all nodes share")
-    return folder.scratch() / stage
+def run_folder(work: Place, stage: str, runs: str | Path | Place | None = None) -> Place:
+    """Where the checkpoints of a stage lie; all of its workers must reach it (`require_shared`)."""
+    return (Place.of(runs) if runs is not None else work / "runs") / stage
 
 
 def _provenance(
@@ -268,10 +254,10 @@ def is_finished(output: Place, stage: str, recipe: Recipe) -> bool:
     return bool(card["steps"] >= recipe.steps or (recipe.max_seconds is not None and card["seconds"] >= recipe.max_seconds))
 
 
-def _discard(run: Path, output: Place) -> None:
+def _discard(run: Place, output: Place) -> None:
     (output / "stage.json").remove()  # first: from now on it is no release
     output.remove_tree()
-    Place.of(run).remove_tree()
+    run.remove_tree()
 
 
 def _turns(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:
@@ -296,7 +282,7 @@ def _turns(context: click.Context, parameter: click.Parameter, values: tuple[str
     "--runs",
     type=PlaceType(),
     metavar="DIR",
-    help="Disk folder of checkpoints.  [default: runs in --work, or a cache beside a URL]",
+    help="Folder or URL of checkpoints, which all nodes must reach.  [default: runs in --work]",
 )
 @worker_options
 @click.option("--seed", default=0, show_default=True, help="Seed of weights, data order and dropout.")
@@ -383,8 +369,6 @@ def main(
             click.echo(describe(resolved, stage, workers[1] if workers else None))
         return
     tracking_uri = find_tracking(work, tracking_uri)  # refused before anything is read
-    for stage in stages:
-        run_folder(work, stage, runs, workers)
     options |= {"seed": seed, "fresh": fresh, "turns": turns, "runs": runs, "given": released}
     with Crew(workers, reserve, max_failures) as crew:
         for stage in stages:

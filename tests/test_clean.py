@@ -17,7 +17,7 @@ from pipelines.train import train_stage
 from pipelines.training.checkpoint import Checkpoints, TrainingState
 from pipelines.training.identity import run_lease
 from stages.config import to_dict
-from stages.files import write_json
+from stages.files import Place, write_json
 
 
 def aged(path: Path, days: float = 2) -> Path:
@@ -166,7 +166,7 @@ def test_a_lease_of_another_host_that_beats_guards_a_run(work: Path) -> None:
     run.mkdir(parents=True)
     write_json(work / "stages" / "vae" / "stage.json", {"format": 1, "stage": "vae"})
     holder = json.loads(Holder.here("loa train vae").to_json()) | {"machine": "another", "beat": time.time()}
-    run_lease(run).write_json(holder)
+    run_lease(Place.of(run)).write_json(holder)
     aged(run)
     assert "somebody trains it" in listed(work, runs=True)["runs/vae"]
 

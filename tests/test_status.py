@@ -30,9 +30,7 @@ def test_a_stage_from_nothing_to_out_of_date(tmp_path: Path, monkeypatch: pytest
     def killed(self: Checkpoints, _: object) -> None:
         (run,) = [status for status in stage_statuses(Place.of(tmp_path)) if status.stage == "vae"]
         assert run.state == "running" and run.remark == "begins"  # nothing was logged yet
-        (self.run / "progress.json").write_text(
-            json.dumps({"step": 2, "share": 0.5, "seconds": 30.0, "train": {"train/kl": 0.25}, "val": {}})
-        )
+        (self.run / "progress.json").write_json({"step": 2, "share": 0.5, "seconds": 30.0, "train": {"train/kl": 0.25}, "val": {}})
         (run,) = [status for status in stage_statuses(Place.of(tmp_path)) if status.stage == "vae"]
         assert tuple(run) == ("vae", "running", "2 of 4", "kl 0.25", "about 30 s left")
         raise KeyboardInterrupt

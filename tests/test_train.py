@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from tiny_store import largest_difference, make_store, run_here, small, weights
+from tiny_store import largest_difference, make_store, small, weights, whole_line
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import GPT2LMHeadModel
@@ -44,17 +44,6 @@ REPO = Path(__file__).resolve().parent.parent
 def line(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Variant]:
     """A project folder in which the whole tiny line was trained for four steps a stage."""
     return whole_line(tmp_path_factory.mktemp("line"), small())
-
-
-def whole_line(work: Path, variant: Variant) -> tuple[Path, Variant]:
-    store = make_store(work, variant)
-    for stage in ("classifier", "clap", "audiomae", "vae", "vocoder"):
-        train_stage(stage, variant, work, workers=0)
-    for name in ("loa", "latent", "speech" if variant.phonemes else "text"):
-        run_here(name, store, variant, released_folders(work, {}))
-    for stage in ("translator", "diffusion", "joint"):
-        train_stage(stage, variant, work, workers=0)
-    return work, variant
 
 
 # ---------------------------------------------------------------------------------------------------------- recipes
@@ -343,7 +332,8 @@ def toy_run(recipe: Recipe, world: int = 1) -> loop._Run:
     variant = resolve("audioldm2-full", tiny=True)
     job = loop.TrainJob("vae", replace(variant, recipes=replace(variant.recipes, vae=recipe)), "", "", {}, "", precision="fp32")
     workers = SimpleNamespace(rank=0, world=world, device=torch.device("cpu"))
-    return loop._Run(job, workers, stage, TrainingState(stage.parts(), optimizers), None)  # type: ignore[arg-type]
+    checkpoints = SimpleNamespace(wait=lambda: None)
+    return loop._Run(job, workers, stage, TrainingState(stage.parts(), optimizers), checkpoints)  # type: ignore[arg-type]
 
 
 def test_generator_is_judged_by_the_critic_that_all_micro_batches_trained() -> None:

@@ -84,6 +84,21 @@ def run_here(name: str, store: FeatureStore, variant: Variant, released: Mapping
         make_shard(store, work, Unit(shard, tuple(work.series), store.shard_count(shard)), work.encode)
 
 
+def whole_line(work: Path, variant: Variant) -> tuple[Path, Variant]:
+    """A project folder in which every stage of the variant was trained, in this process."""
+    from pipelines.train import train_stage
+    from pipelines.weights import released_folders
+
+    store = make_store(work, variant)
+    for stage in ("classifier", "clap", "audiomae", "vae", "vocoder"):
+        train_stage(stage, variant, work, workers=0)
+    for name in ("loa", "latent", "speech" if variant.phonemes else "text"):
+        run_here(name, store, variant, released_folders(work, {}))
+    for stage in ("translator", "diffusion", "joint"):
+        train_stage(stage, variant, work, workers=0)
+    return work, variant
+
+
 def small(variant: str = "audioldm2-full", steps: int = 4, batch: int = 4) -> Variant:
     """The tiny twin with a handful of steps per stage."""
     tiny = resolve(variant, tiny=True)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -26,11 +26,15 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from stages.errors import UserError
+from stages.errors import UnreachableError, UserError
+from stages.files import Place
 
 KEPT = 2  # checkpoints of a run
 COMMIT = "COMMIT"
 SETTLED = ("", "fp32", "bf16")  # precisions, as checkpoints number them
+PLAIN = StagingOptions(use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False)
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -123,88 +127,152 @@ class TrainingState:
 
 
 class Checkpoints:
-    """The checkpoints of a run, which all workers write and read together, in this process or on Ray.
+    """The checkpoints of a run, which all workers write and read together, in this process or on Ray, on any filesystem of `Place`.
 
     `step_00000010/` holds what every worker wrote, and COMMIT, which comes last and names the files with their sizes. What
     has no such file, or another size, is no checkpoint; of those that are, the newest ones stay.
+
+    Saving copies the state to the memory of the host and writes the copy in a thread while training goes on, one at a time.
     """
 
-    def __init__(self, run: Path, rank: int) -> None:
-        self.run, self.rank = Path(run), rank
+    def __init__(self, run: Place, rank: int) -> None:
+        self.run, self.rank = run, rank
+        self._group = dist.new_group(backend="gloo")  # the writers' own: their messages must not meet those of the loop
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._under_way: Future[None] | None = None
 
-    def whole(self) -> list[Path]:
+    def whole(self) -> list[Place]:
         """Those that can be continued from, the newest first; the same on all workers."""
-        found: list[Any] = [None]
-        if self.rank == 0:
-            folders = sorted(self.run.glob("step_*"), reverse=True)
-            faults = {folder: _fault(folder) for folder in folders}
-            for folder, fault in faults.items():
-                if fault:
-                    warnings.warn(f"{folder} is no whole checkpoint ({fault}) and is left alone", stacklevel=2)
-            found = [[str(folder) for folder in folders if not faults[folder]]]
-        dist.broadcast_object_list(found)
-        return [Path(folder) for folder in found[0]]
+        return self._by_first(lambda: whole_checkpoints(self.run))
 
     def save(self, state: TrainingState) -> None:
-        """Write one and let older ones go.
+        """Begin to write one, of the state as it is now, once the one before is whole; older ones go when this one is.
 
-        Raises UserError when it cannot be written, the disk being full: what was there before stays.
+        Raises UserError when the one before could not be written, the disk being full: what was there before it stays.
         """
-        name = f"step_{state.progress.step:08d}"
-        draft = self.run / f".{name}"
-        if self.rank == 0:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-        dist.barrier()
-        try:
-            dcp.save(state.tensors(), checkpoint_id=draft)
-            if self.rank == 0:
-                self._commit(draft, name)
-        except (CheckpointException, OSError) as error:
-            if self.rank == 0:
-                shutil.rmtree(draft, ignore_errors=True)  # the disk is not left full
-            kept = max((path.name for path in self.run.glob("step_*")), default="none before it")
-            raise UserError(
-                f"the checkpoint {name} cannot be written to {self.run} ({_cause(error)}); {kept} is there: make room, and run this again"
-            ) from error
-        dist.barrier()
+        self.wait()
+        copy = DefaultStager(PLAIN).stage(state.tensors())
+        self._under_way = self._writer.submit(self._write, f"step_{state.progress.step:08d}", cast(dict[str, Any], copy))
 
-    def _commit(self, draft: Path, name: str) -> None:
-        sizes = {path.name: path.stat().st_size for path in sorted(draft.iterdir())}
-        with open(draft / COMMIT, "w", encoding="utf-8") as file:
-            json.dump(sizes, file)
-            file.flush()
-            os.fsync(file.fileno())
-        shutil.rmtree(self.run / name, ignore_errors=True)
-        os.replace(draft, self.run / name)
-        for old in sorted(self.run.glob("step_*"))[:-KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
+    def wait(self) -> None:
+        """Return when what `save` began is whole. Raises UserError when it cannot be written."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
 
-    def resume(self, state: TrainingState, folders: Sequence[Path]) -> None:
+    def close(self) -> None:
+        """Let the one under way come to its end, for better or worse: whoever wants to know asks `wait` before."""
+        self._writer.shutdown()
+        dist.destroy_process_group(self._group)
+
+    def resume(self, state: TrainingState, folders: Sequence[Place]) -> None:
         """Restore `state` in place from the first of `folders` that can be read, also on another number of workers.
 
         Raises UserError when none can.
         """
+        cause = ""
         for folder in folders:
             try:
-                _load(folder, state)
+                self._load(folder, state)
                 return
-            except CheckpointException as error:
-                warnings.warn(f"the checkpoint {folder} cannot be read ({_cause(error)}); going back to an older one", stacklevel=2)
-        raise UserError(f"no checkpoint in {self.run} can be read; start over with --fresh")
+            except (CheckpointException, OSError) as error:
+                cause = _cause(error)
+                warnings.warn(f"the checkpoint {folder} cannot be read ({cause}); going back to an older one", stacklevel=2)
+        raise UserError(f"no checkpoint in {self.run} can be read ({cause}); if they are damaged for good, start over with --fresh")
+
+    def _write(self, name: str, tensors: dict[str, Any]) -> None:
+        folder = self.run / name
+        try:
+            self._by_first(lambda: _discard(folder))
+            # Without a cache of listings, in which what other workers write is missing.
+            writer = FsspecWriter(folder.url, sync_files=folder.local, use_listings_cache=False)
+            dcp.save(tensors, storage_writer=writer, process_group=self._group)
+            self._by_first(lambda: (folder / COMMIT).write_json(folder.list()))
+            self._by_first(lambda: self._let_go(name))
+        except (CheckpointException, OSError) as error:
+            kept = ""
+            with suppress(OSError):
+                if self.rank == 0:
+                    _discard(folder)  # the disk is not left full
+                kept = max(_committed(self.run), default="")
+            cure = "make room" if folder.local else "check it, its network and credentials"
+            raise UserError(
+                f"the checkpoint {name} cannot be written to {self.run} ({_cause(error)}); {kept or 'none before it'} is there: "
+                f"{cure}, and run this again"
+            ) from error
+
+    def _let_go(self, newest: str) -> None:
+        """Keep the newest ones. What lies beyond, from before a restart, could not be continued from: it is no newer one."""
+        kept = [name for name in _committed(self.run) if name <= newest][-KEPT:]
+        for name in set(_names(self.run)) - set(kept):
+            with suppress(OSError):
+                _discard(self.run / name)
+
+    def _load(self, folder: Place, state: TrainingState) -> None:
+        tensors, reader = state.tensors(), FsspecReader(folder.url, use_listings_cache=False)
+        held = self._by_first(lambda: sorted(reader.read_metadata().state_dict_metadata))
+        averaged = any(name.startswith("ema.") for name in held)
+        if not averaged:
+            tensors.pop("ema", None)
+        if not any(name.startswith("progress.precision") for name in held):
+            tensors["progress"].pop("precision")  # an older loa's
+        dcp.load(tensors, storage_reader=reader, process_group=self._group)
+        for name, part in state.parts.items():
+            set_model_state_dict(part, tensors["parts"][name])
+            set_optimizer_state_dict(part, state.optimizers[name], tensors["optimizers"][name])
+        step, cursor, skipped = tensors["progress"]["counts"].tolist()
+        precision = SETTLED[int(tensors["progress"].get("precision", 0))]
+        state.progress = Progress(step, cursor, float(tensors["progress"]["seconds"]), skipped, precision)
+        if state.ema is not None and not averaged:
+            state.ema.restart()  # the run kept no average until now
+
+    def _by_first(self, work: Callable[[], T]) -> T:
+        """What the first worker makes of `work`, on all of them. Raises UnreachableError on all of them if it fails."""
+        answer: list[Any] = [None, ""]
+        if self.rank == 0:
+            try:
+                answer[0] = work()
+            except Exception as error:  # of a filesystem or of unpickling a damaged file: all workers must hear of it
+                answer[1] = _cause(error)
+        dist.broadcast_object_list(answer, group=self._group)
+        if answer[1]:
+            raise UnreachableError(answer[1])
+        return cast(T, answer[0])
 
 
-def _fault(folder: Path) -> str:
-    """What keeps a folder from being a checkpoint; "" for nothing."""
+def whole_checkpoints(run: Place) -> list[Place]:
+    """The checkpoints of a run that can be continued from, the newest first; warns of the others."""
+    faults = {name: _fault(run / name) for name in reversed(_names(run))}
+    for name, fault in faults.items():
+        if fault:
+            warnings.warn(f"{run / name} is no whole checkpoint ({fault}); going on from one that is", stacklevel=3)
+    return [run / name for name, fault in faults.items() if not fault]
+
+
+def _names(run: Place) -> list[str]:
+    return [name for name in run.folders() if name.startswith("step_")]
+
+
+def _committed(run: Place) -> list[str]:
+    return [name for name in _names(run) if (run / name / COMMIT).exists()]
+
+
+def _discard(folder: Place) -> None:
+    (folder / COMMIT).remove()  # first: from now on it is no checkpoint
+    folder.remove_tree()
+
+
+def _fault(folder: Place) -> str:
+    """What keeps a folder from being a checkpoint; "" for nothing. Raises UnreachableError."""
     try:
-        sizes = json.loads((folder / COMMIT).read_text(encoding="utf-8"))
+        sizes, there = json.loads((folder / COMMIT).read()), folder.list()
+    except UnreachableError:
+        raise
     except (OSError, ValueError):
         return f"it has no {COMMIT}"
     for name, size in sizes.items():
-        path = folder / name
-        there = path.stat().st_size if path.is_file() else None
-        if there != size:
-            return f"{name} has {there} bytes instead of {size}" if there is not None else f"{name} is missing"
+        if there.get(name) != size:
+            return f"{name} has {there[name]} bytes instead of {size}" if name in there else f"{name} is missing"
     return ""
 
 
@@ -212,26 +280,9 @@ def _cause(error: BaseException) -> str:
     """The first worker's error in one line."""
     failures = getattr(error, "failures", {})
     inner = next(iter(failures.values()))[0] if failures else error
+    if isinstance(inner, UnreachableError):
+        return str(inner)  # it says which error it was
     return f"{type(inner).__name__}: {inner}".splitlines()[0]
-
-
-def _load(folder: Path, state: TrainingState) -> None:
-    tensors = state.tensors()
-    held = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    averaged = any(name.startswith("ema.") for name in held)
-    if not averaged:
-        tensors.pop("ema", None)
-    if not any(name.startswith("progress.precision") for name in held):
-        tensors["progress"].pop("precision")  # an older loa's
-    dcp.load(tensors, checkpoint_id=folder)
-    for name, part in state.parts.items():
-        set_model_state_dict(part, tensors["parts"][name])
-        set_optimizer_state_dict(part, state.optimizers[name], tensors["optimizers"][name])
-    step, cursor, skipped = tensors["progress"]["counts"].tolist()
-    precision = SETTLED[int(tensors["progress"].get("precision", 0))]
-    state.progress = Progress(step, cursor, float(tensors["progress"]["seconds"]), skipped, precision)
-    if state.ema is not None and not averaged:
-        state.ema.restart()  # the run kept no average until now
 
 
 def full_weights(part: nn.Module) -> dict[str, Tensor]:

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from stages.config import differences, to_dict
 from stages.errors import UserError
-from stages.files import Place, digest, weights_hash, write_json
+from stages.files import Place, digest, weights_hash
 
 if TYPE_CHECKING:
     from pipelines.features.store import FeatureStore
     from stages.variants import Variant
 
 
-def run_lease(run: Path) -> Place:
+COMPLETE = "complete"  # comes last into `prepared/`
+BEGUN = "job.json"  # in the run's folder: what the run is and what it is made from
+
+
+def run_lease(run: Place) -> Place:
     """The lease of whoever trains in a run's folder: beside it, so that it outlives --fresh."""
-    return Place.of(run.with_name(f".{run.name}.lease"))
+    return run.parent / f".{run.name}.lease"
 
 
 def without_recipes(variant: Variant) -> dict[str, Any]:
     return {k: v for k, v in to_dict(variant).items() if k not in ("name", "recipes", "summary")}
 
 
-def check_same(run: Path, identity: Mapping[str, Any]) -> None:
+def check_same(run: Place, identity: Mapping[str, Any]) -> None:
     """A run folder belongs to one configuration; its recipe (steps, rates) may change between calls."""
     before, now = begun_as(run), json.loads(json.dumps(identity))
     before.pop("made_from", None)
@@ -65,11 +67,11 @@ def out_of_date(card: Mapping[str, Any], made_from: Mapping[str, Any]) -> str:
     return f"{', '.join(changed)} changed since" if changed else ""
 
 
-def check_begun(run: Path, identity: Mapping[str, Any], made_from: Mapping[str, Any], accept_store: bool) -> None:
+def check_begun(run: Place, identity: Mapping[str, Any], made_from: Mapping[str, Any], accept_store: bool) -> None:
     """A run stays with what it began from, with its clips unless the user wants otherwise. Writes down what holds now."""
     begun = begun_as(run).get("made_from", made_from)
-    if begun != made_from and not any(run.glob("step_*")):  # nothing was learned yet that could be mixed
-        shutil.rmtree(run / "prepared", ignore_errors=True)
+    if begun != made_from and not any(name.endswith("/COMMIT") for name in run.tree()):  # nothing was learned yet that could be mixed
+        (run / "prepared" / COMPLETE).remove()
         begun = made_from
     if changes := differences(begun.get("start", {}), made_from["start"]):
         raise UserError(f"{run} began with other weights ({changes}); leave --init-from out to continue it, or start over with --fresh")
@@ -85,14 +87,15 @@ def check_begun(run: Path, identity: Mapping[str, Any], made_from: Mapping[str, 
         )
     if grown:
         click.echo(f"{identity['stage']}: continues on the store as it is now; the order of its clips is a new one", err=True)
-    run.mkdir(parents=True, exist_ok=True)
-    write_json(run / "job.json", {**identity, "made_from": made_from})
+    (run / BEGUN).write_json({**identity, "made_from": made_from})
 
 
-def begun_as(run: Path) -> dict[str, Any]:
+def begun_as(run: Place) -> dict[str, Any]:
     """What a run folder says of its run; nothing where there is none."""
-    path = run / "job.json"
-    begun: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        begun: dict[str, Any] = json.loads((run / BEGUN).read())
+    except FileNotFoundError:
+        return {}
     return begun
 
 

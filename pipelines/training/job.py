@@ -22,7 +22,7 @@ class TrainJob:
     stage: str
     variant: Variant
     store: str
-    run: str  # folder of this run: checkpoints, prepared/, progress.json
+    run: str  # folder or URL of this run: checkpoints, prepared/, progress.json
     released: Mapping[str, str]  # folder or URL of every stage whose weights are available
     output: str  # where the released weights go: a folder or URL
     tracker: Any = None  # Tracker.handle() of the run this job logs to
@@ -44,7 +44,7 @@ class TrainJob:
     def folder(self, stage: str) -> Path:
         """Released weights of `stage`, on this machine. Raises UserError naming the command that makes them."""
         if stage == "prepared":
-            return Path(self.run) / "prepared"
+            return (Place.of(self.run) / "prepared").local_copy()
         if stage not in self.released:
             raise UserError(
                 f"{self.stage} needs the weights of {stage}: run `loa train {stage}` first or give them with --with {stage}=FOLDER"

@@ -6,14 +6,16 @@ import json
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from options import AS_NEEDED, Reservation, WorkerRange, in_this_process
 from pipelines import cluster
+from pipelines.training.identity import COMPLETE
+from pipelines.training.shared import require_shared
 from stages.errors import UserError
-from stages.files import whole_folder
+from stages.files import Place
+from stages.remote import filesystem
 
 if TYPE_CHECKING:
     from pipelines.training.dataset import ClipDataset
@@ -50,10 +52,12 @@ class Crew:
         """
         for earlier in cls.builds_on(job.variant):
             job.folder(earlier)  # refuses now, not on a worker
-        prepared = Path(job.run) / "prepared"
-        if not prepared.is_dir():
-            with whole_folder(prepared) as folder:
+        prepared = Place.of(job.run) / "prepared"
+        if not (prepared / COMPLETE).exists():
+            with prepared.writing_folder(last=[COMPLETE]) as folder:
+                folder.mkdir(parents=True, exist_ok=True)
                 cls.prepare(job.variant, job.folder, dataset, folder, job.start_folder())
+                (folder / COMPLETE).touch()
         with _progress_bar(job):
             if in_this_process(self.workers):
                 _train_here(job)
@@ -83,6 +87,7 @@ class _RayCrew:
         cluster.connect()
         pool = cluster.worker_group(workers, reserve)
         cluster.await_room(pool, f"training {first.stage}")
+        require_shared(run := Place.of(first.run), pool)
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -92,7 +97,7 @@ class _RayCrew:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._jobs = ray.remote(Jobs).options(num_cpus=0, scheduling_strategy=here).remote()
         self._error: BaseException | None = None
-        trainer = _trainer(pool, first.run, max_failures, self._jobs)
+        trainer = _trainer(pool, run, max_failures, self._jobs)
         self._thread = threading.Thread(target=self._fit, args=(trainer,), name="ray-train", daemon=True)
         self._thread.start()
 
@@ -109,7 +114,7 @@ class _RayCrew:
 
         from pipelines.training.ray_worker import REFUSED
 
-        (Path(job.run) / REFUSED).unlink(missing_ok=True)
+        (Place.of(job.run) / REFUSED).remove()
         number = ray.get(self._jobs.add.remote(cloudpickle.dumps(job)))  # opened by the workers alone
         answer = self._jobs.answer_to.remote(number)
         while not ray.wait([answer], timeout=0.5)[0]:
@@ -128,7 +133,7 @@ class _RayCrew:
                 self._thread.join()
 
 
-def _trainer(pool: cluster.Pool, notes: str, max_failures: int, jobs: Any) -> Any:
+def _trainer(pool: cluster.Pool, notes: Place, max_failures: int, jobs: Any) -> Any:
     """The Ray Train run of a crew; `notes` is a folder for what Ray keeps of it."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -162,18 +167,28 @@ def _trainer(pool: cluster.Pool, notes: str, max_failures: int, jobs: Any) -> An
         ),
         run_config=RunConfig(
             name="ray",
-            storage_path=notes,  # for Ray's own notes: checkpoints are the workers' (`Checkpoints`)
+            **_storage(notes),  # for Ray's own notes: checkpoints are the workers' (`Checkpoints`)
             failure_config=FailureConfig(max_failures=max_failures),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
 
 
+def _storage(run: Place) -> dict[str, Any]:
+    """A run's folder in the words of Ray, with the filesystem that loa itself uses: Ray's own S3 takes other credentials."""
+    if run.local:
+        return {"storage_path": run.url}
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    fs, path = filesystem(run.url)
+    return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
+
+
 class _progress_bar:
     """A bar over the run's steps, fed by what its first worker leaves in the run folder."""
 
     def __init__(self, job: TrainJob) -> None:
-        self.job, self.stop = job, threading.Event()
+        self.job, self.run, self.stop = job, Place.of(job.run), threading.Event()
 
     def __enter__(self) -> None:
         self.thread = threading.Thread(target=self._show, daemon=True)
@@ -189,7 +204,7 @@ class _progress_bar:
         steps = self.job.recipe.steps
         interval = 1.0 if sys.stderr.isatty() else 15.0
         with tqdm(total=steps, desc=self.job.stage, unit="step", mininterval=interval, file=sys.stderr, dynamic_ncols=True) as bar:
-            for state in _reports(self.job):
+            for state in _reports(self.run):
                 # A run that stops by the clock has its bar stretched to that end.
                 share, step = float(state["share"]), int(state["step"])
                 if step and share:
@@ -200,16 +215,15 @@ class _progress_bar:
                 if logs:
                     bar.set_postfix({k: f"{v:.3g}" for k, v in list(logs.items())[:4]}, refresh=False)
                 bar.update(0)
-                if self.stop.wait(0.5):
+                if self.stop.wait(0.5 if self.run.local else 5.0):
                     bar.refresh()
                     return
 
 
-def _reports(job: TrainJob) -> Iterator[dict[str, Any]]:
-    """Progress of a job as its first worker last reported it; ends when the caller stops asking."""
-    path = Path(job.run) / "progress.json"
+def _reports(run: Place) -> Iterator[dict[str, Any]]:
+    """Progress of a run as its first worker last reported it; ends when the caller stops asking."""
     while True:
         try:
-            yield json.loads(path.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+            yield json.loads((run / "progress.json").read())
+        except (OSError, json.JSONDecodeError):
             yield {"step": 0, "share": 0.0, "train": {}, "val": {}}

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,10 +34,11 @@ from pipelines.training.sharding import shard
 from stages.base import Stage, release, stage_class
 from stages.config import Recipe, to_dict
 from stages.errors import UserError
-from stages.files import write_json
+from stages.files import Place
 from stages.starting import start_from
 
 LOG_EVERY = 10  # steps
+TELL_EVERY = 5.0  # seconds
 NAMED = 5  # steps left out whose clips are named
 PATIENCE = 20  # steps in a row without finite gradients before the run is given up
 
@@ -79,6 +80,11 @@ def train(job: TrainJob, workers: Workers) -> dict[str, float]:
 
     Called by every worker. A run that finds a checkpoint continues from it.
     """
+    with closing(Checkpoints(Place.of(job.run), workers.rank)) as checkpoints:
+        return _train(job, workers, checkpoints)
+
+
+def _train(job: TrainJob, workers: Workers, checkpoints: Checkpoints) -> dict[str, float]:
     recipe, device = job.recipe, workers.device
     cls = stage_class(job.stage)
     series = cls.reads(job.variant)
@@ -89,7 +95,6 @@ def train(job: TrainJob, workers: Workers) -> dict[str, float]:
         held_out = clips
 
     torch.manual_seed(job.seed)  # equal first weights on every worker
-    checkpoints = Checkpoints(Path(job.run), workers.rank)
     stage, begun = cls.build(job.variant, job.folder), checkpoints.whole()
     if job.start and not begun:
         started = start_from(stage, job.start_folder() or Path(), job.start[0], job.allow)
@@ -160,6 +165,7 @@ class _Run:
             self.trained, 0
         )  # steps in a row without finite gradients, by part: a critic goes on without its generator
         self.moved = dict.fromkeys(self.trained, False)  # whether any step of this call moved the part
+        self.told = -math.inf  # when `_tell` last did
 
     def fit(self, clips: ClipDataset, held_out: ClipDataset, tracker: Tracker) -> dict[str, float]:
         """Step until the recipe is fulfilled, with everything that happens on the way."""
@@ -208,6 +214,7 @@ class _Run:
         if progress.step % recipe.checkpoint_every:
             self._keep()
         self._require_moved()
+        self.checkpoints.wait()  # nothing is released of which the last state is not kept
         self._tell({}, measures, finished=True)
         return measures
 
@@ -395,7 +402,7 @@ class _Run:
                 tracker.spectrogram(label, array, self.progress.step)
 
     def _keep(self) -> None:
-        """Checkpoint."""
+        """Begin a checkpoint."""
         self._share_statistics()
         self.checkpoints.save(self.state)
 
@@ -413,8 +420,10 @@ class _Run:
             return {name: full_weights(part) for name, part in self.state.parts.items()}
 
     def _tell(self, means: Mapping[str, float], measures: Mapping[str, float], finished: bool = False) -> None:
-        """Leave word for the driver's progress bar."""
-        if self.workers.rank == 0:
+        """Leave word for the driver's progress bar; on an object store, whose answers take a while, not at every turn."""
+        now, run = time.monotonic(), Place.of(self.job.run)
+        if self.workers.rank == 0 and (finished or run.local or now - self.told > TELL_EVERY):
+            self.told = now
             state = {
                 "step": self.progress.step,
                 "seconds": self.progress.seconds,
@@ -422,4 +431,5 @@ class _Run:
                 "train": dict(means),
                 "val": dict(measures),
             }
-            write_json(Path(self.job.run) / "progress.json", state)
+            with suppress(OSError):  # the next word will do; what must be kept is in the checkpoints
+                (run / "progress.json").write_json(state)

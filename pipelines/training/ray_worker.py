@@ -7,7 +7,7 @@ Ray's controller imports this module as well, before every stage: it stays light
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,9 +20,15 @@ class RayWorkers:
     """Ray Train's world."""
 
     def __init__(self) -> None:
+        import psutil
         import ray.train
         import ray.train.torch
 
+        # Checkpoints are written over gloo beside NCCL, too. Unasked it takes the address of the machine's name, often a loopback.
+        address = ray.util.get_node_ip_address()
+        for interface, addresses in psutil.net_if_addrs().items():
+            if address in [one.address for one in addresses]:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
@@ -99,11 +105,14 @@ def _train(job: TrainJob, workers: RayWorkers) -> str | None:
 
     from pipelines import cluster
     from pipelines.training.loop import train
+    from pipelines.training.shared import require_seen
     from stages.errors import UserError
+    from stages.files import Place
 
-    refused = Path(job.run) / REFUSED
+    refused = Place.of(job.run) / REFUSED
     if refused.exists():
-        return refused.read_text(encoding="utf-8")
+        return refused.read().decode()
+    require_seen(Place.of(job.run))
     try:
         threads, _ = cluster.given()
         torch.set_num_threads(threads)
@@ -111,6 +120,6 @@ def _train(job: TrainJob, workers: RayWorkers) -> str | None:
     except UserError as error:
         if workers.world == 1:
             return str(error)
-        refused.write_text(str(error), encoding="utf-8")
+        refused.write(str(error).encode())
         raise
     return None
