@@ -210,9 +210,9 @@ def test_what_belongs_to_a_start_comes_with_it(tmp_path: Path, bundle: Path) -> 
         assert (output.path / name / "tokenizer.json").read_bytes() == (bundle / name / "tokenizer.json").read_bytes()
 
 
-def test_tiny_translators_say_that_they_begin_with_chance(capsys: pytest.CaptureFixture[str]) -> None:
-    from pipelines.train import _start
+def test_tiny_translators_say_that_they_begin_with_chance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pipelines.training.start import start_of
 
-    assert _start(stage_class("translator"), TINY, None, {}) is None
+    assert start_of(stage_class("translator"), TINY, None, tmp_path, {}) is None
     assert "translator: begins with random weights" in capsys.readouterr().err
-    assert _start(stage_class("translator"), resolve("audioldm2-full"), "random", {}) is None
+    assert start_of(stage_class("translator"), resolve("audioldm2-full"), "random", tmp_path, {}) is None

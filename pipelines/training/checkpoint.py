@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from stages.errors import UserError
+from stages.files import digest
 
 KEPT = 2  # checkpoints of a run
 COMMIT = "COMMIT"
@@ -40,6 +42,34 @@ class Progress:
     cursor: int = 0  # clips consumed
     seconds: float = 0.0  # of training, over all restarts
     skipped: int = 0  # steps left out because a gradient was not finite
+    best: Best = field(default_factory=lambda: Best())
+
+
+@dataclass
+class Best:
+    """The best validation measure so far; lower is better."""
+
+    value: float = math.inf
+    step: int = 0  # where it was measured; 0 for nowhere
+    waited: int = 0  # measures since that were no better
+    measure: int = 0  # which measure it is of: `measure_id`
+
+    def take(self, value: float, step: int, measure: int) -> bool:
+        """Take note of a measure; returns whether it is the best so far. That of another measure is forgotten."""
+        if measure != self.measure:
+            self.value, self.step, self.waited, self.measure = math.inf, 0, 0, measure
+        if step == self.step:  # a run that was continued at its end measures once more
+            return False
+        if better := value < self.value:
+            self.value, self.step, self.waited = value, step, 0
+        else:
+            self.waited += 1
+        return better
+
+
+def measure_id(*what: str) -> int:
+    """A number for a measure by its name and the weights of its judge."""
+    return int(digest(what, 12), 16)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -113,6 +143,10 @@ class TrainingState:
                 "counts": torch.tensor([progress.step, progress.cursor, progress.skipped]),
                 "seconds": torch.tensor(progress.seconds, dtype=torch.float64),
             },
+            "best": {
+                "value": torch.tensor(progress.best.value, dtype=torch.float64),
+                "counts": torch.tensor([progress.best.step, progress.best.waited, progress.best.measure]),
+            },
         }
         if self.ema is not None:
             state["ema"] = {"average": self.ema.average, "updates": self.ema.updates}
@@ -123,24 +157,18 @@ class Checkpoints:
     """The checkpoints of a run, which all workers write and read together, in this process or on Ray.
 
     `step_00000010/` holds what every worker wrote, and COMMIT, which comes last and names the files with their sizes. What
-    has no such file, or another size, is no checkpoint; of those that are, the newest ones stay.
+    has no such file, or another size, is no checkpoint; of those that are, the newest ones stay, the best by the stage's measure,
+    and one of every `keep_every` steps.
     """
 
-    def __init__(self, run: Path, rank: int) -> None:
-        self.run, self.rank = Path(run), rank
+    def __init__(self, run: Path, rank: int, keep_every: int | None = None) -> None:
+        self.run, self.rank, self.keep_every = Path(run), rank, keep_every
 
     def whole(self) -> list[Path]:
         """Those that can be continued from, the newest first; the same on all workers."""
-        found: list[Any] = [None]
-        if self.rank == 0:
-            folders = sorted(self.run.glob("step_*"), reverse=True)
-            faults = {folder: _fault(folder) for folder in folders}
-            for folder, fault in faults.items():
-                if fault:
-                    warnings.warn(f"{folder} is no whole checkpoint ({fault}) and is left alone", stacklevel=2)
-            found = [[str(folder) for folder in folders if not faults[folder]]]
+        found: list[Any] = [[str(folder) for folder in whole_checkpoints(self.run)]] if self.rank == 0 else [None]
         dist.broadcast_object_list(found)
-        return [Path(folder) for folder in found[0]]
+        return [Path(folder) for folder in found[0] or ()]
 
     def save(self, state: TrainingState) -> None:
         """Write one and let older ones go.
@@ -157,6 +185,7 @@ class Checkpoints:
             dcp.save(state.tensors(), checkpoint_id=draft)
             if self.rank == 0:
                 self._commit(draft, name)
+                self._let_go(state.progress.best.step)
         except (CheckpointException, OSError) as error:
             if self.rank == 0:
                 shutil.rmtree(draft, ignore_errors=True)  # the disk is not left full
@@ -174,8 +203,11 @@ class Checkpoints:
             os.fsync(file.fileno())
         shutil.rmtree(self.run / name, ignore_errors=True)
         os.replace(draft, self.run / name)
-        for old in sorted(self.run.glob("step_*"))[:-KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
+
+    def _let_go(self, best: int) -> None:
+        there = {step_of(path): path for path in self.run.glob("step_*")}
+        for step in superseded(there, best, self.keep_every):
+            shutil.rmtree(there[step], ignore_errors=True)
 
     def resume(self, state: TrainingState, folders: Sequence[Path]) -> None:
         """Restore `state` in place from the first of `folders` that can be read, also on another number of workers.
@@ -189,6 +221,26 @@ class Checkpoints:
             except CheckpointException as error:
                 warnings.warn(f"the checkpoint {folder} cannot be read ({_cause(error)}); going back to an older one", stacklevel=2)
         raise UserError(f"no checkpoint in {self.run} can be read; start over with --fresh")
+
+
+def whole_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run that can be continued from, the newest first; warns of the others."""
+    folders = sorted(run.glob("step_*"), reverse=True)
+    faults = {folder: _fault(folder) for folder in folders}
+    for folder, fault in faults.items():
+        if fault:
+            warnings.warn(f"{folder} is no whole checkpoint ({fault}) and is left alone", stacklevel=3)
+    return [folder for folder in folders if not faults[folder]]
+
+
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint is of, by its name."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def superseded(steps: Collection[int], best: int, keep_every: int | None = None) -> list[int]:
+    """Of checkpoints at these steps, those that nobody needs: all but the newest `KEPT`, the best, and one of every `keep_every` steps."""
+    return [step for step in sorted(steps)[:-KEPT] if step != best and not (keep_every and step % keep_every == 0)]
 
 
 def _fault(folder: Path) -> str:
@@ -215,17 +267,36 @@ def _cause(error: BaseException) -> str:
 def _load(folder: Path, state: TrainingState) -> None:
     tensors = state.tensors()
     held = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    averaged = any(name.startswith("ema.") for name in held)
+    averaged, measured = (any(name.startswith(group) for name in held) for group in ("ema.", "best."))
     if not averaged:
         tensors.pop("ema", None)
+    if not measured:
+        tensors.pop("best")
     dcp.load(tensors, checkpoint_id=folder)
     for name, part in state.parts.items():
         set_model_state_dict(part, tensors["parts"][name])
         set_optimizer_state_dict(part, state.optimizers[name], tensors["optimizers"][name])
     step, cursor, skipped = tensors["progress"]["counts"].tolist()
-    state.progress = Progress(step, cursor, float(tensors["progress"]["seconds"]), skipped)
+    best = Best(float(tensors["best"]["value"]), *tensors["best"]["counts"].tolist()) if measured else Best()
+    state.progress = Progress(step, cursor, float(tensors["progress"]["seconds"]), skipped, best)
     if state.ema is not None and not averaged:
         state.ema.restart()  # the run kept no average until now
+
+
+def read_weights(folder: Path, parts: Mapping[str, nn.Module]) -> None:
+    """Put the weights of a checkpoint into freshly built parts in this process: the averaged ones where it keeps an average.
+
+    Raises UserError when it has others, or cannot be read.
+    """
+    try:
+        held = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        for name, part in parts.items():
+            state = part.state_dict()
+            averages = {key: f"ema.average.{name}.{key}" for key in state}
+            wanted = {averages[key] if averages[key] in held else f"parts.{name}.{key}": value for key, value in state.items()}
+            dcp.load(wanted, checkpoint_id=folder, no_dist=True)
+    except (CheckpointException, OSError, ValueError, KeyError) as error:
+        raise UserError(f"the checkpoint {folder} cannot be read as weights of this stage ({_cause(error)})") from error
 
 
 def full_weights(part: nn.Module) -> dict[str, Tensor]:

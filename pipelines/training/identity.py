@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pipelines.weights import card_beside
 from stages.config import differences, to_dict
 from stages.errors import UserError
 from stages.files import Place, digest, weights_hash, write_json
@@ -25,13 +26,13 @@ def run_lease(run: Path) -> Place:
 
 
 def without_recipes(variant: Variant) -> dict[str, Any]:
-    return {k: v for k, v in to_dict(variant).items() if k not in ("name", "recipes", "summary")}
+    return {k: v for k, v in to_dict(variant).items() if k not in ("name", "recipes", "phases", "summary")}
 
 
 def check_same(run: Path, identity: Mapping[str, Any]) -> None:
     """A run folder belongs to one configuration; its recipe (steps, rates) may change between calls."""
     before, now = begun_as(run), json.loads(json.dumps(identity))
-    before.pop("made_from", None)
+    before = {name: value for name, value in before.items() if name not in ("made_from", "epoch")}
     if before and before != now:
         raise UserError(
             f"{run} holds a run of another configuration ({differences(before, now)}); "
@@ -65,8 +66,14 @@ def out_of_date(card: Mapping[str, Any], made_from: Mapping[str, Any]) -> str:
     return f"{', '.join(changed)} changed since" if changed else ""
 
 
-def check_begun(run: Path, identity: Mapping[str, Any], made_from: Mapping[str, Any], accept_store: bool) -> None:
-    """A run stays with what it began from, with its clips unless the user wants otherwise. Writes down what holds now."""
+def check_begun(run: Path, identity: Mapping[str, Any], made_from: Mapping[str, Any], accept_store: bool, epoch: int) -> int:
+    """A run stays with what it began from, with its clips unless the user wants otherwise. Writes down what holds now.
+
+    Args:
+        epoch: clips of an epoch now.
+
+    Returns those of the run's epochs: what it began with, so that its recipe stays as long as it was.
+    """
     begun = begun_as(run).get("made_from", made_from)
     if begun != made_from and not any(run.glob("step_*")):  # nothing was learned yet that could be mixed
         shutil.rmtree(run / "prepared", ignore_errors=True)
@@ -86,7 +93,9 @@ def check_begun(run: Path, identity: Mapping[str, Any], made_from: Mapping[str, 
     if grown:
         click.echo(f"{identity['stage']}: continues on the store as it is now; the order of its clips is a new one", err=True)
     run.mkdir(parents=True, exist_ok=True)
-    write_json(run / "job.json", {**identity, "made_from": made_from})
+    epoch = begun_as(run).get("epoch", epoch)
+    write_json(run / "job.json", {**identity, "made_from": made_from, "epoch": epoch})
+    return epoch
 
 
 def begun_as(run: Path) -> dict[str, Any]:
@@ -97,5 +106,8 @@ def begun_as(run: Path) -> dict[str, Any]:
 
 
 def identified(start: tuple[str, Place] | None) -> dict[str, str]:
-    """A start by name and by content."""
-    return {} if start is None else {"from": start[0], "weights": weights_hash(start[1].local_copy())}
+    """A start by name and by content; of another run also how far that was."""
+    if start is None:
+        return {}
+    card = card_beside(start[1])
+    return {"from": start[0], "weights": weights_hash(start[1].local_copy())} | {k: card[k] for k in ("checkpoint",) if k in card}

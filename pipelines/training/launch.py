@@ -111,9 +111,10 @@ class _progress_bar:
     def _show(self) -> None:
         from tqdm import tqdm
 
-        steps = self.job.recipe.steps
+        steps, phase = self.job.recipe.steps, self.job.phase
+        title = f"{self.job.stage} {phase[0]}/{phase[1]}" if phase and phase[1] > 1 else self.job.stage
         interval = 1.0 if sys.stderr.isatty() else 15.0
-        with tqdm(total=steps, desc=self.job.stage, unit="step", mininterval=interval, file=sys.stderr, dynamic_ncols=True) as bar:
+        with tqdm(total=steps, desc=title, unit="step", mininterval=interval, file=sys.stderr, dynamic_ncols=True) as bar:
             for state in _reports(self.job):
                 # A run that stops by the clock has its bar stretched to that end.
                 share, step = float(state["share"]), int(state["step"])

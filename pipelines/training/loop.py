@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -29,6 +30,7 @@ from pipelines.training.checkpoint import EMA, Checkpoints, TrainingState, full_
 from pipelines.training.dataset import ClipDataset, Examples, Share, step_rng, training_batches, validation_batches
 from pipelines.training.job import PRECISIONS, TrainJob
 from pipelines.training.order import Order
+from pipelines.training.watch import Watch
 from stages.base import Stage, release, stage_class
 from stages.config import Recipe, to_dict
 from stages.errors import UserError
@@ -120,7 +122,7 @@ def train(job: TrainJob, workers: Workers) -> dict[str, float]:
         held_out = clips
 
     torch.manual_seed(job.seed)  # equal first weights on every worker
-    checkpoints = Checkpoints(Path(job.run), workers.rank)
+    checkpoints = Checkpoints(Path(job.run), workers.rank, recipe.keep_every)
     stage, begun = cls.build(job.variant, job.folder), checkpoints.whole()
     if job.start and not begun:
         started = start_from(stage, job.start_folder() or Path(), job.start[0], job.allow)
@@ -139,12 +141,14 @@ def train(job: TrainJob, workers: Workers) -> dict[str, float]:
     run = _Run(job, workers, stage, state, checkpoints)
     with Tracker.resume(job.tracker) if workers.rank == 0 else Tracker.off() as tracker:
         measures = run.fit(clips, held_out, tracker)
+        measures, released = run.recall(held_out, measures)
+        tracker.tags({"loa.released": json.dumps(released)})
         weights = run.gather()
         if workers.rank == 0:
             fresh = cls.build(job.variant, job.folder)
             for name, part in fresh.parts().items():
                 part.load_state_dict(weights[name])
-            progress = state.progress
+            progress = run.progress
             card = {
                 "variant": job.variant.name,
                 "config": to_dict(job.variant),
@@ -153,7 +157,10 @@ def train(job: TrainJob, workers: Workers) -> dict[str, float]:
                 "seconds": round(progress.seconds, 1),
                 "skipped_steps": progress.skipped,
                 "precision": "fp32" if run.dtype is None else "bf16",
+                "epoch": job.epoch,
+                "waited": progress.best.waited,
                 "validation": measures,
+                "released": released,
                 **job.card,
             }
             release(fresh.eval(), job.output, card)
@@ -195,12 +202,13 @@ class _Run:
         """Step until the recipe is fulfilled, with everything that happens on the way."""
         recipe, progress = self.recipe, self.progress
         examples, order = Examples(clips, self.stage, self.job.seed), clips.order(self.job.seed)
+        self.watch = Watch(self.job, self.stage.best_by, held_out, self.share, self.workers.device)
         batches = training_batches(examples, order, recipe, self.share, replace(progress), self.job.loader_workers)
         measures: dict[str, float] = {}
         sums: dict[str, Tensor] = {}
         before, clock = progress.seconds, time.monotonic()
         since, last = clock, progress.step
-        done = self._share_done()
+        done, kept = 1.0 if self.watch.gives_up(progress) else self._share_done(), True
         while done < 1.0:
             rate = self._set_rate(done, progress.cursor // order.length)
             left_out = progress.skipped
@@ -209,24 +217,25 @@ class _Run:
                 self._name_clips(clips, order)
             progress.step += 1
             progress.cursor += recipe.global_batch
-            progress.seconds = before + time.monotonic() - clock
+            progress.seconds = before + time.monotonic() - clock - self.watch.seconds
             done = self._share_done()
             if progress.step % LOG_EVERY == 0 or done >= 1.0:
                 steps = progress.step - last
                 means = {f"train/{k}": v / steps for k, v in self._mean(sums).items()}  # waits for the device, so before the clock
                 now = time.monotonic()
                 speed = steps * recipe.global_batch / max(now - since, 1e-9)
-                tracker.metrics(means | {"train/learning_rate": rate, "speed/clips_per_second": speed}, progress.step)
+                tracker.metrics(means | {"train/learning_rate": rate, "speed/clips_per_second": speed}, self._shown_step())
                 sums, since, last = {}, now, progress.step
                 self._tell(means, measures)
-            if progress.step % recipe.validate_every == 0:
-                measures = self._validate(held_out, tracker)
-            if progress.step % recipe.checkpoint_every == 0:
+            better = self._measure(held_out, tracker, measures)
+            if kept := better or progress.step % recipe.checkpoint_every == 0:
                 self._keep()
-        if progress.step % recipe.validate_every or not measures:
-            measures = self._validate(held_out, tracker)
-        if progress.step % recipe.checkpoint_every:
+            if self.watch.gives_up(progress):
+                done = 1.0
+        if not kept:
             self._keep()
+        if not measures or progress.step % recipe.validate_every or not self.watch.due(progress.step):
+            self._measure(held_out, tracker, measures, last=True)
         self._require_moved()
         self._tell({}, measures, finished=True)
         return measures
@@ -371,8 +380,32 @@ class _Run:
                 _add(sums, self.stage.validate(moved))
                 count += 1
         measures = {name: value / count for name, value in self._mean(sums).items()}
-        tracker.metrics({f"val/{k}": v for k, v in measures.items()}, self.progress.step)
+        tracker.metrics({f"val/{k}": v for k, v in measures.items()}, self._shown_step())
         return measures
+
+    def _measure(self, held_out: ClipDataset, tracker: Tracker, measures: dict[str, float], last: bool = False) -> bool:
+        """Put into `measures` what is due after this step, or everything; returns whether there is a new best to keep."""
+        if last or self.progress.step % self.recipe.validate_every == 0:
+            measures.update(self._validate(held_out, tracker))
+        if not (last or self.watch.due(self.progress.step)):
+            return False
+        with self._averaged(), self._autocast():
+            heard = self.watch.listen(self.stage)
+        tracker.metrics({f"val/{name}": value for name, value in heard.items()}, self._shown_step())
+        measures.update(heard)
+        return self.watch.take(measures, self.progress)
+
+    def recall(self, held_out: ClipDataset, measures: dict[str, float]) -> tuple[dict[str, float], dict[str, Any]]:
+        """Go back to the best weights where these are to be released; the measures of what is released, and which weights it is."""
+        step = self.watch.recall(self.progress, self.state, self.checkpoints)
+        if step != self.progress.step:
+            measures = self._validate(held_out, Tracker.off()) | {self.watch.name: self.progress.best.value}
+        released = {"by": self.job.release, "step": step, "measure": self.watch.name, "value": measures.get(self.watch.name)}
+        return measures, released
+
+    def _shown_step(self) -> int:
+        """The step in curves, which go on from phase to phase."""
+        return self.job.steps_before + self.progress.step
 
     def _listen(self, batch: dict[str, Any], tracker: Tracker) -> None:
         rate = self.job.variant.audio.sample_rate
@@ -380,9 +413,9 @@ class _Run:
             kind, _, label = name.partition("/")
             array = value.detach().float().cpu().numpy()
             if kind == "audio":
-                tracker.audio(label, array, rate, self.progress.step)
+                tracker.audio(label, array, rate, self._shown_step())
             else:
-                tracker.spectrogram(label, array, self.progress.step)
+                tracker.spectrogram(label, array, self._shown_step())
 
     def _keep(self) -> None:
         """Checkpoint; running statistics are averaged first, so that all workers hold the same."""
