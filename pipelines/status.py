@@ -46,19 +46,36 @@ def stage_statuses(work: Place, runs: Path | None = None) -> Iterator[StageStatu
     store = _store(work)
     for stage in STAGES:
         run, card = (runs or (work / "runs").scratch()) / stage, _card(work / "stages" / stage)
-        progress = _json(run / "progress.json")
         holder = read_holder(run_lease(run))
+        run, phase = _current(run)
+        progress = _json(run / "progress.json")
         if holder is not None and holder.lives:
-            yield StageStatus(stage, RUNNING, _steps(progress), _first(progress.get("train", {})), _left(progress))
+            yield StageStatus(stage, RUNNING, _steps(progress), _first(progress.get("train", {})), phase + _left(progress))
         elif card and progress.get("step", 0) <= card["steps"]:
-            changed = _changed(work, card, store)
-            yield StageStatus(stage, STALE if changed else FINISHED, f"{card['steps']}", _first(card.get("validation", {})), changed)
+            changed, measure = _changed(work, card, store), _first(card.get("validation", {}))
+            yield StageStatus(stage, STALE if changed else FINISHED, f"{card['steps']}", measure, changed or _released(card))
         elif progress:
             refused = run / "refused.txt"
             why = refused.read_text(encoding="utf-8").splitlines()[0] if refused.exists() else "the same command continues it"
-            yield StageStatus(stage, STOPPED, _steps(progress), _first(progress.get("train", {})), why)
+            yield StageStatus(stage, STOPPED, _steps(progress), _first(progress.get("train", {})), phase + why)
         else:
             yield StageStatus(stage, NOTHING, "", "", "")
+
+
+def _current(run: Path) -> tuple[Path, str]:
+    """The folder of the phase that a run is in, and which one that is: "phase 1 of 2 (gigaspeech): "; "" where there is but one."""
+    earlier = sorted(run.glob("phase_*/job.json"))
+    folder = earlier[-1].parent if earlier and not (run / "job.json").is_file() else run
+    number, count, corpora = _json(folder / "job.json").get("phase") or (1, 1, "")
+    return folder, f"phase {number} of {count} ({corpora}): " if count > 1 else ""
+
+
+def _released(card: Mapping[str, Any]) -> str:
+    """Which weights were released, where these are not the last."""
+    released = card.get("released", {"step": card["steps"]})
+    if released["step"] == card["steps"]:
+        return ""
+    return f"released: step {released['step']}, the best by {released['measure']} ({released['value']:.3g})"
 
 
 def _store(work: Place) -> FeatureStore | None:

@@ -133,7 +133,7 @@ def _phases(whole: TrainJob, cls: type[Stage], store: FeatureStore) -> list[Trai
     for number, (learnt, recipe) in enumerate(parts, 1):
         last = number == len(parts)
         variant = replace(whole.variant, recipes=replace(whole.variant.recipes, **{whole.stage: recipe}))
-        corpora = () if cls.any_corpus else _corpora_of(variant, store, learnt, last)
+        corpora = () if cls.any_corpus and whole.stage not in whole.variant.phases else _corpora_of(variant, store, learnt, last)
         release = whole.release or ("best" if recipe.max_seconds is None else "last")
         job = replace(whole, variant=variant, corpora=corpora, release=release)
         if whole.stage in whole.variant.phases:
