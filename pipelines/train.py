@@ -134,7 +134,7 @@ def _phases(whole: TrainJob, cls: type[Stage], store: FeatureStore) -> list[Trai
         last = number == len(parts)
         variant = replace(whole.variant, recipes=replace(whole.variant.recipes, **{whole.stage: recipe}))
         corpora = () if cls.any_corpus and whole.stage not in whole.variant.phases else _corpora_of(variant, store, learnt, last)
-        release = whole.release or ("best" if recipe.max_seconds is None else "last")
+        release = whole.release or ("best" if cls.best_by and recipe.max_seconds is None else "last")
         job = replace(whole, variant=variant, corpora=corpora, release=release)
         if whole.stage in whole.variant.phases:
             job = replace(job, phase=(number, len(parts), ", ".join(learnt)))

@@ -211,6 +211,7 @@ def test_training_begins_with_what_another_run_has_come_to(tmp_path: Path) -> No
     output = train_stage("audiomae", of_audiomae(2, 1e-12), tmp_path / "run", **settings)
     assert read_card(output, "audiomae")["made_from"]["start"]["checkpoint"] == "step_00000002"
     assert largest_difference(output.path, tmp_path / "two") < 1e-6
+    train_stage("audiomae", of_audiomae(2, 1e-12), tmp_path / "project", **settings)  # although that project has a release now
     released = train_stage("audiomae", of_audiomae(1, 1e-12), tmp_path / "released", init_from=str(theirs), **settings)
     assert largest_difference(released.path, theirs / "stages" / "audiomae") < 1e-6  # a project's release comes before its run
 

@@ -44,23 +44,20 @@ def start_of(
         click.echo(f"{cls.name}: begins with random weights, since those of {usual} have other sizes", err=True)
     if source in ("", RANDOM):
         return None
+    kept = Place.of(run / KEPT)
+    if any(run.glob("step_*")) and card_beside(kept).get("source") == source:
+        return source, kept  # the other run may have gone on, or away
     released = Path(source).expanduser() / "stages" / cls.name
     if (released / "stage.json").is_file():  # a project
         return source, start_folder(cls.name, str(released))
-    return source, _of_run(cls, variant, source, run, folders) or start_folder(cls.name, source)
+    if (checkpoint := _checkpoint(cls.name, source)) is not None:
+        _take(cls, variant, source, checkpoint, folders, kept)
+        return source, kept
+    return source, start_folder(cls.name, source)
 
 
-def _of_run(cls: type[Stage], variant: Variant, source: str, run: Path, folders: Mapping[str, Place]) -> Place | None:
-    """The weights of the run that `source` names, as a release; None where it names no run.
-
-    They stay in the folder of the new run: the other one may go on, or away.
-    """
-    kept = run / KEPT
-    if any(run.glob("step_*")) and card_beside(Place.of(kept)).get("source") == source:
-        return Place.of(kept)
-    checkpoint = _checkpoint(cls.name, source)
-    if checkpoint is None:
-        return None
+def _take(cls: type[Stage], variant: Variant, source: str, checkpoint: Path, folders: Mapping[str, Place], kept: Place) -> None:
+    """Copy the weights of a checkpoint to the folder `kept`, as a release."""
     from pipelines.training.checkpoint import read_weights, step_of
     from stages.base import release
 
@@ -89,7 +86,6 @@ def _of_run(cls: type[Stage], variant: Variant, source: str, run: Path, folders:
     read_weights(checkpoint, stage.parts())
     card = {"source": source, "checkpoint": checkpoint.name, "steps": step_of(checkpoint), "run": str(checkpoint.parent)}
     release(stage.eval(), kept, card)
-    return Place.of(kept)
 
 
 def _checkpoint(stage: str, source: str) -> Path | None:
