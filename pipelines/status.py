@@ -54,7 +54,7 @@ def stage_statuses(work: Place, runs: Path | None = None) -> Iterator[StageStatu
         elif card and progress.get("step", 0) <= card["steps"]:
             changed, measure = _changed(work, card, store), _first(card.get("validation", {}))
             yield StageStatus(stage, STALE if changed else FINISHED, f"{card['steps']}", measure, changed or _released(card))
-        elif progress:
+        elif progress or (run / "job.json").is_file():
             refused = run / "refused.txt"
             why = refused.read_text(encoding="utf-8").splitlines()[0] if refused.exists() else "the same command continues it"
             yield StageStatus(stage, STOPPED, _steps(progress), _first(progress.get("train", {})), phase + why)
