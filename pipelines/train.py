@@ -96,8 +96,6 @@ def train_stage(
 
     run, cls = run_folder(work := Place.of(work), stage, runs, workers), stage_class(stage)
     require_used(given or {}, cls.builds_on(variant), stage)
-    if release == "best" and not cls.best_by:
-        raise UserError(f"--release best: no measure tells the best weights of {stage}, whose critic raises every error; leave it out")
     opened = FeatureStore.open(store or work / "store")
     opened.require_audio(variant.audio, variant.name)
     output, folders = work / "stages" / stage, released_folders(work, given or {})
@@ -105,10 +103,10 @@ def train_stage(
     released, handle = {name: str(folder) for name, folder in folders.items()}, tracker.handle() if tracker else None
     whole = TrainJob(stage, variant, opened.root, str(run), released, str(output), handle, seed, precision, loader_workers)
     whole = replace(whole, turns=turns, allow=tuple(init_allow), release=release or "")
+    phases = _phases(whole, cls, opened)
     with lease(run_lease(run), f"the run of {stage} in {run}"):
         if fresh:
             _discard(run, output)
-        phases = _phases(whole, cls, opened)
         for phase in phases:
             check_same(Path(phase.run), identity_of(phase))
         now = made_from_now(cls.reads(variant), cls.builds_on(variant), opened, folders)
@@ -128,6 +126,8 @@ def _phases(whole: TrainJob, cls: type[Stage], store: FeatureStore) -> list[Trai
 
     Raises UserError when the store lacks what one of them learns from.
     """
+    if whole.release == "best" and not cls.best_by:
+        raise UserError(f"--release best: no measure tells the best weights of {whole.stage}, which has a critic; leave it out")
     parts = whole.variant.phases_of(whole.stage)
     jobs = []
     for number, (learnt, recipe) in enumerate(parts, 1):

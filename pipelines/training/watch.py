@@ -98,9 +98,8 @@ class Distance:
         for batch in validation_batches(Examples(self.clips, stage, self.seed), self.share, self.batch, self.batches):
             moved = {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
             waveforms = stage.generate(moved)
-            rows.append(self._embed(list(waveforms.nan_to_num().clamp(-1, 1).numpy())))
-            if not waveforms.isfinite().all():  # judges refuse such clips
-                rows[-1].fill_(torch.nan)
+            embedding = self._embed(list(waveforms.nan_to_num().clamp(-1, 1).numpy()))  # judges refuse what is not finite
+            rows.append(embedding if waveforms.isfinite().all() else torch.full_like(embedding, torch.nan))
         return self._gathered(rows)
 
     def _embed(self, waveforms: list[np.ndarray]) -> Tensor:
