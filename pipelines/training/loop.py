@@ -391,7 +391,8 @@ class _Run:
             return False
         with self._averaged(), self._autocast():
             heard = self.watch.listen(self.stage)
-        tracker.metrics({f"val/{name}": value for name, value in heard.items()}, self._shown_step())
+        if heard:
+            tracker.metrics({f"val/{name}": value for name, value in heard.items()}, self._shown_step())
         measures.update(heard)
         return self.watch.take(measures, self.progress)
 
