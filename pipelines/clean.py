@@ -78,7 +78,7 @@ def _drafts(work: Path) -> Iterator[Leftover]:
     """Folders and files that were being written when their writer died, by the names that `stages.files` gives them."""
     from pipelines.features.space import Leftover
 
-    for folder in (work, work / "stages", *_run_folders(work)):
+    for folder in (work, work / "stages", *_run_folders(work), *sorted((work / "runs").glob("*/phase_*"))):
         for path in sorted(folder.glob(".*")) if folder.is_dir() else ():
             if (match := DRAFTS.fullmatch(path.name)) is None:
                 continue  # .git and the like are nobody's draft

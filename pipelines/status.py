@@ -12,7 +12,7 @@ from friendly import friendly
 from options import work_option
 from pipelines.leases import read_holder
 from pipelines.tables import aligned
-from pipelines.training.identity import made_from_now, out_of_date, run_lease
+from pipelines.training.identity import BEGUN, made_from_now, out_of_date, run_lease
 from stages import STAGES
 from stages.files import Place
 
@@ -45,19 +45,36 @@ def stage_statuses(work: Place, runs: Place | None = None) -> Iterator[StageStat
     store = _store(work)
     for stage in STAGES:
         run, card = (runs or work / "runs") / stage, _card(work / "stages" / stage)
-        progress = _json(run / "progress.json")
         holder = read_holder(run_lease(run))
+        run, phase = _current(run)
+        progress = _json(run / "progress.json")
         if holder is not None and holder.lives:
-            yield StageStatus(stage, RUNNING, _steps(progress), _first(progress.get("train", {})), _left(progress))
+            yield StageStatus(stage, RUNNING, _steps(progress), _first(progress.get("train", {})), phase + _left(progress))
         elif card and progress.get("step", 0) <= card["steps"]:
-            changed = _changed(work, card, store)
-            yield StageStatus(stage, STALE if changed else FINISHED, f"{card['steps']}", _first(card.get("validation", {})), changed)
-        elif progress:
+            changed, measure = _changed(work, card, store), _first(card.get("validation", {}))
+            yield StageStatus(stage, STALE if changed else FINISHED, f"{card['steps']}", measure, changed or _released(card))
+        elif progress or (run / BEGUN).exists():
             refused = run / "refused.txt"
             why = refused.read().decode().splitlines()[0] if refused.exists() else "the same command continues it"
-            yield StageStatus(stage, STOPPED, _steps(progress), _first(progress.get("train", {})), why)
+            yield StageStatus(stage, STOPPED, _steps(progress), _first(progress.get("train", {})), phase + why)
         else:
             yield StageStatus(stage, NOTHING, "", "", "")
+
+
+def _current(run: Place) -> tuple[Place, str]:
+    """The folder of the phase that a run is in, and which one that is: "phase 1 of 2 (gigaspeech): "; "" where there is but one."""
+    earlier = [name for name in run.folders() if name.startswith("phase_") and (run / name / BEGUN).exists()]
+    folder = run / earlier[-1] if earlier and not (run / BEGUN).exists() else run
+    number, count, corpora = _json(folder / BEGUN).get("phase") or (1, 1, "")
+    return folder, f"phase {number} of {count} ({corpora}): " if count > 1 else ""
+
+
+def _released(card: Mapping[str, Any]) -> str:
+    """Which weights were released, where these are not the last."""
+    released = card.get("released", {"step": card["steps"]})
+    if released["step"] == card["steps"]:
+        return ""
+    return f"released: step {released['step']}, the best by {released['measure']} ({released['value']:.3g})"
 
 
 def _store(work: Place) -> FeatureStore | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -32,30 +31,19 @@ from pipelines.corpora import PUBLISHED
 from pipelines.leases import lease
 from pipelines.tracking import Tracker
 from pipelines.tracking import tracking_uri as find_tracking
-from pipelines.training.identity import (
-    begun_as,
-    check_begun,
-    check_same,
-    identified,
-    made_from_now,
-    out_of_date,
-    run_lease,
-    without_recipes,
-)
-from pipelines.training.suits import require_suitable
-from pipelines.weights import card_beside, released_folders, require_used, start_folder
+from pipelines.training.begin import begin, identity_of, is_done
+from pipelines.training.identity import check_same, made_from_now, run_lease
+from pipelines.weights import released_folders, require_used
 from stages import STAGES, require_stage
-from stages.config import Recipe, flat, to_dict
+from stages.config import flat, to_dict
 from stages.errors import UserError
 from stages.files import Place
-from stages.licences import inherited
 
 MOST_TURNS = 100  # of a clip in an epoch
-RANDOM = "random"  # the start that is none
 
 if TYPE_CHECKING:
     from pipelines.features.store import FeatureStore
-    from pipelines.training.dataset import ClipDataset
+    from pipelines.training.job import TrainJob
     from pipelines.training.launch import Crew
     from stages.base import Stage
     from stages.variants import Variant
@@ -82,8 +70,10 @@ def train_stage(
     accept_store: bool = False,
     init_from: str | None = None,
     init_allow: Sequence[str] = (),
+    release: str | None = None,
+    judges: Path | None = None,
 ) -> Place:
-    """Train `stage` of `variant` in the project folder `work` and release it to `<work>/stages/<stage>`.
+    """Train `stage` of `variant` in the project folder `work`, phase after phase, and release it to `<work>/stages/<stage>`.
 
     Args:
         given: folders of weights that replace stages of `work`, by stage name.
@@ -92,8 +82,10 @@ def train_stage(
         fresh: throw an earlier run of this stage away.
         runs: folder of its checkpoints; `<work>/runs` by default.
         turns: how often the clips of a corpus come in an epoch, by its name; once where nothing is said.
-        init_from, init_allow: what its first weights are (`start_folder`, `RANDOM`), and what may be amiss (`start_from`).
+        init_from, init_allow: what its first weights are (`start_of`), and what may be amiss (`start_from`).
         accept_store: continue an earlier run although clips were added to the store since.
+        release: "best" by the stage's measure, or "last"; by default the best, but the last of a training by the clock.
+        judges: folder of public judges' weights, for the distance of generated clips.
 
     Returns the folder of released weights; a run that is already finished is left as it is.
 
@@ -110,48 +102,49 @@ def train_stage(
     opened.require_audio(variant.audio, variant.name)
     output, folders = work / "stages" / stage, released_folders(work, given or {})
     turns = _known_corpora(turns or {}, opened)
-    identity = {"stage": stage, "variant": without_recipes(variant), "seed": seed, "turns": turns}
+    released, handle = {name: str(folder) for name, folder in folders.items()}, tracker.handle() if tracker else None
+    whole = TrainJob(stage, variant, opened.root, run.url, released, str(output), handle, seed, precision, loader_workers)
+    whole = replace(whole, turns=turns, allow=tuple(init_allow), release=release or "")
+    phases = _phases(whole, cls, opened)
     with lease(run_lease(run), f"the run of {stage} in {run}"):
         if fresh:
             _discard(run, output)
-        check_same(run, identity)
-        made_from = made_from_now(cls.reads(variant), cls.builds_on(variant), opened, folders)
-        if _is_done(output, stage, variant, made_from):
+        for phase in phases:
+            check_same(Place.of(phase.run), identity_of(phase))
+        now = made_from_now(cls.reads(variant), cls.builds_on(variant), opened, folders)
+        if is_done(phases[-1], now, release):
             return output
-        start = _start(cls, variant, init_from, begun_as(run))
-        made_from["start"] = identified(start)
-        check_begun(run, identity, made_from, accept_store)
-        dataset = _training_clips(cls, variant, opened, turns)
-        require_suitable(cls, variant, opened, dataset, folders)
-        card = _provenance(cls, variant, dataset, opened, folders, made_from, tracker)
-        released, handle = {name: str(folder) for name, folder in folders.items()}, tracker.handle() if tracker else None
-        job = TrainJob(stage, variant, opened.root, run.url, released, str(output), handle, seed, precision, loader_workers)
-        job = replace(job, corpora=dataset.corpora, turns=turns, start=start and (start[0], str(start[1])), allow=tuple(init_allow))
+        before: list[Place] = []
         with nullcontext(crew) if crew else Crew(workers, reserve, max_failures) as those:
-            those.train(replace(job, card=card), cls, dataset)
+            for phase in phases:
+                if phase is phases[-1] or not is_done(phase, now):
+                    those.train(*begin(phase, cls, opened, folders, now, init_from, before, accept_store, judges, tracker))
+                before.append(Place.of(phase.output))
         return output
 
 
-def _is_done(output: Place, stage: str, variant: Variant, made_from: Mapping[str, Any]) -> bool:
-    """Whether the stage is finished; says so where it was made from what has changed since."""
-    from stages.base import read_card
+def _phases(whole: TrainJob, cls: type[Stage], store: FeatureStore) -> list[TrainJob]:
+    """A job for every phase of a stage. All but the last release into folders of their own, from which the next begins.
 
-    if not is_finished(output, stage, getattr(variant.recipes, stage)):
-        return False
-    if stale := out_of_date(read_card(output, stage), made_from):
-        click.echo(f"{stage} is out of date: {stale}; --fresh trains it again", err=True)
-    return True
-
-
-def _training_clips(cls: type[Stage], variant: Variant, store: FeatureStore, turns: Mapping[str, float]) -> ClipDataset:
-    """What of the store the stage learns from. Raises UserError when that is not enough for it."""
-    from pipelines.training.dataset import ClipDataset
-
-    corpora = () if cls.any_corpus else _corpora_of(variant, store)
-    dataset = ClipDataset(store, cls, cls.reads(variant), "train", corpora, turns)
-    if not cls.learns_from(dataset):
-        raise UserError(nothing_to_train_on(cls, variant, store, corpora))
-    return dataset
+    Raises UserError when the store lacks what one of them learns from.
+    """
+    if whole.release == "best" and not cls.best_by:
+        raise UserError(f"--release best: no measure tells the best weights of {whole.stage}, which has a critic; leave it out")
+    parts = whole.variant.phases_of(whole.stage)
+    jobs = []
+    for number, (learnt, recipe) in enumerate(parts, 1):
+        last = number == len(parts)
+        variant = replace(whole.variant, recipes=replace(whole.variant.recipes, **{whole.stage: recipe}))
+        corpora = () if cls.any_corpus and whole.stage not in whole.variant.phases else _corpora_of(variant, store, learnt, last)
+        release = whole.release or ("best" if cls.best_by and recipe.max_seconds is None else "last")
+        job = replace(whole, variant=variant, corpora=corpora, release=release)
+        if whole.stage in whole.variant.phases:
+            job = replace(job, phase=(number, len(parts), ", ".join(learnt)))
+        if not last:
+            run = Place.of(whole.run) / f"phase_{number}"
+            job = replace(job, run=run.url, output=str(run / "release"))
+        jobs.append(job)
+    return jobs
 
 
 def run_folder(work: Place, stage: str, runs: str | Path | Place | None = None) -> Place:
@@ -159,60 +152,19 @@ def run_folder(work: Place, stage: str, runs: str | Path | Place | None = None) 
     return (Place.of(runs) if runs is not None else work / "runs") / stage
 
 
-def _provenance(
-    cls: type[Stage],
-    variant: Variant,
-    dataset: ClipDataset,
-    store: FeatureStore,
-    folders: Mapping[str, Place],
-    made_from: Mapping[str, Any],
-    tracker: Tracker | None,
-) -> dict[str, Any]:
-    """What a stage is made from, for its card and for MLflow: store, clips, licences, its series, weights before it and at its start."""
-    recipes = {name: recipe for name, recipe in store.recipes().items() if name in cls.reads(variant)}
-    before = inherited({name: card_beside(folders[name]) for name in cls.builds_on(variant) if name in folders})
-    licences = {"clips": dataset.licences(), "inputs": before["clips"], "unstated": before["unstated"]}
-    if tracker is not None:
-        tracker.tags({"loa.store": store.root} | {f"loa.store.{name}": json.dumps(recipe) for name, recipe in recipes.items()})
-        tracker.tags({"loa.licences": json.dumps(licences), "loa.made_from": json.dumps(made_from)})
-    return {
-        "store": store.root,
-        "store_recipes": recipes,
-        "clips_in_split": len(dataset),
-        "licences": licences,
-        "made_from": dict(made_from),
-    }
-
-
-def _corpora_of(variant: Variant, store: FeatureStore) -> tuple[str, ...]:
-    """What of the store the variant trains on: its corpora, and always the user's own recordings.
+def _corpora_of(variant: Variant, store: FeatureStore, learnt: Sequence[str], last: bool) -> tuple[str, ...]:
+    """What of the store a phase learns from: its corpora; in the last phase always the user's own recordings, too.
 
     Raises UserError when the store has neither.
     """
     there = store.table.values("corpus")
-    used = tuple(c for c in there if c in variant.corpora or c not in PUBLISHED)
+    used = tuple(c for c in there if c in learnt or (last and c not in PUBLISHED))
     if not used:
         raise UserError(
-            f"{variant.name} trains on {', '.join(variant.corpora)}, and the store {store.root} holds {', '.join(there) or 'no clips'}; "
-            "choose a variant for these corpora (`loa variants`), or ingest others"
+            f"{variant.name} trains on {', '.join(variant.corpora)}, here on {', '.join(learnt)}, and the store {store.root} holds "
+            f"{', '.join(there) or 'no clips'}; choose a variant for these corpora (`loa variants`), or ingest others"
         )
     return used
-
-
-def _start(cls: type[Stage], variant: Variant, init_from: str | None, begun: Mapping[str, Any]) -> tuple[str, Place] | None:
-    """What the first weights of a run are, as the user named it, and the folder; of a run that has begun, what it began with.
-
-    Raises UserError where the paper begins with given weights and nothing is said.
-    """
-    source = init_from or begun.get("made_from", {}).get("start", {}).get("from", "")
-    if not source and not begun and (usual := cls.usual_start):
-        if cls.fits_usual_start(variant):
-            raise UserError(
-                f"{cls.name} of {variant.name} begins with the weights of {usual}, as in the paper: give --init-from {usual}, a folder of "
-                f"it, or an earlier {cls.name} to train on; --init-from {RANDOM} begins with nothing learned"
-            )
-        click.echo(f"{cls.name}: begins with random weights, since those of {usual} have other sizes", err=True)
-    return None if source in ("", RANDOM) else (source, start_folder(cls.name, source))
 
 
 def _known_corpora(turns: Mapping[str, float], store: FeatureStore) -> dict[str, float]:
@@ -224,34 +176,6 @@ def _known_corpora(turns: Mapping[str, float], store: FeatureStore) -> dict[str,
         if not 0 <= weight <= MOST_TURNS:
             raise UserError(f"--weight {corpus}={weight:g}: expected a number from 0 (never) to {MOST_TURNS} (so many times an epoch)")
     return dict(sorted(turns.items()))
-
-
-def nothing_to_train_on(cls: type[Stage], variant: Variant, store: FeatureStore, corpora: Sequence[str] = ()) -> str:
-    """The sentence on a store without clips for a stage: what it needs, what there is, what to do."""
-    from pipelines.features.table import TEXTS
-
-    mask = store.table.among("split", ["train"])
-    if corpora:
-        mask &= store.table.among("corpus", corpora)
-    there = {name: int((mask & store.table.with_texts([name])).sum()) for name in TEXTS}
-    if (mask & store.table.with_texts(cls.needs)).any():
-        what = f"none of those in {store.root} is in the series {', '.join(cls.reads(variant))}: see what `loa preprocess` rejected"
-    else:
-        what = (
-            f"of the {int(mask.sum())} training clips in {store.root} {there['captions']} have captions, {there['labels']} labels and "
-            f"{there['transcript']} transcripts; add them to the recordings' table and ingest it into another folder"
-        )
-    return f"{cls.name} needs {cls.asks(variant)}: {what}" + (f", {cls.otherwise}" if cls.otherwise else "")
-
-
-def is_finished(output: Place, stage: str, recipe: Recipe) -> bool:
-    """Whether `output` holds a release of `stage` that was trained for as long as the recipe asks."""
-    from stages.base import read_card
-
-    if not output.exists() or not (output.local or (output / "stage.json").exists()):  # half an upload is nothing
-        return False
-    card = read_card(output, stage)
-    return bool(card["steps"] >= recipe.steps or (recipe.max_seconds is not None and card["seconds"] >= recipe.max_seconds))
 
 
 def _discard(run: Place, output: Place) -> None:
@@ -318,15 +242,26 @@ def _turns(context: click.Context, parameter: click.Parameter, values: tuple[str
 )
 @click.option(
     "--init-from",
-    metavar="FOLDER",
-    help="Begin with these weights: a released stage, a bundle, a diffusers folder, a hub id; for the translator also a GPT-2, and "
-    "`random` for none.  [default: none; where the paper has some, you are asked]",
+    metavar="WEIGHTS",
+    help="Begin with these weights: a released stage, a project, a run or one of its checkpoints, a bundle, a diffusers folder, a hub id; "
+    "for the translator also a GPT-2, and `random` for none.  [default: none; where the paper has some, you are asked]",
 )
 @click.option(
     "--init-allow",
     multiple=True,
     type=click.Choice(["missing", "shape"]),
     help="What of --init-from may not fit: weights it lacks, or has in another shape, begin fresh. May be repeated.  [default: nothing]",
+)
+@click.option(
+    "--release",
+    type=click.Choice(["best", "last"]),
+    help="Which weights to release: the best by the stage's measure, or the last.  [default: best; last of a training by the clock]",
+)
+@click.option(
+    "--judges",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Public judges' weights: VGGish there measures the distance of generated clips.  [default: the project's own judge]",
 )
 @click.option("--accept-store", is_flag=True, help="Continue a run although clips were added to the store since it began.")
 @click.option("--fresh", is_flag=True, help="Delete an earlier run of this stage and start over.")
@@ -340,7 +275,6 @@ def main(
     settings: dict[str, str],
     released: dict[str, str],
     tracking_uri: str | None,
-    runs: Place | None,
     workers: tuple[int, int] | None,
     reserve: Reservation,
     max_failures: int,
@@ -369,15 +303,16 @@ def main(
             click.echo(describe(resolved, stage, workers[1] if workers else None))
         return
     tracking_uri = find_tracking(work, tracking_uri)  # refused before anything is read
-    options |= {"seed": seed, "fresh": fresh, "turns": turns, "runs": runs, "given": released}
+    options |= {"seed": seed, "fresh": fresh, "turns": turns, "given": released}
     with Crew(workers, reserve, max_failures) as crew:
         for stage in stages:
-            before = not fresh and is_finished(work / "stages" / stage, stage, getattr(resolved.recipes, stage))
+            card = work / "stages" / stage / "stage.json"
+            before = card.read() if card.exists() else None
             tags = {"loa.stage": stage, "loa.variant": resolved.name}
             with Tracker.open(tracking_uri, work=work, job=f"train-{stage}", variant=resolved.name, tags=tags, fresh=fresh) as tracker:
                 tracker.params({"seed": seed, **flat({"weight": turns}), **flat(to_dict(resolved))})
                 folder = train_stage(stage, resolved, work, tracker=tracker, crew=crew, **options)
-            if before:
+            if before == card.read():
                 steps, where = read_card(folder, stage)["steps"], shown(folder)
                 what = f"finished already, {steps} steps, in {where}; raise recipes.{stage}.steps to continue, or start over with --fresh"
             else:

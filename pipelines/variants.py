@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def describe(variant: Variant, stage: str | None = None, workers: int | None = None) -> str:
     """The resolved configuration with counts and estimates, as text."""
-    from stages.sizes import ASSUMED_FLOPS, clip_bytes, cost, forward_flops, networks, parameters
+    from stages.sizes import ASSUMED_FLOPS, clip_bytes, costs, forward_flops, networks, parameters
 
     config = to_dict(variant)
     recipes = config["recipes"] if stage is None else {stage: config["recipes"][stage]}
@@ -37,7 +37,7 @@ def describe(variant: Variant, stage: str | None = None, workers: int | None = N
             aligned([[name, f"{parameters(net):,}"] for name, net in nets.items()], indent="  "),
             "",
             f"training, {workers} worker{'s' if workers > 1 else ''} (hours assume {ASSUMED_FLOPS / 1e12:.0f} TFLOP/s sustained each)",
-            aligned([cost(name, variant, nets, flops, workers) for name in chosen], indent="  "),
+            aligned([row for name in chosen for row in costs(name, variant, nets, flops, workers)], indent="  "),
             "",
             f"storage per clip of {variant.audio.clip_seconds} s: {total:,.0f} kB, a million clips {total:,.0f} GB",
             aligned([[name, f"{size / 1e3:,.1f} kB"] for name, size in sizes.items()], indent="  "),

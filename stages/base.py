@@ -56,6 +56,8 @@ class Stage(nn.Module):
     averaged: ClassVar[str] = ""  # the parameters that an average is kept of: those whose name begins so, by default all
     full_precision: ClassVar[bool] = False  # trains in float32 unless told otherwise
     usual_start: ClassVar[str] = ""  # what the paper begins with, as `--init-from` takes it; nothing for chance alone
+    best_by: ClassVar[str] = ""  # the measure of `validate`, low for good, that tells its best weights; "" where none does
+    generates: ClassVar[bool] = False  # makes sounds (`generate`), whose distance from held-out ones tells more
     may_lack: tuple[str, ...] = ()  # of `homes`: what a start may come without
     entries: tuple[type[nn.Module], ...] = ()  # modules inside a part that are also called alone: sharded on their own
 
@@ -130,6 +132,10 @@ class Stage(nn.Module):
     def listen(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Something to see or hear from one validation batch: "audio/…" [T] waveforms, "mel/…" [F, M] images."""
         return {}
+
+    def generate(self, batch: dict[str, Any]) -> Tensor:
+        """Waveforms [B, T] for the clips of a validation batch, the same ones whenever its weights are the same."""
+        raise TypeError(f"{type(self).__name__} makes no sounds")
 
     def homes(self) -> dict[str, nn.Module]:
         """The networks it can begin with, by the names of their folders or files in what `save` writes."""

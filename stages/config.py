@@ -23,7 +23,10 @@ def tiny_name(variant: str) -> str:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a stage is optimised. Rates are per optimiser step; `global_batch` counts clips over all workers."""
+    """How a stage is optimised. Rates are per optimiser step; `global_batch` counts clips over all workers.
+
+    A training ends with its `steps`, its `epochs` or its `max_seconds`, whichever comes first, or when `patience` is spent.
+    """
 
     steps: int
     global_batch: int
@@ -40,12 +43,30 @@ class Recipe:
     validate_every: int = 2000
     checkpoint_every: int = 2000
     max_seconds: float | None = None  # stop earlier than `steps`, with the schedule brought to its end in time
+    epochs: float | None = None  # how often all clips are seen
+    patience: int | None = None  # stop after so many measures in a row that are no better (`Stage.best_by`)
+    listen_epochs: float | None = None  # between two distances of generated clips from held-out ones; None = they are not measured
+    listen_clips: int = 256  # at most so many of each
+    keep_every: int | None = None  # steps between checkpoints that stay for good
 
     def __post_init__(self) -> None:
+        for name in ("epochs", "patience", "listen_epochs", "listen_clips", "keep_every"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise UserError(f"{name} must be positive, got {value}")
         if self.decay not in ("constant", "linear", "cosine", "exponential"):
             raise UserError(f"decay is {self.decay!r}; expected constant, linear, cosine or exponential")
         if self.steps < 1 or self.global_batch < 1:
             raise UserError(f"steps and global_batch must be positive, got {self.steps} and {self.global_batch}")
+
+    def scheduled(self, epoch: int) -> Recipe:
+        """With the `steps` that its epochs of so many clips allow; a warm-up takes at most a tenth of a run that they end."""
+        if self.epochs is None or not epoch or (steps := math.ceil(self.epochs * epoch / self.global_batch)) >= self.steps:
+            return self
+        return dataclasses.replace(self, steps=max(1, steps), warmup_steps=min(self.warmup_steps, steps // 10))
+
+    def listen_every(self, epoch: int) -> int | None:
+        """Steps between two distances of generated clips, where an epoch has so many clips; None where they are not measured."""
+        return None if self.listen_epochs is None else max(1, round(self.listen_epochs * epoch / self.global_batch))
 
     def rate_at(self, step: int, progress: float, epoch: int) -> float:
         """Learning rate of the update after `step` finished ones.
@@ -66,6 +87,8 @@ class Recipe:
 
 def to_dict(config: Any) -> Any:
     """A configuration value as JSON: dataclasses become dicts, tuples become lists."""
+    if isinstance(config, Mapping):
+        return {name: to_dict(value) for name, value in config.items()}
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, (tuple, list)):
@@ -113,27 +136,43 @@ def override(config: Any, settings: Mapping[str, str]) -> Any:
 
 def _set(config: Any, keys: list[str], text: str, path: str) -> Any:
     old = _field(config, keys[0], path)
+    fields = _fields(old)
     if len(keys) > 1:
-        if not dataclasses.is_dataclass(old):
+        if fields is None:
             raise UserError(f"--set {path}: {keys[0]!r} is a plain value and has no field {keys[1]!r}")
         new = _set(old, keys[1:], text, path)
-    elif dataclasses.is_dataclass(old):
-        raise UserError(f"--set {path}: this is a group; name one of its fields: {', '.join(f.name for f in dataclasses.fields(old))}")
+    elif fields is not None:
+        raise UserError(f"--set {path}: this is a group; name one of its fields: {', '.join(fields) or 'it has none'}")
     else:
         try:
             value = json.loads(text)
         except json.JSONDecodeError:
             value = text
         new = _retype(old, value, path)
+    if isinstance(config, Mapping):
+        return {**config, keys[0]: new}
+    if isinstance(config, tuple):
+        return tuple(new if str(i) == keys[0] else value for i, value in enumerate(config))
     return dataclasses.replace(config, **{keys[0]: new})
 
 
+def _fields(value: Any) -> dict[str, Any] | None:
+    """What a setting's name can go on into: fields, entries of a mapping, places of a tuple of groups. None for a plain value."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+        return {str(i): each for i, each in enumerate(value)}
+    return None
+
+
 def _field(config: Any, name: str, path: str | None = None) -> Any:
-    names = [f.name for f in dataclasses.fields(config)]
-    if name not in names:
-        near = difflib.get_close_matches(name, names, 3, 0.4) or names
+    fields = _fields(config) or {}
+    if name not in fields:
+        near = difflib.get_close_matches(name, fields, 3, 0.4) or list(fields)
         raise UserError(f"unknown setting {path or name!r}: {type(config).__name__} has no field {name!r}; nearest: {', '.join(near)}")
-    return getattr(config, name)
+    return fields[name]
 
 
 def _retype(old: Any, value: Any, path: str) -> Any:

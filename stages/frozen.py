@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import diffusers
@@ -84,17 +84,26 @@ class SoundDecoder:
         self._folders = released("vae"), released("vocoder")
         self._models: tuple[AutoencoderKL, SpeechT5HifiGan] | None = None
 
-    @torch.no_grad()
-    def listen(self, name: str, latents: Tensor) -> dict[str, Tensor]:
-        """Unscaled latents [B, C, T', F'] → "mel/<name>_<i>" [F, M] and "audio/<name>_<i>" [T]."""
+    def _decode(self, latents: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Log-mel [F, M] and waveform [T] of unscaled latents [B, C, T', F'], one after the other."""
         if self._models is None:
             vae = AutoencoderKL.from_pretrained(self._folders[0] / "vae")
             vocoder = SpeechT5HifiGan.from_pretrained(self._folders[1] / "vocoder")
             self._models = vae.eval(), vocoder.eval()
         vae, vocoder = (model.to(latents.device) for model in self._models)
-        mels = vae.decode(latents.float()).sample[:, 0]
+        for mel in vae.decode(latents.float()).sample[:, 0]:
+            yield mel, vocoder(mel)
+
+    @torch.no_grad()
+    def waveforms(self, latents: Tensor) -> Tensor:
+        """Waveforms [B, T] of unscaled latents [B, C, T', F'], in float32 on the CPU."""
+        return torch.stack([waveform.float().cpu() for _, waveform in self._decode(latents)])
+
+    @torch.no_grad()
+    def listen(self, name: str, latents: Tensor) -> dict[str, Tensor]:
+        """Unscaled latents [B, C, T', F'] → "mel/<name>_<i>" [F, M] and "audio/<name>_<i>" [T]."""
         out: dict[str, Tensor] = {}
-        for i, mel in enumerate(mels):
+        for i, (mel, waveform) in enumerate(self._decode(latents)):
             out[f"mel/{name}_{i}"] = mel.cpu()
-            out[f"audio/{name}_{i}"] = vocoder(mel).cpu()
+            out[f"audio/{name}_{i}"] = waveform.cpu()
         return out

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from stages import require_stage
+from stages.config import Recipe
 from stages.variants import Variant
 
 # One H200 does about 790 TFLOP/s in bf16 matrix products; training loops that are not tuned see about a third of that.
@@ -89,13 +90,21 @@ def clip_bytes(variant: Variant) -> dict[str, int]:
     return sizes
 
 
-def cost(stage: str, variant: Variant, nets: Mapping[str, nn.Module], flops: Mapping[str, float], workers: int) -> list[str]:
-    """A stage's training in words: its name, steps, batch, memory of its state per worker, hours."""
+def costs(stage: str, variant: Variant, nets: Mapping[str, nn.Module], flops: Mapping[str, float], workers: int) -> list[list[str]]:
+    """Each phase of a stage's training in words: its name, steps, batch, memory of its state per worker, hours at most."""
     require_stage(stage)
-    recipe = getattr(variant.recipes, stage)
+    phases, rows = variant.phases_of(stage), []
+    for number, (corpora, recipe) in enumerate(phases, 1):
+        name = f"{stage} {number}/{len(phases)} ({', '.join(corpora)})" if stage in variant.phases else stage
+        rows.append([name, *_cost(stage, recipe, nets, flops, workers)])
+    return rows
+
+
+def _cost(stage: str, recipe: Recipe, nets: Mapping[str, nn.Module], flops: Mapping[str, float], workers: int) -> list[str]:
     trained = {"joint": ("diffusion", "translator")}.get(stage, (stage,))
     size = sum(parameters(nets[n]) for n in trained if n in nets)
     state = size * (BYTES_PER_PARAMETER + (4 if recipe.ema_decay else 0)) / workers / 1e9
     work = sum(flops.get(n, 0.0) for n in trained)
     hours = f"{3 * work * recipe.steps * recipe.global_batch / (ASSUMED_FLOPS * workers) / 3600:,.1f} h" if work else "not estimated"
-    return [stage, f"{recipe.steps:,} steps", f"of {recipe.global_batch} clips", f"{state:.2f} GB of state per worker + activations", hours]
+    steps = f"{recipe.steps:,} steps" + (f" or {recipe.epochs:g} epochs" if recipe.epochs else "")
+    return [steps, f"of {recipe.global_batch} clips", f"{state:.2f} GB of state per worker + activations", hours]

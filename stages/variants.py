@@ -9,6 +9,7 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from stages.audio import AudioConfig
 from stages.audiomae.model import AudioMAEConfig
@@ -40,6 +41,14 @@ class Recipes:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """A part of a stage's training. It begins with the weights of the part before, and with an optimiser of its own."""
+
+    corpora: tuple[str, ...]
+    recipe: Recipe | None = None  # None = the variant's for that stage
+
+
+@dataclass(frozen=True)
 class Variant:
     """A whole system: its audio settings, its networks, how they are trained, and on which corpora."""
 
@@ -60,6 +69,11 @@ class Variant:
     joint: JointConfig = JointConfig()
     classifier: ClassifierConfig = ClassifierConfig()
     recipes: Recipes = field(default_factory=Recipes)
+    phases: Mapping[str, tuple[Phase, ...]] = field(default_factory=dict)  # of stages that do not learn from all corpora at once
+
+    def phases_of(self, stage: str) -> list[tuple[tuple[str, ...], Recipe]]:
+        """Corpora and recipe of one part of a stage's training after the other; most have one part."""
+        return [(part.corpora, part.recipe or getattr(self.recipes, stage)) for part in self.phases.get(stage, (Phase(self.corpora),))]
 
     @property
     def loa_grid(self) -> tuple[int, int]:
@@ -87,21 +101,74 @@ class Variant:
         return self.phonemes.max_length if self.phonemes else self.t5.max_length
 
 
+# What keeps small corpora from being learnt by heart: upper bounds in epochs, the best of a measure, an end when it stays away
+# (docs/variants.md#how-long-each-is-trained). The measure of diffusion and joint is the paper's for AudioCaps (V-A), every five epochs.
+
+
+def bounded(recipes: Recipes, **changes: Mapping[str, Any]) -> Recipes:
+    """`recipes` with changes by stage."""
+    return replace(recipes, **{stage: replace(getattr(recipes, stage), **change) for stage, change in changes.items()})
+
+
+def audiocaps_recipes() -> Recipes:
+    """45,000 clips: an epoch is 352 steps of 128."""
+    return bounded(
+        Recipes(),
+        clap={"epochs": 100, "validate_every": 110, "patience": 10},
+        audiomae={"epochs": 400},
+        translator={"epochs": 60, "validate_every": 352, "patience": 10},
+        diffusion={"epochs": 200, "listen_epochs": 5, "patience": 5},
+        joint={"epochs": 50, "listen_epochs": 5, "patience": 3},
+    )
+
+
+def music_recipes() -> Recipes:
+    """510,000 tracks: an epoch is at least 3,984 steps of 128."""
+    return bounded(
+        Recipes(),
+        clap={"epochs": 100},
+        translator={"epochs": 40, "patience": 20},
+        diffusion={"epochs": 100, "listen_epochs": 2, "patience": 10},
+        joint={"epochs": 20, "listen_epochs": 1, "patience": 5},
+    )
+
+
+def full_recipes() -> Recipes:
+    """10.4 million clips: an epoch is 81,000 steps of 128, and nothing is seen ten times."""
+    return bounded(Recipes(), diffusion={"listen_epochs": 0.25}, joint={"listen_epochs": 0.25})
+
+
+def speech_recipes() -> Recipes:
+    """13,100 utterances: an epoch is 102 steps of 128."""
+    return bounded(
+        Recipes(),
+        clap={"epochs": 100, "validate_every": 60, "patience": 10},
+        audiomae={"epochs": 400},
+        translator={"epochs": 300, "validate_every": 510, "patience": 10},
+        diffusion={"epochs": 600, "listen_epochs": 15, "patience": 5},
+        joint={"epochs": 100, "listen_epochs": 5, "patience": 3},
+    )
+
+
 def audioldm2_full() -> Variant:
     """The reference: all corpora, sound effects and music. Table I counts the first five; the text names FMA, which ingest reads only
     when asked for."""
     corpora = ("audiocaps", "audioset", "wavcaps", "vggsound", "msd", "fma")
-    return Variant("audioldm2-full", "text to sound and music, all corpora", corpora)
+    return Variant("audioldm2-full", "text to sound and music, all corpora", corpora, recipes=full_recipes())
 
 
 def audioldm2_ac() -> Variant:
     """Full, trained on AudioCaps alone."""
-    return replace(audioldm2_full(), name="audioldm2-ac", summary="text to sound, AudioCaps alone", corpora=("audiocaps",))
+    return replace(
+        audioldm2_full(), name="audioldm2-ac", summary="text to sound, AudioCaps alone", corpora=("audiocaps",), recipes=audiocaps_recipes()
+    )
 
 
 def audioldm2_msd() -> Variant:
     """Full, trained on the Million Song Dataset alone."""
-    return replace(audioldm2_full(), name="audioldm2-msd", summary="text to music, Million Song Dataset", corpora=("msd",))
+    return replace(
+        audioldm2_full(), name="audioldm2-msd", summary="text to music, Million Song Dataset", corpora=("msd",), recipes=music_recipes()
+    )
 
 
 def audioldm2_full_large() -> Variant:
@@ -114,7 +181,8 @@ def audioldm2_full_large() -> Variant:
 def audioldm2_ac_large() -> Variant:
     """Full-large, trained on AudioCaps alone."""
     large = audioldm2_full_large()
-    return replace(large, name="audioldm2-ac-large", summary="AudioCaps alone, with the deeper T-UNet", corpora=("audiocaps",))
+    summary = "AudioCaps alone, with the deeper T-UNet"
+    return replace(large, name="audioldm2-ac-large", summary=summary, corpora=("audiocaps",), recipes=audiocaps_recipes())
 
 
 def audioldm2_ljs() -> Variant:
@@ -129,14 +197,24 @@ def audioldm2_ljs() -> Variant:
         translator=replace(full.translator, pooling=1),
         diffusion=replace(full.diffusion, poolings=(1,)),
         joint=replace(full.joint, ground_truth=1.0),
+        recipes=speech_recipes(),
     )
 
 
 def audioldm2_ljs_pretrained() -> Variant:
-    """Speech, with GigaSpeech to learn from before LJSpeech."""
+    """Speech, with GigaSpeech to learn from before LJSpeech: the translator reads it first, the T-UNet both, joint training LJSpeech."""
     ljs = audioldm2_ljs()
+    speech = speech_recipes()
     return replace(
-        ljs, name="audioldm2-ljs-pretrained", summary="text to speech, GigaSpeech then LJSpeech", corpora=("gigaspeech", "ljspeech")
+        ljs,
+        name="audioldm2-ljs-pretrained",
+        summary="text to speech, GigaSpeech then LJSpeech",
+        corpora=("gigaspeech", "ljspeech"),
+        recipes=replace(full_recipes(), translator=speech.translator, joint=speech.joint),
+        phases={
+            "translator": (Phase(("gigaspeech",), Recipes().translator), Phase(("ljspeech",))),
+            "joint": (Phase(("ljspeech",)),),
+        },
     )
 
 
@@ -215,12 +293,16 @@ def tiny(variant: Variant) -> Variant:
         diffusion=replace(
             variant.diffusion, channels=(96, 128), layers_per_block=1, heads=(3, 4), norm_groups=16, prediction="v_prediction"
         ),
-        recipes=tiny_recipes(speech),
+        recipes=tiny_recipes(speech, len(variant.phases_of("translator"))),
+        phases={stage: tuple(replace(part, recipe=None) for part in parts) for stage, parts in variant.phases.items()},
     )
 
 
-def tiny_recipes(speech: bool = False) -> Recipes:
-    """Budgets for two CPU cores: all stages in a quarter of an hour by the clock, fewer where the steps end first (docs/log.md)."""
+def tiny_recipes(speech: bool = False, phases: int = 1) -> Recipes:
+    """Budgets for two CPU cores: all stages in a quarter of an hour by the clock, fewer where the steps end first (docs/log.md).
+
+    `phases` of the translator share its time.
+    """
     short = Recipe(
         300, 32, 1e-3, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=30, decay="cosine", validate_every=150, checkpoint_every=100
     )
@@ -229,7 +311,7 @@ def tiny_recipes(speech: bool = False) -> Recipes:
         audiomae=replace(short, steps=500, max_seconds=38),
         vae=replace(short, steps=1000, global_batch=8, learning_rate=2e-3, weight_decay=0.0, max_seconds=160 if speech else 200),
         vocoder=replace(short, steps=1500, global_batch=8, learning_rate=2e-3, betas=(0.8, 0.99), weight_decay=0.0, max_seconds=190),
-        translator=replace(short, steps=600, max_seconds=180 if speech else 30),  # 256 vectors to write, not 8
+        translator=replace(short, steps=600, max_seconds=180 / phases if speech else 30),  # 256 vectors to write, not 8
         diffusion=replace(short, steps=1000, global_batch=16, ema_decay=0.999, validate_every=500, max_seconds=165),
         # GPT-2 writes 256 vectors for speech, all held for the way back: 8.5 GB for 16 clips at once.
         joint=replace(
@@ -251,8 +333,19 @@ def resolve(name: str, tiny: bool = False, settings: Mapping[str, str] | None = 
     variant = VARIANTS[full]()
     if tiny or name != full:
         variant = _shrink(variant)
-    resolved: Variant = override(variant, settings or {})
+    resolved: Variant = override(variant, _for_all_phases(variant, settings or {}))
     return resolved
+
+
+def _for_all_phases(variant: Variant, settings: Mapping[str, str]) -> dict[str, str]:
+    """A setting of a stage's recipe holds for its phases, too, unless one is set by itself."""
+    own = {}
+    for path, text in settings.items():
+        group, stage, name = [*path.split(".", 2), "", ""][:3]
+        for i, part in enumerate(variant.phases.get(stage, ()) if group == "recipes" else ()):
+            if part.recipe is not None:
+                own[f"phases.{stage}.{i}.recipe.{name}"] = text
+    return own | dict(settings)
 
 
 _shrink = tiny  # `resolve` has a flag of the same name

@@ -148,6 +148,14 @@ def test_runs_and_caches_go_only_when_asked_for(work: Path) -> None:
     assert {path for path, keep in listed(work, runs=True, caches=True).items() if not keep} == {"runs/vae", "evaluation/cache", "cache"}
 
 
+def test_drafts_of_a_phase_are_found(work: Path) -> None:
+    draft = work / "runs" / "translator" / "phase_1" / ".step_00000002"
+    draft.mkdir(parents=True)
+    (draft / "x").write_bytes(bytes(3))
+    aged(work / "runs")
+    assert listed(work)["runs/translator/phase_1/.step_00000002"] == ""
+
+
 def test_the_only_copy_of_a_folder_is_kept(work: Path) -> None:
     """`whole_folder` was killed between its two renames."""
     old = work / "stages" / ".vae.abc_1234.old"

@@ -18,7 +18,7 @@ from pipelines.tracking import Tracker
 from pipelines.train import train_stage
 from pipelines.training import guards
 from pipelines.training.dataset import ClipDataset
-from pipelines.training.guards import ENOUGH, LOGS, Critic, Spikes, Watch
+from pipelines.training.guards import ENOUGH, LOGS, Critic, Guard, Spikes
 from pipelines.weights import released_folders
 from stages.adversarial import hinge_discriminator_loss, least_squares_discriminator_loss, standing
 from stages.base import release, stage_class
@@ -128,7 +128,7 @@ class Notes:
 
 
 def test_a_watch_names_step_and_clips_and_logs(capsys: pytest.CaptureFixture[str]) -> None:
-    watch, notes = Watch("vae", 0, 1), Notes()
+    watch, notes = Guard("vae", 0, 1), Notes()
     for step in range(ENOUGH + 30):
         loss = 1.0 if step != ENOUGH + 13 else 99.0
         watch.add(step, 4 * step, {"loss/vae": torch.tensor(loss), "kl": torch.tensor(1e9)})

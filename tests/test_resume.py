@@ -23,7 +23,7 @@ from pipelines.train import train_stage
 from pipelines.training import loop
 from pipelines.training.checkpoint import EMA, Checkpoints, full_weights
 from pipelines.training.dataset import ClipDataset
-from pipelines.training.loop import OneProcess
+from pipelines.training.workers import OneProcess
 from stages.base import read_card, stage_class
 from stages.errors import UserError
 from stages.variants import Variant

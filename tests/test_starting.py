@@ -11,7 +11,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
-from tiny_store import make_store, small
+from tiny_store import largest_difference, make_store, small
 from transformers import GPT2Config, GPT2Model
 
 from pipelines.tracking import Tracker
@@ -22,7 +22,7 @@ from stages.base import Stage, read_card, stage_class
 from stages.clap.model import train_tokenizers
 from stages.errors import UserError
 from stages.starting import start_from
-from stages.variants import resolve
+from stages.variants import Variant, resolve
 
 TINY = resolve("audioldm2-full", tiny=True)
 
@@ -186,6 +186,53 @@ def test_training_begins_where_it_is_told(tmp_path: Path, capsys: pytest.Capture
     assert read_card(output, "vae")["steps"] == 4 and read_card(output, "vae")["made_from"]["start"] == start
 
 
+def of_audiomae(steps: int, rate: float = 1e-3, **settings: Any) -> Variant:
+    variant = small()
+    recipe = replace(variant.recipes.audiomae, steps=steps, learning_rate=rate, checkpoint_every=1, validate_every=100, **settings)
+    return replace(variant, recipes=replace(variant.recipes, audiomae=recipe))
+
+
+def test_training_begins_with_what_another_run_has_come_to(tmp_path: Path) -> None:
+    """A run that was never released, by its folder, by a checkpoint or by its project: the averaged weights, as they were then."""
+    make_store(tmp_path, of_audiomae(1), clips=12)
+    settings: dict[str, Any] = {"store": str(tmp_path / "store"), "workers": 0}
+    theirs = tmp_path / "theirs"
+    train_stage("audiomae", of_audiomae(1, ema_decay=0.9), theirs, **settings).path.rename(tmp_path / "one")
+    train_stage("audiomae", of_audiomae(2, ema_decay=0.9), theirs, **settings).path.rename(tmp_path / "two")
+    run = theirs / "runs" / "audiomae"
+    forms = {"run": (run, "two", 2), "checkpoint": (run / "step_00000001", "one", 1), "project": (theirs, "two", 2)}
+    for name, (source, expected, step) in forms.items():
+        output = train_stage("audiomae", of_audiomae(1, 1e-12), tmp_path / name, init_from=str(source), **settings)
+        assert largest_difference(output.path, tmp_path / expected) < 1e-6, name
+        start = read_card(output, "audiomae")["made_from"]["start"]
+        assert (start["from"], start["checkpoint"]) == (str(source), f"step_{step:08d}")
+
+    train_stage("audiomae", of_audiomae(3, ema_decay=0.9), theirs, **settings)  # the other run goes on: ours began where it was
+    output = train_stage("audiomae", of_audiomae(2, 1e-12), tmp_path / "run", **settings)
+    assert read_card(output, "audiomae")["made_from"]["start"]["checkpoint"] == "step_00000002"
+    assert largest_difference(output.path, tmp_path / "two") < 1e-6
+    train_stage("audiomae", of_audiomae(2, 1e-12), tmp_path / "project", **settings)  # although that project has a release now
+    released = train_stage("audiomae", of_audiomae(1, 1e-12), tmp_path / "released", init_from=str(theirs), **settings)
+    assert largest_difference(released.path, theirs / "stages" / "audiomae") < 1e-6  # a project's release comes before its run
+
+
+def test_runs_that_cannot_be_begun_from_are_refused(tmp_path: Path) -> None:
+    make_store(tmp_path, of_audiomae(1), clips=12)
+    train_stage("audiomae", of_audiomae(1), tmp_path, workers=0)
+    run = tmp_path / "runs" / "audiomae"
+    with pytest.raises(UserError, match="--init-from .*audiomae is a run of audiomae; expected one of vae"):
+        train_stage("vae", small(steps=1), tmp_path, workers=0, init_from=str(run))
+    wide = replace(of_audiomae(1), audiomae=replace(small().audiomae, width=64))
+    with pytest.raises(UserError, match="--init-from .*: model.safetensors does not fit this variant: .* of another shape"):
+        train_stage("audiomae", wide, tmp_path / "wide", store=str(tmp_path / "store"), workers=0, init_from=str(run))
+    (run / "step_00000001" / "COMMIT").unlink()
+    with (
+        pytest.warns(UserWarning, match="no whole checkpoint"),
+        pytest.raises(UserError, match="there is no whole checkpoint; train that run"),
+    ):
+        train_stage("audiomae", of_audiomae(1), tmp_path / "b", store=str(tmp_path / "store"), workers=0, init_from=str(run))
+
+
 def test_a_start_that_did_not_fit_is_forgotten(tmp_path: Path, bundle: Path) -> None:
     """Before the first checkpoint another one may be given, and what was prepared for the first one goes."""
     make_store(tmp_path, small(steps=1), clips=12)
@@ -210,9 +257,9 @@ def test_what_belongs_to_a_start_comes_with_it(tmp_path: Path, bundle: Path) -> 
         assert (output.path / name / "tokenizer.json").read_bytes() == (bundle / name / "tokenizer.json").read_bytes()
 
 
-def test_tiny_translators_say_that_they_begin_with_chance(capsys: pytest.CaptureFixture[str]) -> None:
-    from pipelines.train import _start
+def test_tiny_translators_say_that_they_begin_with_chance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pipelines.training.start import start_of
 
-    assert _start(stage_class("translator"), TINY, None, {}) is None
+    assert start_of(stage_class("translator"), TINY, None, tmp_path, {}) is None
     assert "translator: begins with random weights" in capsys.readouterr().err
-    assert _start(stage_class("translator"), resolve("audioldm2-full"), "random", {}) is None
+    assert start_of(stage_class("translator"), resolve("audioldm2-full"), "random", tmp_path, {}) is None

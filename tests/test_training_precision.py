@@ -14,8 +14,8 @@ from tiny_store import largest_difference, make_store, small
 from pipelines.train import train_stage
 from pipelines.training import loop, precision
 from pipelines.training.checkpoint import Checkpoints, Progress, TrainingState
-from pipelines.training.loop import OneProcess
 from pipelines.training.precision import MARGIN, TIMED, WORTH, faster, measure, settled
+from pipelines.training.workers import OneProcess
 from stages.base import read_card, stage_class
 from stages.errors import UserError
 from stages.vae.model import PatchCriticConfig

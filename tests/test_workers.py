@@ -23,8 +23,8 @@ from pipelines.training import precision
 from pipelines.training.checkpoint import TrainingState
 from pipelines.training.dataset import ClipDataset
 from pipelines.training.job import TrainJob
-from pipelines.training.loop import OneProcess, _Run
-from pipelines.training.sharding import shard
+from pipelines.training.loop import _Run
+from pipelines.training.workers import OneProcess, shard
 from stages.base import Stage
 from stages.clap.training import ClapStage
 from stages.conditions import ClapDropout

@@ -34,9 +34,18 @@ def sound(kind: str, rng: np.random.Generator, audio: AudioConfig) -> np.ndarray
 
 
 def make_store(
-    root: Path, variant: Variant, clips: int = 24, shard_size: int = 8, passes: Sequence[str] = ("mel",), **columns: Any
+    root: Path,
+    variant: Variant,
+    clips: int = 24,
+    shard_size: int = 8,
+    passes: Sequence[str] = ("mel",),
+    corpora: Sequence[str] = ("made",),
+    **columns: Any,
 ) -> FeatureStore:
-    """A store with `clips` clips whose mel pass (or `passes`) is done; `columns` stand in place of what the clip table says of each."""
+    """A store with `clips` clips of `corpora` in turn, whose mel pass (or `passes`) is done.
+
+    `columns` stand in place of what the clip table says of each.
+    """
     rng = np.random.default_rng(0)
     rows = []
     for i in range(clips):
@@ -47,7 +56,7 @@ def make_store(
         rows.append(
             {
                 "clip_id": f"made-{i:03d}",
-                "corpus": "made",
+                "corpus": corpora[i % len(corpora)],
                 "path": str(path),
                 "start": 0.0,
                 "seconds": variant.audio.clip_seconds,

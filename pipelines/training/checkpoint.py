@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from stages.errors import UnreachableError, UserError
-from stages.files import Place
+from stages.files import Place, digest
 
 KEPT = 2  # checkpoints of a run
 COMMIT = "COMMIT"
@@ -46,6 +47,34 @@ class Progress:
     seconds: float = 0.0  # of training, over all restarts
     skipped: int = 0  # steps left out because a gradient was not finite
     precision: str = ""  # fp32 or bf16; "" before it is settled
+    best: Best = field(default_factory=lambda: Best())
+
+
+@dataclass
+class Best:
+    """The best validation measure so far; lower is better."""
+
+    value: float = math.inf
+    step: int = 0  # where it was measured; 0 for nowhere
+    waited: int = 0  # measures since that were no better
+    measure: int = 0  # which measure it is of: `measure_id`
+
+    def take(self, value: float, step: int, measure: int) -> bool:
+        """Take note of a measure; returns whether it is the best so far. That of another measure is forgotten."""
+        if measure != self.measure:
+            self.value, self.step, self.waited, self.measure = math.inf, 0, 0, measure
+        if step == self.step:  # a run that was continued at its end measures once more
+            return False
+        if better := value < self.value:
+            self.value, self.step, self.waited = value, step, 0
+        else:
+            self.waited += 1
+        return better
+
+
+def measure_id(*what: str) -> int:
+    """A number for a measure by its name and the weights of its judge."""
+    return int(digest(what, 12), 16)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -120,6 +149,10 @@ class TrainingState:
                 "seconds": torch.tensor(progress.seconds, dtype=torch.float64),
                 "precision": torch.tensor(SETTLED.index(progress.precision)),
             },
+            "best": {
+                "value": torch.tensor(progress.best.value, dtype=torch.float64),
+                "counts": torch.tensor([progress.best.step, progress.best.waited, progress.best.measure]),
+            },
         }
         if self.ema is not None:
             state["ema"] = {"average": self.ema.average, "updates": self.ema.updates}
@@ -130,13 +163,14 @@ class Checkpoints:
     """The checkpoints of a run, which all workers write and read together, in this process or on Ray, on any filesystem of `Place`.
 
     `step_00000010/` holds what every worker wrote, and COMMIT, which comes last and names the files with their sizes. What
-    has no such file, or another size, is no checkpoint; of those that are, the newest ones stay.
+    has no such file, or another size, is no checkpoint; of those that are, the newest ones stay, the best by the stage's measure,
+    and one of every `keep_every` steps.
 
     Saving copies the state to the memory of the host and writes the copy in a thread while training goes on, one at a time.
     """
 
-    def __init__(self, run: Place, rank: int) -> None:
-        self.run, self.rank = run, rank
+    def __init__(self, run: Place, rank: int, keep_every: int | None = None) -> None:
+        self.run, self.rank, self.keep_every = run, rank, keep_every
         self._group = dist.new_group(backend="gloo")  # the writers' own: their messages must not meet those of the loop
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._under_way: Future[None] | None = None
@@ -151,8 +185,8 @@ class Checkpoints:
         Raises UserError when the one before could not be written, the disk being full: what was there before it stays.
         """
         self.wait()
-        copy = DefaultStager(PLAIN).stage(state.tensors())
-        self._under_way = self._writer.submit(self._write, f"step_{state.progress.step:08d}", cast(dict[str, Any], copy))
+        copy, best = cast(dict[str, Any], DefaultStager(PLAIN).stage(state.tensors())), state.progress.best.step
+        self._under_way = self._writer.submit(self._write, f"step_{state.progress.step:08d}", copy, best)
 
     def wait(self) -> None:
         """Return when what `save` began is whole. Raises UserError when it cannot be written."""
@@ -180,7 +214,7 @@ class Checkpoints:
                 warnings.warn(f"the checkpoint {folder} cannot be read ({cause}); going back to an older one", stacklevel=2)
         raise UserError(f"no checkpoint in {self.run} can be read ({cause}); if they are damaged for good, start over with --fresh")
 
-    def _write(self, name: str, tensors: dict[str, Any]) -> None:
+    def _write(self, name: str, tensors: dict[str, Any], best: int) -> None:
         folder = self.run / name
         try:
             self._by_first(lambda: _discard(folder))
@@ -188,7 +222,7 @@ class Checkpoints:
             writer = FsspecWriter(folder.url, sync_files=folder.local, use_listings_cache=False)
             dcp.save(tensors, storage_writer=writer, process_group=self._group)
             self._by_first(lambda: (folder / COMMIT).write_json(folder.list()))
-            self._by_first(lambda: self._let_go(name))
+            self._by_first(lambda: self._let_go(name, best))
         except (CheckpointException, OSError) as error:
             kept = ""
             with suppress(OSError):
@@ -201,19 +235,23 @@ class Checkpoints:
                 f"{cure}, and run this again"
             ) from error
 
-    def _let_go(self, newest: str) -> None:
-        """Keep the newest ones. What lies beyond, from before a restart, could not be continued from: it is no newer one."""
-        kept = [name for name in _committed(self.run) if name <= newest][-KEPT:]
-        for name in set(_names(self.run)) - set(kept):
+    def _let_go(self, newest: str, best: int) -> None:
+        """Keep what is needed. What lies beyond the newest, from before a restart, could not be continued from: it is no newer one."""
+        there = {step_of(name): name for name in _committed(self.run) if name <= newest}
+        for step in superseded(there, best, self.keep_every):
+            del there[step]
+        for name in set(_names(self.run)) - set(there.values()):
             with suppress(OSError):
                 _discard(self.run / name)
 
     def _load(self, folder: Place, state: TrainingState) -> None:
         tensors, reader = state.tensors(), FsspecReader(folder.url, use_listings_cache=False)
         held = self._by_first(lambda: sorted(reader.read_metadata().state_dict_metadata))
-        averaged = any(name.startswith("ema.") for name in held)
+        averaged, measured = (any(name.startswith(group) for name in held) for group in ("ema.", "best."))
         if not averaged:
             tensors.pop("ema", None)
+        if not measured:
+            tensors.pop("best")
         if not any(name.startswith("progress.precision") for name in held):
             tensors["progress"].pop("precision")  # an older loa's
         dcp.load(tensors, storage_reader=reader, process_group=self._group)
@@ -222,7 +260,8 @@ class Checkpoints:
             set_optimizer_state_dict(part, state.optimizers[name], tensors["optimizers"][name])
         step, cursor, skipped = tensors["progress"]["counts"].tolist()
         precision = SETTLED[int(tensors["progress"].get("precision", 0))]
-        state.progress = Progress(step, cursor, float(tensors["progress"]["seconds"]), skipped, precision)
+        best = Best(float(tensors["best"]["value"]), *tensors["best"]["counts"].tolist()) if measured else Best()
+        state.progress = Progress(step, cursor, float(tensors["progress"]["seconds"]), skipped, precision, best)
         if state.ema is not None and not averaged:
             state.ema.restart()  # the run kept no average until now
 
@@ -247,6 +286,16 @@ def whole_checkpoints(run: Place) -> list[Place]:
         if fault:
             warnings.warn(f"{run / name} is no whole checkpoint ({fault}); going on from one that is", stacklevel=3)
     return [run / name for name, fault in faults.items() if not fault]
+
+
+def step_of(name: str) -> int:
+    """The step that a checkpoint of this name is of."""
+    return int(name.removeprefix("step_"))
+
+
+def superseded(steps: Collection[int], best: int, keep_every: int | None = None) -> list[int]:
+    """Of checkpoints at these steps, those that nobody needs: all but the newest `KEPT`, the best, and one of every `keep_every` steps."""
+    return [step for step in sorted(steps)[:-KEPT] if step != best and not (keep_every and step % keep_every == 0)]
 
 
 def _names(run: Place) -> list[str]:
@@ -283,6 +332,23 @@ def _cause(error: BaseException) -> str:
     if isinstance(inner, UnreachableError):
         return str(inner)  # it says which error it was
     return f"{type(inner).__name__}: {inner}".splitlines()[0]
+
+
+def read_weights(folder: Place, parts: Mapping[str, nn.Module]) -> None:
+    """Put the weights of a checkpoint into freshly built parts in this process: the averaged ones where it keeps an average.
+
+    Raises UserError when it has others, or cannot be read.
+    """
+    reader = FsspecReader(folder.url, use_listings_cache=False)
+    try:
+        held = reader.read_metadata().state_dict_metadata
+        for name, part in parts.items():
+            state = part.state_dict()
+            averages = {key: f"ema.average.{name}.{key}" for key in state}
+            wanted = {averages[key] if averages[key] in held else f"parts.{name}.{key}": value for key, value in state.items()}
+            dcp.load(wanted, storage_reader=reader, no_dist=True)
+    except (CheckpointException, OSError, ValueError, KeyError) as error:
+        raise UserError(f"the checkpoint {folder} cannot be read as weights of this stage ({_cause(error)})") from error
 
 
 def full_weights(part: nn.Module) -> dict[str, Tensor]:

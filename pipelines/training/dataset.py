@@ -53,7 +53,7 @@ class ClipDataset(Dataset):
         corpora: Sequence[str] = (),
         turns: Mapping[str, float] | None = None,
     ) -> None:
-        self.table, self.reader = store.table, store.reader(series)
+        self.store, self.table, self.reader = store, store.table, store.reader(series)
         mask = self.reader.mask & self.table.among("split", [split]) & self.table.with_texts(stage.needs)
         if corpora:
             mask &= self.table.among("corpus", corpora)
@@ -167,6 +167,16 @@ def training_batches(
         yield [next(loader) for _ in range(-(-own // micro))]
 
 
+def held_out_share(num_clips: int, share: Share, batch: int, limit: int) -> np.ndarray:
+    """Which clips a worker validates on, in at most `limit` batches: its part of some that are spread evenly over all; workers get
+    equally many."""
+    group = batch * share.world
+    groups = max(1, min(limit, num_clips // group))
+    chosen = np.linspace(0, num_clips - 1, min(num_clips, groups * group)).astype(int)
+    count = len(chosen) // share.world
+    return chosen[share.rank :: share.world][:count] if count else chosen
+
+
 def validation_batches(examples: Examples, share: Share, batch: int, limit: int) -> Iterator[dict[str, Any]]:
     """At most `limit` batches per worker with draws that never change; workers get equally many.
 
@@ -174,11 +184,7 @@ def validation_batches(examples: Examples, share: Share, batch: int, limit: int)
     there are fewer clips than one such group has: then as many as the workers can share.
     """
     num_clips, seed, series = len(examples.clips), examples.seed, examples.stage.reads_now(None)
-    group = batch * share.world
-    groups = max(1, min(limit, num_clips // group))
-    chosen = np.linspace(0, num_clips - 1, min(num_clips, groups * group)).astype(int)
-    count = len(chosen) // share.world
-    mine = chosen[share.rank :: share.world][:count] if count else chosen
+    mine = held_out_share(num_clips, share, batch, limit)
     for i in range(0, len(mine), batch):
         turns = [Turn(VALIDATION_EPOCH, int(j), 0) for j in mine[i : i + batch]]
         yield collate([examples[(turn, series)] for turn in turns]) | {"step_rng": step_rng(seed, VALIDATION_EPOCH)}

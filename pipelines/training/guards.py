@@ -89,7 +89,7 @@ class Critic:
         return ""
 
 
-class Watch:
+class Guard:
     """Watches one run: `add` keeps every step's losses on the device, `look` reads them all at once, at a log."""
 
     def __init__(self, stage: str, rank: int, world: int) -> None:

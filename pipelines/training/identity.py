@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pipelines.weights import card_beside
 from stages.config import differences, to_dict
 from stages.errors import UserError
 from stages.files import Place, digest, weights_hash
@@ -27,13 +28,13 @@ def run_lease(run: Place) -> Place:
 
 
 def without_recipes(variant: Variant) -> dict[str, Any]:
-    return {k: v for k, v in to_dict(variant).items() if k not in ("name", "recipes", "summary")}
+    return {k: v for k, v in to_dict(variant).items() if k not in ("name", "recipes", "phases", "summary")}
 
 
 def check_same(run: Place, identity: Mapping[str, Any]) -> None:
     """A run folder belongs to one configuration; its recipe (steps, rates) may change between calls."""
     before, now = begun_as(run), json.loads(json.dumps(identity))
-    before.pop("made_from", None)
+    before = {name: value for name, value in before.items() if name not in ("made_from", "epoch")}
     if before and before != now:
         raise UserError(
             f"{run} holds a run of another configuration ({differences(before, now)}); "
@@ -67,8 +68,14 @@ def out_of_date(card: Mapping[str, Any], made_from: Mapping[str, Any]) -> str:
     return f"{', '.join(changed)} changed since" if changed else ""
 
 
-def check_begun(run: Place, identity: Mapping[str, Any], made_from: Mapping[str, Any], accept_store: bool) -> None:
-    """A run stays with what it began from, with its clips unless the user wants otherwise. Writes down what holds now."""
+def check_begun(run: Place, identity: Mapping[str, Any], made_from: Mapping[str, Any], accept_store: bool, epoch: int) -> int:
+    """A run stays with what it began from, with its clips unless the user wants otherwise. Writes down what holds now.
+
+    Args:
+        epoch: clips of an epoch now.
+
+    Returns those of the run's epochs: what it began with, so that its recipe stays as long as it was.
+    """
     begun = begun_as(run).get("made_from", made_from)
     if begun != made_from and not any(name.endswith("/COMMIT") for name in run.tree()):  # nothing was learned yet that could be mixed
         (run / "prepared" / COMPLETE).remove()
@@ -87,7 +94,9 @@ def check_begun(run: Place, identity: Mapping[str, Any], made_from: Mapping[str,
         )
     if grown:
         click.echo(f"{identity['stage']}: continues on the store as it is now; the order of its clips is a new one", err=True)
-    (run / BEGUN).write_json({**identity, "made_from": made_from})
+    epoch = begun_as(run).get("epoch", epoch)
+    (run / BEGUN).write_json({**identity, "made_from": made_from, "epoch": epoch})
+    return epoch
 
 
 def begun_as(run: Place) -> dict[str, Any]:
@@ -100,5 +109,8 @@ def begun_as(run: Place) -> dict[str, Any]:
 
 
 def identified(start: tuple[str, Place] | None) -> dict[str, str]:
-    """A start by name and by content."""
-    return {} if start is None else {"from": start[0], "weights": weights_hash(start[1].local_copy())}
+    """A start by name and by content; of another run also how far that was."""
+    if start is None:
+        return {}
+    card = card_beside(start[1])
+    return {"from": start[0], "weights": weights_hash(start[1].local_copy())} | {k: card[k] for k in ("checkpoint",) if k in card}

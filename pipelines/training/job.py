@@ -34,6 +34,11 @@ class TrainJob:
     turns: Mapping[str, float] = field(default_factory=dict)  # of a corpus' clips in an epoch; one where nothing is said
     start: tuple[str, str] | None = None  # what its first weights are: as the user named it, and the folder or URL
     allow: tuple[str, ...] = ()  # what the start may lack (`stages.starting`)
+    epoch: int = 0  # clips that an epoch of the recipe counts: those of the run's beginning
+    phase: tuple[int, int, str] | None = None  # its number, how many there are, and its corpora; None where a stage has no phases
+    steps_before: int = 0  # of earlier phases, in the same curves
+    judge: tuple[str, str] | None = None  # what measures the distance of generated clips: its kind, and the folder or URL of its weights
+    release: str = "last"  # which weights are released: "last", or "best" by the stage's measure
     card: Mapping[str, Any] = field(default_factory=dict)  # provenance for the release
 
     @property

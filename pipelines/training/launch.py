@@ -20,7 +20,6 @@ from stages.remote import filesystem
 if TYPE_CHECKING:
     from pipelines.training.dataset import ClipDataset
     from pipelines.training.job import TrainJob
-    from stages.base import Stage
 
 
 class Crew:
@@ -45,11 +44,14 @@ class Crew:
             self._ray.close(wait=kind is None or issubclass(kind, Exception))  # Ctrl-C waits for nobody
             self._ray = None
 
-    def train(self, job: TrainJob, cls: type[Stage], dataset: ClipDataset) -> None:
+    def train(self, job: TrainJob, dataset: ClipDataset) -> None:
         """Prepare what the stage needs once, then train it to its end.
 
         Raises UserError with the sentence of the worker that could not go on.
         """
+        from stages.base import stage_class
+
+        cls = stage_class(job.stage)
         for earlier in cls.builds_on(job.variant):
             job.folder(earlier)  # refuses now, not on a worker
         prepared = Place.of(job.run) / "prepared"
@@ -68,7 +70,8 @@ class Crew:
 
 
 def _train_here(job: TrainJob) -> None:
-    from pipelines.training.loop import OneProcess, train
+    from pipelines.training.loop import train
+    from pipelines.training.workers import OneProcess
 
     world = OneProcess()
     try:
@@ -201,9 +204,10 @@ class _progress_bar:
     def _show(self) -> None:
         from tqdm import tqdm
 
-        steps = self.job.recipe.steps
+        steps, phase = self.job.recipe.steps, self.job.phase
+        title = f"{self.job.stage} {phase[0]}/{phase[1]}" if phase and phase[1] > 1 else self.job.stage
         interval = 1.0 if sys.stderr.isatty() else 15.0
-        with tqdm(total=steps, desc=self.job.stage, unit="step", mininterval=interval, file=sys.stderr, dynamic_ncols=True) as bar:
+        with tqdm(total=steps, desc=title, unit="step", mininterval=interval, file=sys.stderr, dynamic_ncols=True) as bar:
             for state in _reports(self.run):
                 # A run that stops by the clock has its bar stretched to that end.
                 share, step = float(state["share"]), int(state["step"])

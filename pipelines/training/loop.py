@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,16 +20,16 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-import local_ray
 from pipelines.features.store import FeatureStore
 from pipelines.tracking import Tracker
 from pipelines.training.checkpoint import EMA, Checkpoints, TrainingState, full_weights
 from pipelines.training.dataset import ClipDataset, Examples, Share, step_rng, training_batches, validation_batches
-from pipelines.training.guards import LOSS, Watch, listed
+from pipelines.training.guards import LOSS, Guard, listed
 from pipelines.training.job import TrainJob
 from pipelines.training.order import Order
 from pipelines.training.precision import DTYPES, faster, measure, settled, tensor_float32, untouched
-from pipelines.training.sharding import shard
+from pipelines.training.watch import Watch
+from pipelines.training.workers import Workers, shard
 from stages.base import Stage, release, stage_class
 from stages.config import Recipe, to_dict
 from stages.errors import UserError
@@ -46,41 +45,12 @@ PATIENCE = 20  # steps in a row without finite gradients before the run is given
 Losses = Iterator[tuple[str, Tensor, dict[str, Tensor]]]  # what `Stage.losses` returns: part, loss, logs
 
 
-class Workers(Protocol):
-    """The world a worker lives in: Ray Train's, or one plain process."""
-
-    rank: int
-    world: int
-    device: torch.device
-
-
-class OneProcess:
-    """No Ray."""
-
-    def __init__(self) -> None:
-        self.rank, self.world = 0, 1
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._store: str | None = None
-        self._excepthook = sys.excepthook  # torch.distributed puts one of its own before it
-        if not dist.is_initialized():
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", local_ray.LOOPBACK)  # one process has nobody to listen to
-            self._store = tempfile.mktemp(prefix="loa-rendezvous-")
-            dist.init_process_group("gloo", init_method=f"file://{self._store}", rank=0, world_size=1)
-
-    def close(self) -> None:
-        """End the process group this object began."""
-        if self._store is not None:
-            dist.destroy_process_group()
-            Path(self._store).unlink(missing_ok=True)
-            sys.excepthook = self._excepthook
-
-
 def train(job: TrainJob, workers: Workers) -> dict[str, float]:
     """Train one stage to the end of its recipe and release its weights; returns the last validation measures.
 
     Called by every worker. A run that finds a checkpoint continues from it.
     """
-    with closing(Checkpoints(Place.of(job.run), workers.rank)) as checkpoints:
+    with closing(Checkpoints(Place.of(job.run), workers.rank, job.recipe.keep_every)) as checkpoints:
         return _train(job, workers, checkpoints)
 
 
@@ -113,12 +83,14 @@ def _train(job: TrainJob, workers: Workers, checkpoints: Checkpoints) -> dict[st
     run = _Run(job, workers, stage, state, checkpoints)
     with Tracker.resume(job.tracker) if workers.rank == 0 else Tracker.off() as tracker:
         measures = run.fit(clips, held_out, tracker)
+        measures, released = run.recall(held_out, measures)
+        tracker.tags({"loa.released": json.dumps(released)})
         weights = run.gather()
         if workers.rank == 0:
             fresh = cls.build(job.variant, job.folder)
             for name, part in fresh.parts().items():
                 part.load_state_dict(weights[name])
-            progress = state.progress
+            progress = run.progress
             card = {
                 "variant": job.variant.name,
                 "config": to_dict(job.variant),
@@ -127,7 +99,10 @@ def _train(job: TrainJob, workers: Workers, checkpoints: Checkpoints) -> dict[st
                 "seconds": round(progress.seconds, 1),
                 "skipped_steps": progress.skipped,
                 "precision": progress.precision,
+                "epoch": job.epoch,
+                "waited": progress.best.waited,
                 "validation": measures,
+                "released": released,
                 **job.card,
             }
             release(fresh.eval(), job.output, card)
@@ -159,7 +134,7 @@ class _Run:
         self.checkpoints = checkpoints
         self.progress, self.share = state.progress, Share(workers.rank, workers.world)
         self.progress.precision = settled(job.precision, stage.full_precision, self.progress.precision, self.recipe.steps)
-        self.watch = Watch(stage.name, workers.rank, workers.world)
+        self.guard = Guard(stage.name, workers.rank, workers.world)
         self.trained = {name: [p for p in part.parameters() if p.requires_grad] for name, part in state.parts.items()}
         self.stuck = dict.fromkeys(
             self.trained, 0
@@ -171,6 +146,7 @@ class _Run:
         """Step until the recipe is fulfilled, with everything that happens on the way."""
         recipe, progress = self.recipe, self.progress
         examples, order = Examples(clips, self.stage, self.job.seed), clips.order(self.job.seed)
+        self.watch = Watch(self.job, self.stage.best_by, held_out, self.share, self.workers.device)
         batches = training_batches(examples, order, recipe, self.share, replace(progress), self.job.loader_workers)
         measures: dict[str, float] = {}
         sums: dict[str, Tensor] = {}
@@ -181,38 +157,39 @@ class _Run:
             batches = itertools.chain([first], batches)
         since, last = time.monotonic(), progress.step
         progress.seconds = before + since - clock
-        done = self._share_done()
+        done, kept = 1.0 if self.watch.gives_up(progress) else self._share_done(), True
         while done < 1.0:
             rate = self._set_rate(done, progress.cursor // order.length)
             left_out = progress.skipped
             with tensor_float32(self.workers.device):
                 logs = self._step(next(batches))
             _add(sums, logs)
-            self.watch.add(progress.step, progress.cursor, logs)
+            self.guard.add(progress.step, progress.cursor, logs)
             if progress.skipped > left_out:
                 self._name_clips(clips, order)
             progress.step += 1
             progress.cursor += recipe.global_batch
-            progress.seconds = before + time.monotonic() - clock
+            progress.seconds = before + time.monotonic() - clock - self.watch.seconds
             done = self._share_done()
             if progress.step % LOG_EVERY == 0 or done >= 1.0:
                 steps = progress.step - last
                 means = {k: v / steps for k, v in self._mean(sums).items()}  # waits for the device, so before the clock
-                self.watch.look(means, lambda cursor: self._clips_at(cursor, clips, order), tracker)
+                self.guard.look(means, lambda cursor: self._clips_at(cursor, clips, order), tracker)
                 means = {f"train/{k}": v for k, v in means.items()}
                 now = time.monotonic()
                 speed = steps * recipe.global_batch / max(now - since, 1e-9)
-                tracker.metrics(means | {"train/learning_rate": rate, "speed/clips_per_second": speed}, progress.step)
+                tracker.metrics(means | {"train/learning_rate": rate, "speed/clips_per_second": speed}, self._shown_step())
                 sums, since, last = {}, now, progress.step
                 self._tell(means, measures)
-            if progress.step % recipe.validate_every == 0:
-                measures = self._validate(held_out, tracker)
-            if progress.step % recipe.checkpoint_every == 0:
+            better = self._measure(held_out, tracker, measures)
+            if kept := better or progress.step % recipe.checkpoint_every == 0:
                 self._keep()
-        if progress.step % recipe.validate_every or not measures:
-            measures = self._validate(held_out, tracker)
-        if progress.step % recipe.checkpoint_every:
+            if self.watch.gives_up(progress):
+                done = 1.0
+        if not kept:
             self._keep()
+        if not measures or progress.step % recipe.validate_every or not self.watch.due(progress.step):
+            self._measure(held_out, tracker, measures, last=True)
         self._require_moved()
         self.checkpoints.wait()  # nothing is released of which the last state is not kept
         self._tell({}, measures, finished=True)
@@ -388,8 +365,33 @@ class _Run:
                 _add(sums, self.stage.validate(moved))
                 count += 1
         measures = {name: value / count for name, value in self._mean(sums).items()}
-        tracker.metrics({f"val/{k}": v for k, v in measures.items()}, self.progress.step)
+        tracker.metrics({f"val/{k}": v for k, v in measures.items()}, self._shown_step())
         return measures
+
+    def _measure(self, held_out: ClipDataset, tracker: Tracker, measures: dict[str, float], last: bool = False) -> bool:
+        """Put into `measures` what is due after this step, or everything; returns whether there is a new best to keep."""
+        if last or self.progress.step % self.recipe.validate_every == 0:
+            measures.update(self._validate(held_out, tracker))
+        if not (last or self.watch.due(self.progress.step)):
+            return False
+        with self._averaged(), self._autocast():
+            heard = self.watch.listen(self.stage)
+        if heard:
+            tracker.metrics({f"val/{name}": value for name, value in heard.items()}, self._shown_step())
+        measures.update(heard)
+        return self.watch.take(measures, self.progress)
+
+    def recall(self, held_out: ClipDataset, measures: dict[str, float]) -> tuple[dict[str, float], dict[str, Any]]:
+        """Go back to the best weights where these are to be released; the measures of what is released, and which weights it is."""
+        step = self.watch.recall(self.progress, self.state, self.checkpoints)
+        if step != self.progress.step:
+            measures = self._validate(held_out, Tracker.off()) | {self.watch.name: self.progress.best.value}
+        released = {"by": self.job.release, "step": step, "measure": self.watch.name, "value": measures.get(self.watch.name)}
+        return measures, released
+
+    def _shown_step(self) -> int:
+        """The step in curves, which go on from phase to phase."""
+        return self.job.steps_before + self.progress.step
 
     def _listen(self, batch: dict[str, Any], tracker: Tracker) -> None:
         rate = self.job.variant.audio.sample_rate
@@ -397,9 +399,9 @@ class _Run:
             kind, _, label = name.partition("/")
             array = value.detach().float().cpu().numpy()
             if kind == "audio":
-                tracker.audio(label, array, rate, self.progress.step)
+                tracker.audio(label, array, rate, self._shown_step())
             else:
-                tracker.spectrogram(label, array, self.progress.step)
+                tracker.spectrogram(label, array, self._shown_step())
 
     def _keep(self) -> None:
         """Begin a checkpoint."""

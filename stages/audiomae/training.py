@@ -21,6 +21,7 @@ class AudioMAEStage(Stage):
     """Masked reconstruction on waveforms of the store; filterbanks are computed per batch, where the model is."""
 
     name = "audiomae"
+    best_by = "reconstruction"
     series = ("waveform",)
     blocks = (Block, SwinBlock)
 

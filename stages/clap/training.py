@@ -65,6 +65,7 @@ class ClapStage(Stage):
     """
 
     name = "clap"
+    best_by = "contrast"
     needs = ("captions", "labels")
     series = ("waveform",)
     otherwise = "or train none, and give public weights to the jobs that read them, with --with clap=FOLDER"

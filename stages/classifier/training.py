@@ -27,6 +27,7 @@ class ClassifierStage(Stage):
     """Learns to name the clips of the store that have labels; a clip's class is its first label."""
 
     name = "classifier"
+    best_by = "cross_entropy"
     needs = ("labels",)
     series = ("mel",)
     otherwise = "or leave it out: `loa evaluate` then scores without recognition"

@@ -162,12 +162,12 @@ class LatentDiffusion:
 
     @torch.no_grad()
     def sample(
-        self, network: TUNet, loa: Tensor, text: Tensor, mask: Tensor, like: Tensor, steps: int = 20, guidance: float = 3.5
+        self, network: TUNet, loa: Tensor, text: Tensor, mask: Tensor, noise: Tensor, steps: int = 20, guidance: float = 3.5
     ) -> Tensor:
-        """Latents [B, C, T', F'] sampled for listening, from a fixed seed; scaled back for the decoder."""
+        """Latents [B, C, T', F'] sampled for listening, from noise of that shape; scaled back for the decoder."""
         solver = DPMSolverMultistepScheduler.from_config(self.schedule.config)
-        solver.set_timesteps(steps, device=like.device)
-        z = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
+        solver.set_timesteps(steps, device=noise.device)
+        z = noise
         # The empty prompt is padded to the prompts' length, so that both branches fit in one batch.
         null, null_mask = torch.zeros_like(text), torch.zeros_like(mask)
         if self.null_text is not None:

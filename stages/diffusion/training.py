@@ -89,6 +89,8 @@ class DiffusionStage(Stage):
 
     name = "diffusion"
     any_corpus = False
+    best_by = "noise"
+    generates = True
     blocks = (ResnetBlock2D, BasicTransformerBlock)
 
     def __init__(self, variant: Variant, process: LatentDiffusion, decoder: SoundDecoder) -> None:
@@ -162,10 +164,18 @@ class DiffusionStage(Stage):
         predicted = self.network(noisy, batch["timestep"], *self._conditions(batch))
         return {"noise": F.mse_loss(predicted.float(), target)}
 
+    def _sample(self, batch: Mapping[str, Any]) -> Tensor:
+        return self.process.sample(self.network, *self._conditions(batch), noise=batch["noise"])
+
+    @torch.no_grad()
+    def generate(self, batch: dict[str, Any]) -> Tensor:
+        """From the clips' true LOA."""
+        return self.decoder.waveforms(self._sample(batch))
+
     @torch.no_grad()
     def listen(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The same sounds from their true LOA: what a perfect translator would give."""
-        latents = self.process.sample(self.network, *self._conditions(batch), like=batch["latent"])
+        latents = self._sample(batch)
         return self.decoder.listen("from_true_loa", latents) | self.decoder.listen("real_latent", batch["latent"] / self.process.scale)
 
     def homes(self) -> dict[str, nn.Module]:

@@ -33,6 +33,8 @@ class JointStage(Stage):
     name = "joint"
     needs = ("captions", "labels", "transcript")
     any_corpus = False
+    best_by = "noise"
+    generates = True
     blocks = (GPT2Block, ResnetBlock2D, BasicTransformerBlock)
     entries = (Translator, TUNet)
     averaged = "system.network."  # the authors average the T-UNet alone
@@ -130,13 +132,20 @@ class JointStage(Stage):
         predicted, forced = self.system(batch["clap"], *cut_padding(batch), batch["loa"], noisy, batch["timestep"], use_truth=False)
         return {"noise": F.mse_loss(predicted.float(), target), "loa": translation_loss(forced, batch["loa"], self.loss)}
 
+    def _sample(self, batch: Mapping[str, Any]) -> Tensor:
+        text, mask = cut_padding(batch)
+        loa = self.system.translator(batch["clap"], text, mask)
+        return self.process.sample(self.system.network, loa, text, mask, noise=batch["noise"])
+
+    @torch.no_grad()
+    def generate(self, batch: dict[str, Any]) -> Tensor:
+        """From the clips' own captions."""
+        return self.decoder.waveforms(self._sample(batch))
+
     @torch.no_grad()
     def listen(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The clips' own captions, turned into sound."""
-        text, mask = cut_padding(batch)
-        loa = self.system.translator(batch["clap"], text, mask)
-        latents = self.process.sample(self.system.network, loa, text, mask, like=batch["latent"])
-        return self.decoder.listen("from_caption", latents)
+        return self.decoder.listen("from_caption", self._sample(batch))
 
     def homes(self) -> dict[str, nn.Module]:
         return {**self.system.translator.homes(), "unet": self.system.network.unet}

@@ -37,6 +37,7 @@ class TranslatorStage(Stage):
     """Conditions → LOA, trained on clips with words (or a transcript)."""
 
     name = "translator"
+    best_by = "loa_generated"  # what it writes by itself, as in use
     needs = ("captions", "labels", "transcript")
     any_corpus = False
     usual_start = "openai-community/gpt2"  # paper III-C
