@@ -126,7 +126,7 @@ def test_too_little_memory_is_no_rejection(tmp_path, monkeypatch, error):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("pipelines.features.passes.log_mel", fail)
+    monkeypatch.setattr("pipelines.features.passes.clip_mel", fail)
     row = ShardWorker(store, work)({"shard": 0, "series": json.dumps(work.series), "clips": 1, "remake": False})
     assert json.loads(row["result"])["failed"] == 1 and row["failure"] == "" and store.missing_shards("mel") == [0]
 
