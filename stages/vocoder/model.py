@@ -188,6 +188,6 @@ class VocoderLossConfig:
         return cls(
             segment_samples=8000,
             spectral_weight=15.0,
-            critic_start=1200,
+            critic_start=2400,
             critics=CriticConfig(periods=(2, 3, 5), period_channels=(8, 16, 32, 64), scales=1, scale_channels=(8, 16, 16, 32, 32, 64, 64)),
         )
