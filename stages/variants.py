@@ -306,11 +306,13 @@ def tiny_recipes(speech: bool = False, phases: int = 1) -> Recipes:
     short = Recipe(
         300, 32, 1e-3, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=30, decay="cosine", validate_every=150, checkpoint_every=100
     )
+    often = replace(short, global_batch=4, learning_rate=2e-3, weight_decay=0.0, validate_every=600, checkpoint_every=200)
     return Recipes(
         clap=replace(short, steps=500, max_seconds=55),
         audiomae=replace(short, steps=500, max_seconds=38),
-        vae=replace(short, steps=1000, global_batch=8, learning_rate=2e-3, weight_decay=0.0, max_seconds=160 if speech else 200),
-        vocoder=replace(short, steps=1500, global_batch=8, learning_rate=2e-3, betas=(0.8, 0.99), weight_decay=0.0, max_seconds=190),
+        # Half the clips, twice the steps: in so few of them the number of steps counts.
+        vae=replace(often, steps=2000, max_seconds=160 if speech else 200),
+        vocoder=replace(often, steps=3000, betas=(0.8, 0.99), max_seconds=190),
         translator=replace(short, steps=600, max_seconds=180 / phases if speech else 30),  # 256 vectors to write, not 8
         diffusion=replace(short, steps=1000, global_batch=16, ema_decay=0.999, validate_every=500, max_seconds=165),
         # GPT-2 writes 256 vectors for speech, all held for the way back: 8.5 GB for 16 clips at once.

@@ -37,10 +37,10 @@ class VAEConfig:
         16 x 4 places of 32 channels hold as much as 32 x 8 of 8, and the T-UNet's cost goes with places.
         """
         return cls(
-            block_channels=(16, 16, 32, 64, 128),
+            block_channels=(8, 16, 32, 64, 128),
             layers_per_block=1,
             latent_channels=32,
-            norm_groups=8,
+            norm_groups=4,  # of two channels at least: a group of one forgets its level
             mid_attention=False,
             start_mean=-5.0,  # the demo corpus: mean -5.11, deviation 2.15
             start_std=2.2,
@@ -186,4 +186,4 @@ class VAELossConfig:
     @classmethod
     def tiny(cls) -> VAELossConfig:
         """A small critic that joins late; the KL's weight per latent value is the reference's at a 16th of its pixels."""
-        return cls(kl_weight=60.0, critic_start=800, critic=PatchCriticConfig(channels=16, layers=2, norm="group"))
+        return cls(kl_weight=60.0, critic_start=1600, critic=PatchCriticConfig(channels=16, layers=2, norm="group"))
