@@ -80,6 +80,7 @@ def train_stage(
     accept_store: bool = False,
     init_from: str | None = None,
     init_allow: Sequence[str] = (),
+    lora: int = 0,
 ) -> Place:
     """Train `stage` of `variant` in the project folder `work` and release it to `<work>/stages/<stage>`.
 
@@ -91,6 +92,7 @@ def train_stage(
         turns: how often the clips of a corpus come in an epoch, by its name; once where nothing is said.
         init_from, init_allow: what its first weights are (`start_folder`, `RANDOM`), and what may be amiss (`start_from`).
         accept_store: continue an earlier run although clips were added to the store since.
+        lora: train adapters of this rank beside the weights of `init_from`, which stay as they are; released to `<work>/adapters/<stage>`.
 
     Returns the folder of released weights; a run that is already finished is left as it is.
 
@@ -101,13 +103,14 @@ def train_stage(
     from pipelines.training.launch import fit
     from stages.base import stage_class
 
-    run, cls = run_folder(work := Place.of(work), stage, runs, workers), stage_class(stage)
+    cls, output = stage_class(stage), release_folder(work := Place.of(work), stage, lora)
+    run = run_folder(work, f"{stage}-lora" if lora else stage, runs, workers)
     require_used(given or {}, cls.builds_on(variant), stage)
     opened = FeatureStore.open(store or work / "store")
     opened.require_audio(variant.audio, variant.name)
-    output, folders = work / "stages" / stage, released_folders(work, given or {})
+    folders = released_folders(work, given or {})
     turns = _known_corpora(turns or {}, opened)
-    identity = {"stage": stage, "variant": without_recipes(variant), "seed": seed, "turns": turns}
+    identity = {"stage": stage, "variant": without_recipes(variant), "seed": seed, "turns": turns} | ({"lora": lora} if lora else {})
     with lease(run_lease(run), f"the run of {stage} in {run}"):
         if fresh:
             _discard(run, output)
@@ -116,6 +119,10 @@ def train_stage(
         if _is_done(output, stage, variant, made_from):
             return output
         start = _start(cls, variant, init_from, begun_as(run))
+        if lora and start is None:
+            raise UserError(
+                f"--lora {lora}: adapters need the weights that they adapt; name a bundle or a released {stage} with --init-from"
+            )
         made_from["start"] = identified(start)
         check_begun(run, identity, made_from, accept_store)
         dataset = _training_clips(cls, variant, opened, turns)
@@ -123,7 +130,7 @@ def train_stage(
         released, handle = {name: str(folder) for name, folder in folders.items()}, tracker.handle() if tracker else None
         job = TrainJob(stage, variant, opened.root, str(run), released, str(output), handle, seed, precision, loader_workers)
         job = replace(job, corpora=dataset.corpora, turns=turns, start=start and (start[0], str(start[1])), allow=tuple(init_allow))
-        fit(replace(job, card=card), cls, dataset, workers, reserve, max_failures)
+        fit(replace(job, card=card | ({"lora": lora} if lora else {}), lora=lora), cls, dataset, workers, reserve, max_failures)
         return output
 
 
@@ -147,6 +154,11 @@ def _training_clips(cls: type[Stage], variant: Variant, store: FeatureStore, tur
     if not cls.learns_from(dataset):
         raise UserError(nothing_to_train_on(cls, variant, store, corpora))
     return dataset
+
+
+def release_folder(work: Place, stage: str, lora: int = 0) -> Place:
+    """Where a stage is released to: adapters apart, since no later stage reads them."""
+    return work / ("adapters" if lora else "stages") / stage
 
 
 def run_folder(work: Place, stage: str, runs: str | Path | Place | None = None, workers: WorkerRange = None) -> Path:
@@ -333,6 +345,12 @@ def _turns(context: click.Context, parameter: click.Parameter, values: tuple[str
     type=click.Choice(["missing", "shape"]),
     help="What of --init-from may not fit: weights it lacks, or has in another shape, begin fresh. May be repeated.  [default: nothing]",
 )
+@click.option(
+    "--lora",
+    type=click.IntRange(min=1),
+    metavar="RANK",
+    help="Train adapters of this rank beside the weights of --init-from: translator, diffusion, joint.  [default: train the weights]",
+)
 @click.option("--accept-store", is_flag=True, help="Continue a run although clips were added to the store since it began.")
 @click.option("--fresh", is_flag=True, help="Delete an earlier run of this stage and start over.")
 @click.option("--dry-run", is_flag=True, help="Print the resolved configuration, sizes and estimates, without training.")
@@ -350,6 +368,7 @@ def main(
     workers: tuple[int, int] | None,
     seed: int,
     turns: dict[str, float],
+    lora: int | None,
     fresh: bool,
     dry_run: bool,
     **options: Any,
@@ -370,7 +389,7 @@ def main(
         return
     tracking_uri = find_tracking(work, tracking_uri)  # refused before anything is read
     run_folder(work, stage, runs, workers)
-    before = not fresh and is_finished(work / "stages" / stage, stage, getattr(resolved.recipes, stage))
+    before = not fresh and is_finished(release_folder(work, stage, lora or 0), stage, getattr(resolved.recipes, stage))
     tags = {"loa.stage": stage, "loa.variant": resolved.name}
     with Tracker.open(tracking_uri, work=work, job=f"train-{stage}", variant=resolved.name, tags=tags, fresh=fresh) as tracker:
         tracker.params({"seed": seed, **flat({"weight": turns}), **flat(to_dict(resolved))})
@@ -386,6 +405,7 @@ def main(
             fresh=fresh,
             runs=runs,
             turns=turns,
+            lora=lora or 0,
             **options,
         )
     if before:
@@ -395,7 +415,10 @@ def main(
         )
     else:
         click.echo(f"{stage}: released to {shown(folder)}")
-    click.echo(next_step(f"train {stage}", speech=resolved.phonemes is not None))
+    if lora:
+        click.echo(f'listen: loa generate "rain on a tin roof" --lora {shown(folder)}')
+    else:
+        click.echo(next_step(f"train {stage}", speech=resolved.phonemes is not None))
 
 
 if __name__ == "__main__":

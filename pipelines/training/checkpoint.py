@@ -96,18 +96,25 @@ class EMA:
 
 @dataclass
 class TrainingState:
-    """What a checkpoint holds: the sharded parts and their optimisers by name, the averages if any are kept, and the progress."""
+    """What a checkpoint holds: the sharded parts and their optimisers by name, the averages if any are kept, and the progress.
+
+    With `trained_only` it holds of the parts what is trained: adapters, whose frozen base lies elsewhere.
+    """
 
     parts: Mapping[str, nn.Module]
     optimizers: Mapping[str, torch.optim.Optimizer]
     ema: EMA | None = None
+    trained_only: bool = False
     progress: Progress = field(default_factory=Progress)
 
     def tensors(self) -> dict[str, Any]:
         """All of it as nested dicts of tensors, the weights and averages not copied."""
         progress = self.progress
         state: dict[str, Any] = {
-            "parts": {name: get_model_state_dict(part) for name, part in self.parts.items()},
+            "parts": {
+                name: get_model_state_dict(part, options=StateDictOptions(ignore_frozen_params=self.trained_only))
+                for name, part in self.parts.items()
+            },
             "optimizers": {name: get_optimizer_state_dict(self.parts[name], optimizer) for name, optimizer in self.optimizers.items()},
             "progress": {
                 "counts": torch.tensor([progress.step, progress.cursor, progress.skipped]),
@@ -220,7 +227,7 @@ def _load(folder: Path, state: TrainingState) -> None:
         tensors.pop("ema", None)
     dcp.load(tensors, checkpoint_id=folder)
     for name, part in state.parts.items():
-        set_model_state_dict(part, tensors["parts"][name])
+        set_model_state_dict(part, tensors["parts"][name], options=StateDictOptions(strict=not state.trained_only))
         set_optimizer_state_dict(part, state.optimizers[name], tensors["optimizers"][name])
     step, cursor, skipped = tensors["progress"]["counts"].tolist()
     state.progress = Progress(step, cursor, float(tensors["progress"]["seconds"]), skipped)
@@ -228,10 +235,11 @@ def _load(folder: Path, state: TrainingState) -> None:
         state.ema.restart()  # the run kept no average until now
 
 
-def full_weights(part: nn.Module) -> dict[str, Tensor]:
-    """All weights of a part on the CPU of worker 0, {} elsewhere; every worker must call it.
+def full_weights(part: nn.Module, trained_only: bool = False) -> dict[str, Tensor]:
+    """All weights of a part (or the trained ones) on the CPU of worker 0, {} elsewhere; every worker must call it.
 
     They are copies: what a single CPU worker gathers is the memory it trains in, which changes when averages are swapped out.
     """
-    state: dict[str, Any] = get_model_state_dict(part, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
+    state: dict[str, Any] = get_model_state_dict(part, options=options)
     return {name: value.clone() for name, value in state.items()}

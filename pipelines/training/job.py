@@ -34,6 +34,7 @@ class TrainJob:
     turns: Mapping[str, float] = field(default_factory=dict)  # of a corpus' clips in an epoch; one where nothing is said
     start: tuple[str, str] | None = None  # what its first weights are: as the user named it, and the folder or URL
     allow: tuple[str, ...] = ()  # what the start may lack (`stages.starting`)
+    lora: int = 0  # the rank of adapters that are trained in place of the weights; 0 for none (`stages.lora`)
     card: Mapping[str, Any] = field(default_factory=dict)  # provenance for the release
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -33,8 +34,10 @@ from stages.base import Stage, release, stage_class
 from stages.config import Recipe, to_dict
 from stages.errors import UserError
 from stages.files import write_json
+from stages.lora import attach, save_adapters
 from stages.starting import start_from
 
+AT_START = "at_start.json"  # what the given weights of a run measured before its first step
 LOG_EVERY = 10  # steps
 SHARD_FROM = 1_000_000  # parameters; smaller blocks are gathered together with their part, one message instead of many
 NAMED = 5  # steps left out whose clips are named
@@ -122,14 +125,17 @@ def train(job: TrainJob, workers: Workers) -> dict[str, float]:
     torch.manual_seed(job.seed)  # equal first weights on every worker
     checkpoints = Checkpoints(Path(job.run), workers.rank)
     stage, begun = cls.build(job.variant, job.folder), checkpoints.whole()
-    if job.start and not begun:
+    if job.start and (job.lora or not begun):  # checkpoints of adapters leave out what these adapt
         started = start_from(stage, job.start_folder() or Path(), job.start[0], job.allow)
         if workers.rank == 0:
             print(f"{job.stage} {started.summary()}", file=sys.stderr)
+    if job.lora:
+        attach(stage, job.lora)
     stage = stage.to(device)
     parts = shard(stage, init_device_mesh(device.type, (workers.world,)))
     optimizers = {name: _optimizer(part, recipe) for name, part in parts.items()}
-    state = TrainingState(parts, optimizers, EMA(parts, recipe.ema_decay, stage.averaged) if recipe.ema_decay else None)
+    ema = EMA(parts, recipe.ema_decay, stage.averaged) if recipe.ema_decay else None
+    state = TrainingState(parts, optimizers, ema, trained_only=bool(job.lora))
     if begun:
         checkpoints.resume(state, begun)
         for optimizer in optimizers.values():
@@ -142,8 +148,10 @@ def train(job: TrainJob, workers: Workers) -> dict[str, float]:
         weights = run.gather()
         if workers.rank == 0:
             fresh = cls.build(job.variant, job.folder)
+            if job.lora:
+                attach(fresh, job.lora)
             for name, part in fresh.parts().items():
-                part.load_state_dict(weights[name])
+                part.load_state_dict(weights[name], strict=not job.lora)
             progress = state.progress
             card = {
                 "variant": job.variant.name,
@@ -154,10 +162,17 @@ def train(job: TrainJob, workers: Workers) -> dict[str, float]:
                 "skipped_steps": progress.skipped,
                 "precision": "fp32" if run.dtype is None else "bf16",
                 "validation": measures,
+                **_at_start(Path(job.run)),
                 **job.card,
             }
-            release(fresh.eval(), job.output, card)
+            release(fresh.eval(), job.output, card, save_adapters if job.lora else None)
     return measures
+
+
+def _at_start(run: Path) -> dict[str, Any]:
+    """What the given weights of a run measured, for its card; nothing where it began with fresh ones."""
+    path = run / AT_START
+    return {"validation_at_start": json.loads(path.read_text(encoding="utf-8"))} if path.is_file() else {}
 
 
 def _optimizer(part: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -197,6 +212,10 @@ class _Run:
         examples, order = Examples(clips, self.stage, self.job.seed), clips.order(self.job.seed)
         batches = training_batches(examples, order, recipe, self.share, replace(progress), self.job.loader_workers)
         measures: dict[str, float] = {}
+        if self.job.start and not progress.step:
+            at_start = self._validate(held_out, tracker)
+            if self.workers.rank == 0:
+                write_json(Path(self.job.run) / AT_START, at_start)
         sums: dict[str, Tensor] = {}
         before, clock = progress.seconds, time.monotonic()
         since, last = clock, progress.step
@@ -396,7 +415,7 @@ class _Run:
     def gather(self) -> dict[str, dict[str, Tensor]]:
         """The weights to release, whole, on worker 0."""
         with self._averaged():
-            return {name: full_weights(part) for name, part in self.state.parts.items()}
+            return {name: full_weights(part, bool(self.job.lora)) for name, part in self.state.parts.items()}
 
     def _tell(self, means: Mapping[str, float], measures: Mapping[str, float], finished: bool = False) -> None:
         """Leave word for the driver's progress bar."""
