@@ -92,7 +92,7 @@ ROOMS = {
     "training": {"features", "evaluation"},
     "page": {"features", "evaluation"},
 }
-LINES = {"demo", "finetune"}  # commands that are made of other commands
+LINES = {"demo", "finetune", "selfcheck"}  # commands that are made of other commands
 BORROWED = {
     ("train", "variants"),  # `--dry-run` prints the variant
 }
