@@ -15,7 +15,7 @@ from friendly import friendly
 from options import PlaceType, next_step, shown, tracking_option, with_option, work_option, works_on
 from pipelines.tracking import Tracker
 from pipelines.tracking import tracking_uri as find_tracking
-from pipelines.weights import card_beside, released_folders, require_used
+from pipelines.weights import IN_A_BUNDLE, card_beside, released_folders, require_used
 from stages.config import TINY, differences, to_dict
 from stages.errors import UserError
 from stages.files import Place, code_version, weights_hash, write_json
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 SEPARATE = ("translator", "diffusion")
 ALWAYS = ("clap", "audiomae", "vae", "vocoder")
-FROZEN = ("clap", "vae", "vocoder", "translator", "diffusion")  # what a bundle holds that adapters are merged into
 
 
 def export(
@@ -115,7 +114,7 @@ def export_merged(bundle: str | Path | Place, adapters: Sequence[Adapter], out: 
             "audio": info.audio,
             "unconditional": info.unconditional,
             "licences": inherited(
-                dict.fromkeys(FROZEN, {"licences": info.licences}) | {f"adapters {i}": card for i, card in enumerate(cards, 1)}
+                dict.fromkeys(IN_A_BUNDLE, {"licences": info.licences}) | {f"adapters {i}": card for i, card in enumerate(cards, 1)}
             ),
             "provenance": {**info.provenance, "code": code_version(), "merged": merged},
         }

@@ -26,7 +26,7 @@ from options import (
     worker_options,
     works_on,
 )
-from pipelines.weights import variant_of
+from pipelines.weights import frozen_of, variant_of
 from stages.errors import UserError
 from stages.files import Place
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from stages.variants import Variant
 
 STAGES = ("joint", "translator", "diffusion")
-FROZEN = ("clap", "vae", "vocoder", "translator", "diffusion")
 BATCH = 8  # clips; a few hundred recordings are an epoch of some dozen steps
 FULL_RATE = 0.1  # of the stage's own learning rate, where all weights move
 
@@ -143,12 +142,6 @@ def finetune(
         whole = export(work, variant, given={name: folder for name, folder in frozen.items() if name not in learned}, force=True)
     card = read_card(released, plan.stage)
     return Finetuned(released, whole, card.get("validation_at_start", {}), card["validation"])
-
-
-def frozen_of(bundle: Path) -> dict[str, str]:
-    """The stages that a bundle holds, by name."""
-    named = dict.fromkeys(FROZEN, str(bundle))
-    return named | ({"audiomae": str(bundle)} if (bundle / "audiomae" / "model.safetensors").is_file() else {})
 
 
 def _builds_on(stage: str, variant: Variant) -> tuple[str, ...]:

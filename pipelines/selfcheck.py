@@ -17,7 +17,7 @@ import click
 
 from friendly import friendly, plain_sentence
 from options import with_option
-from pipelines.weights import released_folders, variant_of
+from pipelines.weights import frozen_of, released_folders, variant_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -139,8 +139,8 @@ def _sound(generator: AudioGenerator, steps: int) -> Iterator[Line]:
     from scipy.signal import welch
 
     def made(seed: int) -> np.ndarray:
-        words = {"transcriptions": SENTENCE} if generator.info.speech else {}
-        sound: np.ndarray = generator.generate(PROMPT, seed=seed, num_inference_steps=steps, **words)[0]
+        words = SENTENCE if generator.info.speech else None
+        sound: np.ndarray = generator.generate(PROMPT, transcriptions=words, seed=seed, num_inference_steps=steps)[0]
         return sound
 
     sound = made(0)
@@ -218,8 +218,6 @@ MEASURES = {
 def _training(bundle: Path, given: Mapping[str, str], work: Path, device: str | None) -> Iterator[Line]:
     """Loss and gradient of one step of every stage, on a few made sounds whose features its own frozen networks compute."""
     import torch
-
-    from pipelines.finetune import frozen_of
 
     variant = _all_at_once(variant_of(bundle))
     frozen = frozen_of(bundle) | dict(given)

@@ -38,14 +38,14 @@ class StageStatus(NamedTuple):
 
 
 def stage_statuses(work: Place, runs: Path | None = None) -> Iterator[StageStatus]:
-    """Every stage of a project in turn. Reads cards, progress and leases; opens no checkpoint.
+    """Every stage of a project in turn, and adapters where there are some. Reads cards, progress and leases; opens no checkpoint.
 
     Args:
         runs: where checkpoints lie; `<work>/runs`, or this machine's cache where `work` is behind a URL.
     """
-    store = _store(work)
-    for stage in STAGES:
-        run, card = (runs or (work / "runs").scratch()) / stage, _card(work / "stages" / stage)
+    store, runs = _store(work), runs or (work / "runs").scratch()
+    for stage, folder in _released_to(work, runs):
+        run, card = runs / stage, _card(folder)
         progress = _json(run / "progress.json")
         holder = read_holder(run_lease(run))
         if holder is not None and holder.lives:
@@ -59,6 +59,14 @@ def stage_statuses(work: Place, runs: Path | None = None) -> Iterator[StageStatu
             yield StageStatus(stage, STOPPED, _steps(progress), _first(progress.get("train", {})), why)
         else:
             yield StageStatus(stage, NOTHING, "", "", "")
+
+
+def _released_to(work: Place, runs: Path) -> Iterator[tuple[str, Place]]:
+    """Stages by the names of their runs, and where each is released to; adapters where they were begun."""
+    yield from ((stage, work / "stages" / stage) for stage in STAGES)
+    for stage in STAGES:
+        if (runs / f"{stage}-lora").is_dir() or (work / "adapters" / stage / "stage.json").exists():
+            yield f"{stage}-lora", work / "adapters" / stage
 
 
 def _store(work: Place) -> FeatureStore | None:

@@ -26,6 +26,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "joint": ("language_model", "projection_model", "unet", "scheduler"),
     "classifier": ("model.safetensors",),
 }
+IN_A_BUNDLE = ("clap", "vae", "vocoder", "translator", "diffusion")
 FILE_ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")  # a mistyped path is never looked up on the hub
 
 
@@ -138,6 +139,12 @@ def from_hub(name: str, patterns: list[str], said: str) -> Path:
         raise UserError(
             f"{said}: no such folder, and downloading it from the hub failed ({type(error).__name__}); download it and name the folder"
         ) from error
+
+
+def frozen_of(bundle: Path) -> dict[str, str]:
+    """The stages that a bundle holds, by name."""
+    named = dict.fromkeys(IN_A_BUNDLE, str(bundle))
+    return named | ({"audiomae": str(bundle)} if (bundle / "audiomae" / "model.safetensors").is_file() else {})
 
 
 def variant_of(bundle: Path) -> Variant:
