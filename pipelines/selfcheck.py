@@ -295,7 +295,8 @@ def _one_step(stage: str, variant: Variant, frozen: Mapping[str, str], store: Fe
     cls.prepare(variant, job.folder, clips, prepared, start)
     torch.manual_seed(0)
     network = cls.build(variant, job.folder)
-    start_from(network, start, str(start))
+    fresh = start_from(network, start, str(start), ["missing"] if stage == "audiomae" else []).fresh  # it may have lost its decoder
+    known = variant.name in PUBLISHED and not (stage == "audiomae" and fresh)
     network.to(device).train()
     recipe = replace(job.recipe, global_batch=CLIPS, micro_batch=None)
     batch = next(training_batches(Examples(clips, network, 0), clips.order(0), recipe, Share(0, 1), Progress()))[0]
@@ -304,7 +305,7 @@ def _one_step(stage: str, variant: Variant, frozen: Mapping[str, str], store: Fe
         network.zero_grad()
         loss.backward()
         if MEASURES[stage].log in logs:
-            yield _loss_line(stage, float(logs[MEASURES[stage].log]), MEASURES[stage].naive(batch), variant.name in PUBLISHED)
+            yield _loss_line(stage, float(logs[MEASURES[stage].log]), MEASURES[stage].naive(batch), known)
         yield _gradient_line(stage, part, network.parts()[part])
 
 

@@ -52,7 +52,7 @@ def test_the_finetuned_bundle_is_nearer_to_the_new_recordings(learned: Path, tun
     print(done.table())
     assert set(done.before) == set(done.after) == {"noise", "loa"}
     assert done.after["noise"] < done.before["noise"] and done.after["loa"] < 0.9 * done.before["loa"]
-    for name, bundle in (("before", base), ("after", done.bundle)):
+    for name, bundle in (("before", learned), ("after", done.bundle)):
         settings = {"num_inference_steps": 10}
         evaluation = evaluate(work / name, Selection(6), settings, bundle=bundle, store=str(work / "store"), device="cpu")
         print(name, "Fréchet distance (CLAP)", evaluation.scores["frechet_clap"]["generated"])
