@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from friendly import friendly
-from options import PlaceType, next_step, sampling_options
+from options import PlaceType, next_step, sampling_options, shown
 from stages.errors import UserError
 from stages.files import Place, replacing
 from stages.sampling import resolve
@@ -118,7 +118,7 @@ def main(
     folder = find_bundle(bundle or next((base for each in wanted if (base := each.trained_on()) is not None), None))
     for each in wanted:
         if not each.fits(folder):
-            click.echo(f"Note: {each.folder} was trained on other weights than those of {folder}, on {each.trained_on()}", err=True)
+            click.echo(f"Note: {each.folder} was trained on other weights than those of {shown(folder)}; the sound may suffer", err=True)
 
     from stages.generator import AudioGenerator
 
