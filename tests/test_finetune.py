@@ -42,7 +42,7 @@ def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tuned(learned: Path, recordings: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The work folder, and what came of `finetune` with adapters."""
     work = tmp_path_factory.mktemp("tuned")
-    return work, finetune([recordings], learned, work, Plan(rank=8, steps=80), workers=0, precision="fp32")
+    return work, finetune([recordings], learned, work, Plan(rank=8, steps=40), workers=0, precision="fp32")
 
 
 @pytest.mark.slow
@@ -80,7 +80,7 @@ def test_the_same_command_again_finds_it_done(learned: Path, recordings: Path, t
         raise AssertionError("trained again")
 
     monkeypatch.setattr("pipelines.training.launch.fit", never)
-    again = finetune([recordings], learned, work, Plan(rank=8, steps=80), workers=0, precision="fp32")
+    again = finetune([recordings], learned, work, Plan(rank=8, steps=40), workers=0, precision="fp32")
     assert again == done
 
 

@@ -384,10 +384,10 @@ class _Run:
         with self._averaged(), self._autocast():
             for batch in validation_batches(examples, self.share, batch_size, self.job.validation_batches):
                 moved = {k: v.to(self.workers.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+                _add(sums, self.stage.validate(moved))  # first: FSDP wants a part called as a whole before a module inside it is
                 if not count:
                     first = {k: v[:4] if isinstance(v, Tensor) else v for k, v in moved.items()}
                     self._listen(first, tracker)
-                _add(sums, self.stage.validate(moved))
                 count += 1
         measures = {name: value / count for name, value in self._mean(sums).items()}
         tracker.metrics({f"val/{k}": v for k, v in measures.items()}, self.progress.step)
