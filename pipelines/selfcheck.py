@@ -54,7 +54,7 @@ QUIETEST, LOUDEST = -60.0, -1.0  # dB of full scale, root mean square
 HUM, NOISE = 1e-7, 0.9  # spectral flatness: of a single tone 0, of white noise 1
 PARITY = 1e-3  # greatest difference of two waveforms within [-1, 1]
 CLIPS = 4  # of the training steps
-PROMPT, SENTENCE = "A dog barks while rain falls on a tin roof.", "Hello there, how are you today?"
+PROMPT, SENTENCE = "A dog barks in the rain.", "Hello there, how are you today?"
 
 
 class Line(NamedTuple):
@@ -305,7 +305,7 @@ def _one_step(stage: str, variant: Variant, frozen: Mapping[str, str], store: Fe
         network.zero_grad()
         loss.backward()
         if MEASURES[stage].log in logs:
-            yield _loss_line(stage, float(logs[MEASURES[stage].log]), MEASURES[stage].naive(batch), known)
+            yield _loss_line(stage, float(logs[MEASURES[stage].log].detach()), MEASURES[stage].naive(batch), known)
         yield _gradient_line(stage, part, network.parts()[part])
 
 

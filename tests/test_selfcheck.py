@@ -19,7 +19,7 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 def damaged(bundle: Path, out: Path, name: str, change: str) -> Path:
-    """A copy with one component of other weights: "nan", "zero", or a tensor "gone"."""
+    """A copy with one component of other weights: one tensor is "nan" or "gone", or those whose names begin with `change` are zero."""
     shutil.copytree(bundle, out)
     path = next((out / name).glob("*.safetensors"))
     weights = load_file(path)
@@ -30,7 +30,7 @@ def damaged(bundle: Path, out: Path, name: str, change: str) -> Path:
     elif change == "nan":
         weights[first] = torch.full_like(weights[first], torch.nan)
     else:
-        weights = {key: torch.zeros_like(value) for key, value in weights.items()}
+        weights = {key: torch.zeros_like(value) if key.startswith(change) else value for key, value in weights.items()}
     save_file(weights, path, metadata={"format": "pt"})
     return out
 
@@ -99,7 +99,7 @@ def test_damaged_bundles_fail_with_a_sentence(learned: Path, tmp_path: Path) -> 
     assert "the sound holds NaN or infinity: weights are damaged" in faults
     assert any(fault.startswith("the loss of diffusion is nan") for fault in faults)
     assert any(fault.startswith("no finite gradient reaches") for fault in faults)
-    result = CliRunner().invoke(loa.main, ["selfcheck", str(damaged(learned, tmp_path / "zero", "vocoder", "zero")), "--steps", "2"])
+    result = CliRunner().invoke(loa.main, ["selfcheck", str(damaged(learned, tmp_path / "zero", "vocoder", "conv_post")), "--steps", "2"])
     assert result.exit_code == 1 and "Error: the generated sound is silent" in result.output
     assert "all as expected" not in result.output
 
