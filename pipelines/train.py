@@ -118,11 +118,7 @@ def train_stage(
         made_from = made_from_now(cls.reads(variant), cls.builds_on(variant), opened, folders)
         if _is_done(output, stage, variant, made_from):
             return output
-        start = _start(cls, variant, init_from, begun_as(run))
-        if lora and start is None:
-            raise UserError(
-                f"--lora {lora}: adapters need the weights that they adapt; name a bundle or a released {stage} with --init-from"
-            )
+        start = _start(cls, variant, init_from, begun_as(run), lora)
         made_from["start"] = identified(start)
         check_begun(run, identity, made_from, accept_store)
         dataset = _training_clips(cls, variant, opened, turns)
@@ -217,12 +213,16 @@ def _corpora_of(variant: Variant, store: FeatureStore) -> tuple[str, ...]:
     return used
 
 
-def _start(cls: type[Stage], variant: Variant, init_from: str | None, begun: Mapping[str, Any]) -> tuple[str, Place] | None:
+def _start(cls: type[Stage], variant: Variant, init_from: str | None, begun: Mapping[str, Any], lora: int = 0) -> tuple[str, Place] | None:
     """What the first weights of a run are, as the user named it, and the folder; of a run that has begun, what it began with.
 
-    Raises UserError where the paper begins with given weights and nothing is said.
+    Raises UserError where the paper, or adapters, begin with given weights and nothing is said.
     """
     source = init_from or begun.get("made_from", {}).get("start", {}).get("from", "")
+    if lora and source in ("", RANDOM):
+        raise UserError(
+            f"--lora {lora}: adapters need the weights that they adapt; name a bundle or a released {cls.name} with --init-from"
+        )
     if not source and not begun and (usual := cls.usual_start):
         if cls.fits_usual_start(variant):
             raise UserError(
