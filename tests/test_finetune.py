@@ -85,8 +85,8 @@ def test_the_same_command_again_finds_it_done(learned: Path, recordings: Path, t
 
 
 @pytest.mark.slow
-def test_interrupted_adapters_continue_to_the_bit_and_checkpoints_leave_the_base_out(learned: Path, tuned: Any, tmp_path: Path) -> None:
-    store = str(tuned[0] / "store")
+def test_interrupted_adapters_continue_to_the_bit_and_checkpoints_leave_the_base_out(learned: Path, tmp_path: Path) -> None:
+    store = str(learned.parent / "store")
 
     def train(work: Path, steps: int) -> Path:
         variant = small(steps=steps)
