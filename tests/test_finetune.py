@@ -21,7 +21,6 @@ from stages.errors import UserError
 from stages.files import weights_hash
 from stages.lora import CONFIG, WEIGHTS, adapter_folders
 
-
 # At the stage's own rate adapters move little in so few steps.
 PLAN = Plan(rank=8, steps=40, settings={"recipes.joint.learning_rate": "5e-3", "recipes.joint.global_batch": "4"})
 
