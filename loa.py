@@ -36,7 +36,9 @@ JOURNEY: dict[str, dict[str, Job]] = {
         "import": Job(
             "pipelines.import_weights:main", "Import public weights: diffusers folders, the authors' checkpoints, CLAP, AudioMAE."
         ),
+        "selfcheck": Job("pipelines.selfcheck:main", "Check weights: parameter counts, a generated sound, a training step of every part."),
         "train": Job("pipelines.train:main", "Train one stage of a variant on this machine or a cluster."),
+        "finetune": Job("pipelines.finetune:main", "Finetune a bundle on your own recordings, by LoRA adapters or whole."),
         "export": Job("pipelines.export:main", "Assemble the trained stages into a bundle that diffusers can load, too."),
         "judges": Job("pipelines.judges:main", "Check the public weights of the networks for FAD, FD, IS and KL."),
         "evaluate": Job("pipelines.evaluate:main", "Generate for held-out captions, and score the clips."),

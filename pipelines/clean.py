@@ -52,8 +52,10 @@ def leftovers(work: Path, store: str | None = None, runs: bool = False, caches: 
 
 
 def _cards(work: Path) -> dict[str, dict[str, Any]]:
-    """The cards of the stages released in a work folder."""
-    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted((work / "stages").glob("[!.]*/stage.json"))}
+    """The cards of the stages and adapters released in a work folder, by the names of their runs."""
+    found = {path.parent.name: path for path in sorted((work / "stages").glob("[!.]*/stage.json"))}
+    found |= {f"{path.parent.name}-lora": path for path in sorted((work / "adapters").glob("[!.]*/stage.json"))}
+    return {run: json.loads(path.read_text(encoding="utf-8")) for run, path in found.items()}
 
 
 def _encoders(work: Path) -> dict[str, Path]:
@@ -78,7 +80,7 @@ def _drafts(work: Path) -> Iterator[Leftover]:
     """Folders and files that were being written when their writer died, by the names that `stages.files` gives them."""
     from pipelines.features.space import Leftover
 
-    for folder in (work, work / "stages", *_run_folders(work), *sorted((work / "runs").glob("*/phase_*"))):
+    for folder in (work, work / "stages", work / "adapters", *_run_folders(work), *sorted((work / "runs").glob("*/phase_*"))):
         for path in sorted(folder.glob(".*")) if folder.is_dir() else ():
             if (match := DRAFTS.fullmatch(path.name)) is None:
                 continue  # .git and the like are nobody's draft

@@ -37,14 +37,14 @@ class StageStatus(NamedTuple):
 
 
 def stage_statuses(work: Place, runs: Place | None = None) -> Iterator[StageStatus]:
-    """Every stage of a project in turn. Reads cards, progress and leases; opens no checkpoint.
+    """Every stage of a project in turn, and adapters where there are some. Reads cards, progress and leases; opens no checkpoint.
 
     Args:
         runs: where checkpoints lie; `<work>/runs` by default.
     """
-    store = _store(work)
-    for stage in STAGES:
-        run, card = (runs or work / "runs") / stage, _card(work / "stages" / stage)
+    store, runs = _store(work), runs or work / "runs"
+    for stage, folder in _released_to(work, runs):
+        run, card = runs / stage, _card(folder)
         holder = read_holder(run_lease(run))
         run, phase = _current(run)
         progress = _json(run / "progress.json")
@@ -59,6 +59,14 @@ def stage_statuses(work: Place, runs: Place | None = None) -> Iterator[StageStat
             yield StageStatus(stage, STOPPED, _steps(progress), _first(progress.get("train", {})), phase + why)
         else:
             yield StageStatus(stage, NOTHING, "", "", "")
+
+
+def _released_to(work: Place, runs: Place) -> Iterator[tuple[str, Place]]:
+    """Stages by the names of their runs, and where each is released to; adapters where they were begun."""
+    yield from ((stage, work / "stages" / stage) for stage in STAGES)
+    for stage in STAGES:
+        if (runs / f"{stage}-lora" / BEGUN).exists() or (work / "adapters" / stage / "stage.json").exists():
+            yield f"{stage}-lora", work / "adapters" / stage
 
 
 def _current(run: Place) -> tuple[Place, str]:

@@ -72,6 +72,7 @@ def train_stage(
     init_allow: Sequence[str] = (),
     release: str | None = None,
     judges: Path | None = None,
+    lora: int = 0,
 ) -> Place:
     """Train `stage` of `variant` in the project folder `work`, phase after phase, and release it to `<work>/stages/<stage>`.
 
@@ -86,6 +87,7 @@ def train_stage(
         accept_store: continue an earlier run although clips were added to the store since.
         release: "best" by the stage's measure, or "last"; by default the best, but the last of a training by the clock.
         judges: folder of public judges' weights, for the distance of generated clips.
+        lora: train adapters of this rank beside the weights of `init_from`, which stay as they are; released to `<work>/adapters/<stage>`.
 
     Returns the folder of released weights; a run that is already finished is left as it is.
 
@@ -96,15 +98,16 @@ def train_stage(
     from pipelines.training.launch import Crew
     from stages.base import stage_class
 
-    run, cls = run_folder(work := Place.of(work), stage, runs), stage_class(stage)
+    cls, output = stage_class(stage), release_folder(work := Place.of(work), stage, lora)
+    run = run_folder(work, f"{stage}-lora" if lora else stage, runs)
     require_used(given or {}, cls.builds_on(variant), stage)
     opened = FeatureStore.open(store or work / "store")
     opened.require_audio(variant.audio, variant.name)
-    output, folders = work / "stages" / stage, released_folders(work, given or {})
+    folders = released_folders(work, given or {})
     turns = _known_corpora(turns or {}, opened)
     released, handle = {name: str(folder) for name, folder in folders.items()}, tracker.handle() if tracker else None
     whole = TrainJob(stage, variant, opened.root, run.url, released, str(output), handle, seed, precision, loader_workers)
-    whole = replace(whole, turns=turns, allow=tuple(init_allow), release=release or "")
+    whole = replace(whole, turns=turns, allow=tuple(init_allow), release=release or "", lora=lora)
     phases = _phases(whole, cls, opened)
     with lease(run_lease(run), f"the run of {stage} in {run}"):
         if fresh:
@@ -130,7 +133,7 @@ def _phases(whole: TrainJob, cls: type[Stage], store: FeatureStore) -> list[Trai
     """
     if whole.release == "best" and not cls.best_by:
         raise UserError(f"--release best: no measure tells the best weights of {whole.stage}, which has a critic; leave it out")
-    parts = whole.variant.phases_of(whole.stage)
+    parts = whole.variant.phases_of(whole.stage)[-1 if whole.lora else 0 :]  # adapters are for what comes last
     jobs = []
     for number, (learnt, recipe) in enumerate(parts, 1):
         last = number == len(parts)
@@ -145,6 +148,11 @@ def _phases(whole: TrainJob, cls: type[Stage], store: FeatureStore) -> list[Trai
             job = replace(job, run=run.url, output=str(run / "release"))
         jobs.append(job)
     return jobs
+
+
+def release_folder(work: Place, stage: str, lora: int = 0) -> Place:
+    """Where a stage is released to: adapters apart, since no later stage reads them."""
+    return work / ("adapters" if lora else "stages") / stage
 
 
 def run_folder(work: Place, stage: str, runs: str | Path | Place | None = None) -> Place:
@@ -263,6 +271,12 @@ def _turns(context: click.Context, parameter: click.Parameter, values: tuple[str
     metavar="DIR",
     help="Public judges' weights: VGGish there measures the distance of generated clips.  [default: the project's own judge]",
 )
+@click.option(
+    "--lora",
+    type=click.IntRange(min=1),
+    metavar="RANK",
+    help="Train adapters of this rank beside the weights of --init-from: translator, diffusion, joint.  [default: train the weights]",
+)
 @click.option("--accept-store", is_flag=True, help="Continue a run although clips were added to the store since it began.")
 @click.option("--fresh", is_flag=True, help="Delete an earlier run of this stage and start over.")
 @click.option("--dry-run", is_flag=True, help="Print the resolved configuration, sizes and estimates, without training.")
@@ -280,6 +294,7 @@ def main(
     max_failures: int,
     seed: int,
     turns: dict[str, float],
+    lora: int | None,
     fresh: bool,
     dry_run: bool,
     **options: Any,
@@ -303,10 +318,10 @@ def main(
             click.echo(describe(resolved, stage, workers[1] if workers else None))
         return
     tracking_uri = find_tracking(work, tracking_uri)  # refused before anything is read
-    options |= {"seed": seed, "fresh": fresh, "turns": turns, "given": released}
+    options |= {"seed": seed, "fresh": fresh, "turns": turns, "given": released, "lora": lora or 0}
     with Crew(workers, reserve, max_failures) as crew:
         for stage in stages:
-            card = work / "stages" / stage / "stage.json"
+            card = release_folder(work, stage, lora or 0) / "stage.json"
             before = card.read() if card.exists() else None
             tags = {"loa.stage": stage, "loa.variant": resolved.name}
             with Tracker.open(tracking_uri, work=work, job=f"train-{stage}", variant=resolved.name, tags=tags, fresh=fresh) as tracker:
@@ -318,7 +333,10 @@ def main(
             else:
                 what = f"released to {shown(folder)}"
             click.echo(f"{stage}: {what}")
-    click.echo(next_step(f"train {stages[-1]}", speech=resolved.phonemes is not None))
+    if lora:
+        click.echo(f'listen: loa generate "rain on a tin roof" --lora {shown(folder)}')
+    else:
+        click.echo(next_step(f"train {stages[-1]}", speech=resolved.phonemes is not None))
 
 
 if __name__ == "__main__":

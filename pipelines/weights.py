@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages import STAGES, require_stage
 from stages.errors import UserError
 from stages.files import Place
+
+if TYPE_CHECKING:
+    from stages.variants import Variant
 
 # What makes a folder usable for a stage (the layout of a released stage, or of a diffusers AudioLDM 2 folder).
 NEEDS: dict[str, tuple[str, ...]] = {
@@ -22,6 +26,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "joint": ("language_model", "projection_model", "unet", "scheduler"),
     "classifier": ("model.safetensors",),
 }
+IN_A_BUNDLE = ("clap", "vae", "vocoder", "translator", "diffusion")
 FILE_ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")  # a mistyped path is never looked up on the hub
 
 
@@ -134,3 +139,32 @@ def from_hub(name: str, patterns: list[str], said: str) -> Path:
         raise UserError(
             f"{said}: no such folder, and downloading it from the hub failed ({type(error).__name__}); download it and name the folder"
         ) from error
+
+
+def frozen_of(bundle: Path) -> dict[str, str]:
+    """The stages that a bundle holds, by name."""
+    named = dict.fromkeys(IN_A_BUNDLE, str(bundle))
+    return named | ({"audiomae": str(bundle)} if (bundle / "audiomae" / "model.safetensors").is_file() else {})
+
+
+def variant_of(bundle: Path) -> Variant:
+    """The variant whose networks are those of a bundle: what its card says, with what only its files show of how they compute.
+
+    Raises UserError when it does not say which variant it is, or is another than that.
+    """
+    from stages.bundle import read_info, read_json
+    from stages.config import from_dict
+    from stages.variants import resolve
+
+    info = read_info(bundle)
+    if not (bundle / "loa.json").is_file():
+        raise UserError(f"{bundle} does not say which variant it is (no loa.json); make a bundle of it: `loa import {bundle} --out DIR`")
+    variant = replace(from_dict(resolve(info.variant), info.provenance.get("config", {})), audio=info.audio)
+    unet = read_json(bundle / "unet" / "config.json")
+    heads, levels = unet["attention_head_dim"], len(unet["block_out_channels"])
+    prediction = read_json(bundle / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
+    heads = tuple(heads) if isinstance(heads, list) else (heads,) * levels
+    variant = replace(variant, diffusion=replace(variant.diffusion, heads=heads, prediction=prediction))
+    if (tokens := variant.loa_tokens(variant.translator.pooling)) != info.loa_tokens:
+        raise UserError(f"GPT-2 writes {info.loa_tokens} vectors in {bundle}, {tokens} in {variant.name}: its card is of another system")
+    return variant

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from friendly import friendly
-from options import PlaceType, next_step, sampling_options
+from options import PlaceType, next_step, sampling_options, shown
 from stages.errors import UserError
 from stages.files import Place, replacing
 from stages.sampling import resolve
@@ -64,6 +64,13 @@ def write_sound(path: Path, waveform: np.ndarray, sample_rate: int) -> None:
     metavar="DIR",
     help="Bundle, a folder or URL.  [default: $LOA_BUNDLE, or the newest under ./outputs]",
 )
+@click.option(
+    "--lora",
+    "adapters",
+    multiple=True,
+    metavar="FOLDER[=SCALE]",
+    help="Apply LoRA adapters, at a scale from 0 (not at all) to 1 (as trained) and beyond. May be repeated.  [default: none]",
+)
 @click.option("--seconds", type=float, help="Length in seconds.  [default: the clip length of the bundle]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed; the same seed gives the same sound.")
 @click.option("--negative-prompt", metavar="TEXT", help="What the sound should not contain.  [default: none]")
@@ -80,6 +87,7 @@ def main(
     prompt: str,
     out: Path | None,
     bundle: Place | None,
+    adapters: tuple[str, ...],
     seconds: float | None,
     seed: int,
     negative_prompt: str | None,
@@ -96,19 +104,25 @@ def main(
       loa generate "a dog barks in the rain" -o dog.wav
       loa generate "calm piano" --seconds 20 --num 2 --candidates 6
       loa generate "rain" --profile authors --steps 100
+      loa generate "rain on my roof" --lora mine/adapters/joint=0.8
     """
     from stages.bundle import find_bundle
+    from stages.lora import Adapter
 
     candidates = sampling.get("candidates", num)
     if candidates < num:
         raise UserError(f"{num} sounds cannot be chosen from {candidates} candidates; raise --candidates")
     chosen = resolve(**sampling)
     files = output_files(out, prompt, num, force)
-    folder = find_bundle(bundle)
+    wanted = [Adapter.of(text) for text in adapters]
+    folder = find_bundle(bundle or next((base for each in wanted if (base := each.trained_on()) is not None), None))
+    for each in wanted:
+        if not each.fits(folder):
+            click.echo(f"Note: {each.folder} was trained on other weights than those of {shown(folder)}; the sound may suffer", err=True)
 
     from stages.generator import AudioGenerator
 
-    generator = AudioGenerator.load(folder, device)
+    generator = AudioGenerator.load(folder, device, adapters=wanted)
     with tqdm(total=chosen.num_inference_steps, unit="step", desc=generator.info.variant, leave=False) as bar:
 
         def progress(step: int, total: int) -> None:

@@ -152,10 +152,13 @@ class Stage(nn.Module):
 # ---------------------------------------------------------------------------------------------- released folders
 
 
-def release(stage: Stage, folder: str | Path | Place, card: Mapping[str, Any]) -> None:
-    """Save a trained stage as `folder` with its card (`stage.json`: what it is and what made it), whole or not at all."""
+def release(stage: Stage, folder: str | Path | Place, card: Mapping[str, Any], save: Callable[[Stage, Path], None] | None = None) -> None:
+    """Save a trained stage as `folder` with its card (`stage.json`: what it is and what made it), whole or not at all.
+
+    `save` writes what is released of it, `Stage.save` by default.
+    """
     with Place.of(folder).writing_folder(LAST) as local, whole_folder(local) as draft:
-        stage.save(draft)
+        (save or type(stage).save)(stage, draft)
         write_json(draft / "stage.json", {"format": STAGE_FORMAT, "stage": stage.name, **card})
 
 

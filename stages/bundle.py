@@ -9,7 +9,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from stages.config import tiny_name
 from stages.diffusion.model import latent_scale
 from stages.errors import UserError
 from stages.files import Place, weights_hash, whole_folder, write_json
+from stages.lora import Adapter, merge
 from stages.quiet import quiet
 from stages.tokenizers import read_tokenizer
 
@@ -376,13 +377,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def load(bundle: str | Path | Place, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Components:
+def load(
+    bundle: str | Path | Place,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    adapters: Sequence[Adapter] = (),
+) -> Components:
     """Load a bundle onto `device`, from safetensors and JSON only.
 
     `dtype` is that of the text encoders, the language model and the T-UNet. VAE and vocoder are a small part of the
-    work and stay in float32.
+    work and stay in float32. `adapters` are merged into language model and T-UNet in float32, before these take `dtype`.
 
-    Raises UserError when the bundle is not whole, damaged, or of another format, or a tokenizer is not that of its network.
+    Raises UserError when the bundle is not whole, damaged, or of another format, or a tokenizer or an adapter does not fit its network.
     """
     bundle = local_bundle(bundle)
     info = read_info(bundle)
@@ -402,6 +408,9 @@ def load(bundle: str | Path | Place, device: str | torch.device = "cpu", dtype: 
     with quiet():
         text_encoder = network(ClapModel, "text_encoder", dtype)
         text_encoder_2 = network(VitsModel if info.speech else T5EncoderModel, "text_encoder_2", dtype)
+        kinds = {"language_model": GPT2LMHeadModel, "unet": AudioLDM2UNet2DConditionModel}
+        adapted = {name: network(cls, name, torch.float32 if adapters else dtype) for name, cls in kinds.items()}
+        merge(adapted, adapters)
         return Components(
             info=info,
             text_encoder=text_encoder,
@@ -410,8 +419,8 @@ def load(bundle: str | Path | Place, device: str | torch.device = "cpu", dtype: 
             text_encoder_2=text_encoder_2,
             tokenizer_2=read_tokenizer(bundle / "tokenizer_2", text_encoder_2.config),
             projection_model=network(AudioLDM2ProjectionModel, "projection_model", dtype),
-            language_model=network(GPT2LMHeadModel, "language_model", dtype),
-            unet=network(AudioLDM2UNet2DConditionModel, "unet", dtype),
+            language_model=adapted["language_model"].to(dtype),
+            unet=adapted["unet"].to(dtype),
             scheduler=DDIMScheduler.from_pretrained(bundle / "scheduler", local_files_only=True),
             vae=network(AutoencoderKL, "vae", torch.float32),
             vocoder=network(SpeechT5HifiGan, "vocoder", torch.float32),

@@ -20,6 +20,7 @@ from stages.diffusion.solvers import make_solver
 from stages.errors import UserError
 from stages.files import Place
 from stages.frozen import resample
+from stages.lora import Adapter
 from stages.phonemes import phoneme_ids
 from stages.sampling import Sampling, resolve
 from stages.translator.model import generate_loa
@@ -62,10 +63,16 @@ class AudioGenerator:
         self.max_steps: int = components.scheduler.config.num_train_timesteps - 1
 
     @classmethod
-    def load(cls, bundle: str | Path | Place, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> AudioGenerator:
-        """Load a bundle, by default onto the GPU (in bfloat16) if there is one, else the CPU (in float32).
+    def load(
+        cls,
+        bundle: str | Path | Place,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        adapters: Sequence[Adapter] = (),
+    ) -> AudioGenerator:
+        """Load a bundle with LoRA `adapters`, by default onto the GPU (in bfloat16) if there is one, else the CPU (in float32).
 
-        Raises UserError when the bundle is missing, not whole, or of another format, or when there is no such device.
+        Raises UserError when the bundle is missing, not whole, or of another format, an adapter does not fit, or there is no such device.
         """
         try:
             device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -76,7 +83,7 @@ class AudioGenerator:
             ) from error
         if dtype is None:
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        return cls(load(bundle, device, dtype))
+        return cls(load(bundle, device, dtype, adapters))
 
     @property
     def device(self) -> torch.device:

@@ -93,6 +93,14 @@ def speech_bundle(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def learned(tmp_path_factory):
+    """A bundle that was trained for some seconds, all of whose stages can be trained further."""
+    from tiny_store import learned_bundle
+
+    return learned_bundle(tmp_path_factory.mktemp("learned"))
+
+
+@pytest.fixture(scope="session")
 def generator(bundle):
     from stages.generator import AudioGenerator
 

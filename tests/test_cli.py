@@ -102,13 +102,13 @@ def test_every_option_says_its_default(name: str) -> None:
 
 def test_all_commands_on_ray_ask_for_workers_in_the_same_words() -> None:
     found = {}
-    for name in ("demo", "ingest", "preprocess", "train"):
+    for name in ("demo", "ingest", "preprocess", "train", "finetune"):
         command = loa.main.get_command(click.Context(loa.main), name)
         for each in command.commands.values() if isinstance(command, click.Group) else [command]:
             options = {p.opts[0]: (p.help, p.default) for p in each.params if p.name in ("workers", "cpu", "gpu", "memory")}
             assert list(options) == ["--workers", "--cpu", "--gpu", "--memory"], each.name
             found[name, each.name] = options
-    assert len({str(options) for options in found.values()}) == 1 and len(found) == 8
+    assert len({str(options) for options in found.values()}) == 1 and len(found) == 9
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipelines.export import export
 from pipelines.features.shard_work import Unit, make_shard
 from pipelines.features.store import CLIP_SCHEMA, REJECTED_SCHEMA, FeatureStore
 from pipelines.preprocess import build_pass
+from pipelines.train import train_stage
 from stages.audio import AudioConfig, write_wav
 from stages.config import Recipe
 from stages.files import Place
@@ -143,3 +145,18 @@ def largest_difference(a: Path, b: Path) -> float:
     one, two = weights(a), weights(b)
     assert one.keys() == two.keys() and one
     return max(float((one[k].float() - two[k].float()).abs().max()) for k in one)
+
+
+def learned_bundle(work: Path) -> Path:
+    """A bundle of the tiny sizes that has learned tones, noise and clicks for some seconds; its CLAP, AudioMAE and vocoder know nothing."""
+    steps = {"clap": 1, "audiomae": 1, "vae": 8, "vocoder": 1, "translator": 30, "diffusion": 40}
+    variant = small(batch=8)
+    variant = replace(variant, vae_loss=replace(variant.vae_loss, critic_start=100))  # half of its time
+    recipes = {name: replace(getattr(variant.recipes, name), steps=n, validate_every=n, checkpoint_every=n) for name, n in steps.items()}
+    variant = replace(variant, recipes=replace(variant.recipes, **recipes))
+    store = make_store(work, variant, clips=24)
+    for stage, series in (("clap", "text"), ("audiomae", "loa"), ("vae", "latent")):
+        run_here(series, store, variant, {stage: train_stage(stage, variant, work, workers=0, precision="fp32")})
+    for stage in ("vocoder", "translator", "diffusion"):
+        train_stage(stage, variant, work, workers=0, precision="fp32")
+    return export(work, variant).path

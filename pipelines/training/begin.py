@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def identity_of(job: TrainJob) -> dict[str, Any]:
     """What makes a run another run, whatever its recipe is."""
     identity = {"stage": job.stage, "variant": without_recipes(job.variant), "seed": job.seed, "turns": job.turns}
-    return identity | ({"phase": job.phase} if job.phase else {})
+    return identity | ({"phase": job.phase} if job.phase else {}) | ({"lora": job.lora} if job.lora else {})
 
 
 def begin(
@@ -55,7 +55,7 @@ def begin(
     from stages.base import read_card
 
     run, variant = Place.of(job.run), job.variant
-    start = (f"phase {len(before)}", before[-1]) if before else start_of(cls, variant, init_from, run, folders)
+    start = (f"phase {len(before)}", before[-1]) if before else start_of(cls, variant, init_from, run, folders, job.lora)
     made_from = {**now, "start": identified(start)}
     dataset = _training_clips(cls, job, store)
     require_suitable(cls, variant, store, dataset, folders)
@@ -66,7 +66,7 @@ def begin(
         job,
         variant=replace(variant, recipes=replace(variant.recipes, **{job.stage: recipe})),
         start=start and (start[0], str(start[1])),
-        card=_provenance(cls, variant, dataset, store, folders, made_from, earlier, tracker),
+        card=_provenance(cls, variant, dataset, store, folders, made_from, earlier, tracker) | ({"lora": job.lora} if job.lora else {}),
         epoch=epoch,
         steps_before=sum(card["steps"] for card in earlier.values()),
         judge=_judge(cls, job, store, folders, judges),

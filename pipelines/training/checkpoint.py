@@ -131,18 +131,25 @@ class EMA:
 
 @dataclass
 class TrainingState:
-    """What a checkpoint holds: the sharded parts and their optimisers by name, the averages if any are kept, and the progress."""
+    """What a checkpoint holds: the sharded parts and their optimisers by name, the averages if any are kept, and the progress.
+
+    With `trained_only` it holds of the parts what is trained: adapters, whose frozen base lies elsewhere.
+    """
 
     parts: Mapping[str, nn.Module]
     optimizers: Mapping[str, torch.optim.Optimizer]
     ema: EMA | None = None
+    trained_only: bool = False
     progress: Progress = field(default_factory=Progress)
 
     def tensors(self) -> dict[str, Any]:
         """All of it as nested dicts of tensors, the weights and averages not copied."""
         progress = self.progress
         state: dict[str, Any] = {
-            "parts": {name: get_model_state_dict(part) for name, part in self.parts.items()},
+            "parts": {
+                name: get_model_state_dict(part, options=StateDictOptions(ignore_frozen_params=self.trained_only))
+                for name, part in self.parts.items()
+            },
             "optimizers": {name: get_optimizer_state_dict(self.parts[name], optimizer) for name, optimizer in self.optimizers.items()},
             "progress": {
                 "counts": torch.tensor([progress.step, progress.cursor, progress.skipped]),
@@ -256,7 +263,7 @@ class Checkpoints:
             tensors["progress"].pop("precision")  # an older loa's
         dcp.load(tensors, storage_reader=reader, process_group=self._group)
         for name, part in state.parts.items():
-            set_model_state_dict(part, tensors["parts"][name])
+            set_model_state_dict(part, tensors["parts"][name], options=StateDictOptions(strict=not state.trained_only))
             set_optimizer_state_dict(part, state.optimizers[name], tensors["optimizers"][name])
         step, cursor, skipped = tensors["progress"]["counts"].tolist()
         precision = SETTLED[int(tensors["progress"].get("precision", 0))]
@@ -351,10 +358,11 @@ def read_weights(folder: Place, parts: Mapping[str, nn.Module]) -> None:
         raise UserError(f"the checkpoint {folder} cannot be read as weights of this stage ({_cause(error)})") from error
 
 
-def full_weights(part: nn.Module) -> dict[str, Tensor]:
-    """All weights of a part on the CPU of worker 0, {} elsewhere; every worker must call it.
+def full_weights(part: nn.Module, trained_only: bool = False) -> dict[str, Tensor]:
+    """All weights of a part (or the trained ones) on the CPU of worker 0, {} elsewhere; every worker must call it.
 
     They are copies: what a single CPU worker gathers is the memory it trains in, which changes when averages are swapped out.
     """
-    state: dict[str, Any] = get_model_state_dict(part, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
+    state: dict[str, Any] = get_model_state_dict(part, options=options)
     return {name: value.clone() for name, value in state.items()}

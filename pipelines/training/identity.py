@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 COMPLETE = "complete"  # comes last into `prepared/`
+AT_START = "at_start.json"  # in a run's folder: what the weights that it was given measured before its first step
 BEGUN = "job.json"  # in the run's folder: what the run is and what it is made from
 
 
@@ -114,3 +115,8 @@ def identified(start: tuple[str, Place] | None) -> dict[str, str]:
         return {}
     card = card_beside(start[1])
     return {"from": start[0], "weights": weights_hash(start[1].local_copy())} | {k: card[k] for k in ("checkpoint",) if k in card}
+
+
+def measured_at_start(run: Place) -> dict[str, Any]:
+    """What the given weights of a run measured, for its card; nothing where it began with fresh ones."""
+    return {"validation_at_start": json.loads((run / AT_START).read())} if (run / AT_START).exists() else {}

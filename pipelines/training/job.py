@@ -39,6 +39,7 @@ class TrainJob:
     steps_before: int = 0  # of earlier phases, in the same curves
     judge: tuple[str, str] | None = None  # what measures the distance of generated clips: its kind, and the folder or URL of its weights
     release: str = "last"  # which weights are released: "last", or "best" by the stage's measure
+    lora: int = 0  # the rank of adapters that are trained in place of the weights; 0 for none (`stages.lora`)
     card: Mapping[str, Any] = field(default_factory=dict)  # provenance for the release
 
     @property

@@ -25,6 +25,7 @@ from pipelines.tracking import Tracker
 from pipelines.training.checkpoint import EMA, Checkpoints, TrainingState, full_weights
 from pipelines.training.dataset import ClipDataset, Examples, Share, step_rng, training_batches, validation_batches
 from pipelines.training.guards import LOSS, Guard, listed
+from pipelines.training.identity import AT_START, measured_at_start
 from pipelines.training.job import TrainJob
 from pipelines.training.order import Order
 from pipelines.training.precision import DTYPES, faster, measure, settled, tensor_float32, untouched
@@ -34,6 +35,7 @@ from stages.base import Stage, release, stage_class
 from stages.config import Recipe, to_dict
 from stages.errors import UserError
 from stages.files import Place
+from stages.lora import attach, save_adapters
 from stages.starting import start_from
 
 LOG_EVERY = 10  # steps
@@ -66,14 +68,17 @@ def _train(job: TrainJob, workers: Workers, checkpoints: Checkpoints) -> dict[st
 
     torch.manual_seed(job.seed)  # equal first weights on every worker
     stage, begun = cls.build(job.variant, job.folder), checkpoints.whole()
-    if job.start and not begun:
+    if job.start and (job.lora or not begun):  # checkpoints of adapters leave out what these adapt
         started = start_from(stage, job.start_folder() or Path(), job.start[0], job.allow)
         if workers.rank == 0:
             print(f"{job.stage} {started.summary()}", file=sys.stderr)
+    if job.lora:
+        attach(stage, job.lora)
     stage = stage.to(device)
     parts = shard(stage, init_device_mesh(device.type, (workers.world,)))
     optimizers = {name: _optimizer(part, recipe) for name, part in parts.items()}
-    state = TrainingState(parts, optimizers, EMA(parts, recipe.ema_decay, stage.averaged) if recipe.ema_decay else None)
+    ema = EMA(parts, recipe.ema_decay, stage.averaged) if recipe.ema_decay else None
+    state = TrainingState(parts, optimizers, ema, trained_only=bool(job.lora))
     if begun:
         checkpoints.resume(state, begun)
         for optimizer in optimizers.values():
@@ -88,8 +93,10 @@ def _train(job: TrainJob, workers: Workers, checkpoints: Checkpoints) -> dict[st
         weights = run.gather()
         if workers.rank == 0:
             fresh = cls.build(job.variant, job.folder)
+            if job.lora:
+                attach(fresh, job.lora)
             for name, part in fresh.parts().items():
-                part.load_state_dict(weights[name])
+                part.load_state_dict(weights[name], strict=not job.lora)
             progress = run.progress
             card = {
                 "variant": job.variant.name,
@@ -103,9 +110,10 @@ def _train(job: TrainJob, workers: Workers, checkpoints: Checkpoints) -> dict[st
                 "waited": progress.best.waited,
                 "validation": measures,
                 "released": released,
+                **measured_at_start(Place.of(job.run)),
                 **job.card,
             }
-            release(fresh.eval(), job.output, card)
+            release(fresh.eval(), job.output, card, save_adapters if job.lora else None)
     return measures
 
 
@@ -136,9 +144,8 @@ class _Run:
         self.progress.precision = settled(job.precision, stage.full_precision, self.progress.precision, self.recipe.steps)
         self.guard = Guard(stage.name, workers.rank, workers.world)
         self.trained = {name: [p for p in part.parameters() if p.requires_grad] for name, part in state.parts.items()}
-        self.stuck = dict.fromkeys(
-            self.trained, 0
-        )  # steps in a row without finite gradients, by part: a critic goes on without its generator
+        # Steps in a row without finite gradients, by part: a critic goes on without its generator.
+        self.stuck = dict.fromkeys(self.trained, 0)
         self.moved = dict.fromkeys(self.trained, False)  # whether any step of this call moved the part
         self.told = -math.inf  # when `_tell` last did
 
@@ -149,6 +156,10 @@ class _Run:
         self.watch = Watch(self.job, self.stage.best_by, held_out, self.share, self.workers.device)
         batches = training_batches(examples, order, recipe, self.share, replace(progress), self.job.loader_workers)
         measures: dict[str, float] = {}
+        if self.job.start and not progress.step:
+            at_start = self._validate(held_out, tracker)
+            if self.workers.rank == 0:
+                (Place.of(self.job.run) / AT_START).write_json(at_start)
         sums: dict[str, Tensor] = {}
         before, clock = progress.seconds, time.monotonic()
         if not progress.precision:
@@ -359,10 +370,10 @@ class _Run:
         with self._averaged(), self._autocast():
             for batch in validation_batches(examples, self.share, batch_size, self.job.validation_batches):
                 moved = {k: v.to(self.workers.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+                _add(sums, self.stage.validate(moved))  # first: FSDP wants a part called as a whole before a module inside it is
                 if not count:
                     first = {k: v[:4] if isinstance(v, Tensor) else v for k, v in moved.items()}
                     self._listen(first, tracker)
-                _add(sums, self.stage.validate(moved))
                 count += 1
         measures = {name: value / count for name, value in self._mean(sums).items()}
         tracker.metrics({f"val/{k}": v for k, v in measures.items()}, self._shown_step())
@@ -419,7 +430,7 @@ class _Run:
     def gather(self) -> dict[str, dict[str, Tensor]]:
         """The weights to release, whole, on worker 0."""
         with self._averaged():
-            return {name: full_weights(part) for name, part in self.state.parts.items()}
+            return {name: full_weights(part, bool(self.job.lora)) for name, part in self.state.parts.items()}
 
     def _tell(self, means: Mapping[str, float], measures: Mapping[str, float], finished: bool = False) -> None:
         """Leave word for the driver's progress bar; on an object store, whose answers take a while, not at every turn."""

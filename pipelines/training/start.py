@@ -23,18 +23,23 @@ KEPT = "start"  # in a run's folder: the weights of another run that it began wi
 
 
 def start_of(
-    cls: type[Stage], variant: Variant, init_from: str | None, run: Place, folders: Mapping[str, Place]
+    cls: type[Stage], variant: Variant, init_from: str | None, run: Place, folders: Mapping[str, Place], lora: int = 0
 ) -> tuple[str, Place] | None:
     """What the first weights of a run are, as the user named it, and the folder; of a run that has begun, what it began with.
 
     Args:
         run: its folder.
         folders: released weights of other stages.
+        lora: the rank of adapters, which need weights to adapt.
 
-    Raises UserError where the paper begins with given weights and nothing is said.
+    Raises UserError where the paper, or adapters, begin with given weights and nothing is said.
     """
     begun = begun_as(run)
     source = init_from or begun.get("made_from", {}).get("start", {}).get("from", "")
+    if lora and source in ("", RANDOM):
+        raise UserError(
+            f"--lora {lora}: adapters need the weights that they adapt; name a bundle or a released {cls.name} with --init-from"
+        )
     if not source and not begun and (usual := cls.usual_start):
         if cls.fits_usual_start(variant):
             raise UserError(
