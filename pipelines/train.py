@@ -78,8 +78,7 @@ def train_stage(
 
     Args:
         given: folders of weights that replace stages of `work`, by stage name.
-        workers, reserve: Ray Train's workers (`cluster.worker_group`); 0 trains in this process.
-        crew: such workers that are there already, or will be, in place of these.
+        workers, reserve, crew: Ray Train's workers (`cluster.worker_group`), 0 for this process; or a crew that outlasts the stage.
         fresh: throw an earlier run of this stage away.
         runs: folder of its checkpoints; `<work>/runs` by default.
         turns: how often the clips of a corpus come in an epoch, by its name; once where nothing is said.
@@ -103,26 +102,22 @@ def train_stage(
     require_used(given or {}, cls.builds_on(variant), stage)
     opened = FeatureStore.open(store or work / "store")
     opened.require_audio(variant.audio, variant.name)
-    folders = released_folders(work, given or {})
-    turns = _known_corpora(turns or {}, opened)
+    folders, turns = released_folders(work, given or {}), _known_corpora(turns or {}, opened)
     released, handle = {name: str(folder) for name, folder in folders.items()}, tracker.handle() if tracker else None
     whole = TrainJob(stage, variant, opened.root, run.url, released, str(output), handle, seed, precision, loader_workers)
-    whole = replace(whole, turns=turns, allow=tuple(init_allow), release=release or "", lora=lora)
-    phases = _phases(whole, cls, opened)
+    phases = _phases(replace(whole, turns=turns, allow=tuple(init_allow), release=release or "", lora=lora), cls, opened)
     with lease(run_lease(run), f"the run of {stage} in {run}"):
         if fresh:
             _discard(run, output)
         for phase in phases:
             check_same(Place.of(phase.run), identity_of(phase))
         now = made_from_now(cls.reads(variant), cls.builds_on(variant), opened, folders)
-        if is_done(phases[-1], now, release):
-            return output
-        before: list[Place] = []
-        with nullcontext(crew) if crew else Crew(workers, reserve, max_failures) as those:
-            for phase in phases:
-                if phase is phases[-1] or not is_done(phase, now):
-                    those.train(*begin(phase, cls, opened, folders, now, init_from, before, accept_store, judges, tracker))
-                before.append(Place.of(phase.output))
+        if not is_done(phases[-1], now, release):
+            with nullcontext(crew) if crew else Crew(workers, reserve, max_failures) as those:
+                for i, phase in enumerate(phases):
+                    if phase is phases[-1] or not is_done(phase, now):
+                        before = [Place.of(earlier.output) for earlier in phases[:i]]
+                        those.train(*begin(phase, cls, opened, folders, now, init_from, before, accept_store, judges, tracker))
         return output
 
 
