@@ -85,10 +85,10 @@ def test_what_is_saved_is_the_state_of_its_step(
             later.set()
         return logs
 
-    def late(self: Checkpoints, name: str, tensors: dict[str, Any]) -> None:
+    def late(self: Checkpoints, name: str, *rest: Any) -> None:
         if name == "step_00000003":
             ahead.append(later.wait(60))
-        write(self, name, tensors)
+        write(self, name, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop._Run, "_step", stepped)
@@ -107,9 +107,9 @@ def test_one_is_written_at_a_time_and_the_last_before_the_release(
 ) -> None:
     write, release, events = Checkpoints._write, loop.release, list[str]()
 
-    def noted(self: Checkpoints, name: str, tensors: dict[str, Any]) -> None:
+    def noted(self: Checkpoints, name: str, *rest: Any) -> None:
         events.append(f"{name} begins")
-        write(self, name, tensors)
+        write(self, name, *rest)
         events.append(f"{name} ends")
 
     def released(*args: Any) -> None:
@@ -130,10 +130,10 @@ def test_what_ends_a_training_waits_for_the_checkpoint_under_way(
     """Ctrl-C while the second is being written: it is whole in the end."""
     write, begun = Checkpoints._write, threading.Event()
 
-    def slow(self: Checkpoints, name: str, tensors: dict[str, Any]) -> None:
+    def slow(self: Checkpoints, name: str, *rest: Any) -> None:
         if name == "step_00000002":
             begun.wait(60)
-        write(self, name, tensors)
+        write(self, name, *rest)
 
     step = loop._Run._step
 

@@ -149,11 +149,11 @@ def test_runs_and_caches_go_only_when_asked_for(work: Path) -> None:
 
 
 def test_drafts_of_a_phase_are_found(work: Path) -> None:
-    draft = work / "runs" / "translator" / "phase_1" / ".step_00000002"
+    draft = work / "runs" / "translator" / "phase_1" / ".release.ab12cd34"
     draft.mkdir(parents=True)
     (draft / "x").write_bytes(bytes(3))
     aged(work / "runs")
-    assert listed(work)["runs/translator/phase_1/.step_00000002"] == ""
+    assert listed(work)["runs/translator/phase_1/.release.ab12cd34"] == ""
 
 
 def test_the_only_copy_of_a_folder_is_kept(work: Path) -> None:

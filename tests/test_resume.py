@@ -83,11 +83,11 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(short: Callable[..., Path], 
     write = Checkpoints._write
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def full(self: Checkpoints, name: str, tensors: dict[str, Any]) -> None:
+    def full(self: Checkpoints, name: str, *rest: Any) -> None:
         if name == "step_00000003":
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
         try:
-            write(self, name, tensors)
+            write(self, name, *rest)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 

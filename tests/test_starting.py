@@ -21,6 +21,7 @@ from stages import STAGES
 from stages.base import Stage, read_card, stage_class
 from stages.clap.model import train_tokenizers
 from stages.errors import UserError
+from stages.files import Place
 from stages.starting import start_from
 from stages.variants import Variant, resolve
 
@@ -260,6 +261,6 @@ def test_what_belongs_to_a_start_comes_with_it(tmp_path: Path, bundle: Path) -> 
 def test_tiny_translators_say_that_they_begin_with_chance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from pipelines.training.start import start_of
 
-    assert start_of(stage_class("translator"), TINY, None, tmp_path, {}) is None
+    assert start_of(stage_class("translator"), TINY, None, Place.of(tmp_path), {}) is None
     assert "translator: begins with random weights" in capsys.readouterr().err
-    assert start_of(stage_class("translator"), resolve("audioldm2-full"), "random", tmp_path, {}) is None
+    assert start_of(stage_class("translator"), resolve("audioldm2-full"), "random", Place.of(tmp_path), {}) is None

@@ -58,8 +58,8 @@ def begin(
     start = (f"phase {len(before)}", before[-1]) if before else start_of(cls, variant, init_from, run, folders, job.lora)
     made_from = {**now, "start": identified(start)}
     dataset = _training_clips(cls, job, store)
-    require_suitable(cls, variant, store, dataset, folders)
     epoch = check_begun(run, identity_of(job), made_from, accept_store, dataset.order(job.seed).length)
+    require_suitable(cls, variant, store, dataset, folders)
     earlier = {f"phase {number}": read_card(folder, job.stage) for number, folder in enumerate(before, 1)}
     recipe = job.recipe.scheduled(epoch)
     job = replace(

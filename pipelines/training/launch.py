@@ -56,6 +56,7 @@ class Crew:
             job.folder(earlier)  # refuses now, not on a worker
         prepared = Place.of(job.run) / "prepared"
         if not (prepared / COMPLETE).exists():
+            prepared.remove_tree()  # what a killed command has left
             with prepared.writing_folder(last=[COMPLETE]) as folder:
                 folder.mkdir(parents=True, exist_ok=True)
                 cls.prepare(job.variant, job.folder, dataset, folder, job.start_folder())
