@@ -18,6 +18,7 @@ from pipelines.training.precision import MARGIN, TIMED, WORTH, faster, measure, 
 from pipelines.training.workers import OneProcess
 from stages.base import read_card, stage_class
 from stages.errors import UserError
+from stages.files import Place
 from stages.vae.model import PatchCriticConfig
 from stages.variants import Variant
 
@@ -126,16 +127,18 @@ def test_checkpoints_of_an_older_loa_are_read(tmp_path: Path, monkeypatch: pytes
     world = OneProcess()
     try:
         part = torch.nn.Linear(2, 2)
-        state = TrainingState({"part": part}, {"part": torch.optim.AdamW(part.parameters())}, None, Progress(3, 12, 4.5, 1, "bf16"))
+        state = TrainingState({"part": part}, {"part": torch.optim.AdamW(part.parameters())}, progress=Progress(3, 12, 4.5, 1, "bf16"))
         tensors = state.tensors()
-        checkpoints = Checkpoints(tmp_path, 0)
+        checkpoints = Checkpoints(Place.of(tmp_path), 0)
         checkpoints.save(state)
+        checkpoints.wait()
         checkpoints.resume(state, checkpoints.whole())
         assert state.progress == Progress(3, 12, 4.5, 1, "bf16")
         tensors["progress"].pop("precision")
         with monkeypatch.context() as patch:
             patch.setattr(TrainingState, "tensors", lambda self: tensors)
             checkpoints.save(state)
+            checkpoints.wait()
         checkpoints.resume(state, checkpoints.whole())
         assert state.progress == Progress(3, 12, 4.5, 1, "")
     finally:
