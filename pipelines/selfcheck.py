@@ -290,7 +290,7 @@ def _one_step(stage: str, variant: Variant, frozen: Mapping[str, str], store: Fe
     clips = ClipDataset(store, cls, cls.reads(variant), "train")
     job = TrainJob(stage, variant, store.root, str(work / "runs" / stage), frozen, str(work / "unused"))
     start = start_folder(stage, frozen[stage if stage != "joint" else "diffusion"]).local_copy()
-    prepared = job.folder("prepared")
+    prepared = Path(job.run) / "prepared"
     prepared.mkdir(parents=True)
     cls.prepare(variant, job.folder, clips, prepared, start)
     torch.manual_seed(0)

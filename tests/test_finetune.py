@@ -83,7 +83,7 @@ def test_the_same_command_again_finds_it_done(learned: Path, recordings: Path, t
     def never(*_: Any) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("pipelines.training.launch.fit", never)
+    monkeypatch.setattr("pipelines.training.launch.Crew.train", never)
     again = finetune([recordings], learned, work, PLAN, workers=0, precision="fp32")
     assert again == done
 
