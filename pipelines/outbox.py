@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from stages.files import write_json
 
-MOST_METRICS = 1000  # per request, MLflow's limit
+MOST_METRICS, MOST_TAGS = 1000, 100  # per request, MLflow's limits
 FLUSH_SECONDS = 5.0  # between two sendings of metrics
 RETRY_SECONDS = 120.0  # before a store that was away is asked again: asking takes a quarter of a minute
 
@@ -58,6 +58,12 @@ class Outbox:
         """A folder; what the block puts there becomes artifacts of the run, under the same paths."""
         with self._entry("files") as draft:
             yield draft
+        self._send_if_there()
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Queue tags."""
+        with self._entry("tags") as draft:
+            write_json(draft / "tags.json", dict(values))
         self._send_if_there()
 
     def image(self, picture: NDArray[np.uint8], key: str, step: int) -> None:
@@ -156,5 +162,11 @@ class Outbox:
             metrics = [Metric(*values) for values in json.loads((entry / "metrics.json").read_text())]
             for first in range(0, len(metrics), MOST_METRICS):
                 self.client.log_batch(self.run_id, metrics=metrics[first : first + MOST_METRICS])
+        elif entry.suffix == ".tags":
+            from mlflow.entities import RunTag
+
+            tags = [RunTag(*pair) for pair in json.loads((entry / "tags.json").read_text(encoding="utf-8")).items()]
+            for first in range(0, len(tags), MOST_TAGS):
+                self.client.log_batch(self.run_id, tags=tags[first : first + MOST_TAGS])
         else:
             self.client.log_artifacts(self.run_id, str(entry))

@@ -193,11 +193,7 @@ class Tracker:
         """Set tags; they may be set again."""
         if self._client is None:
             return
-        from mlflow.entities import RunTag
-
-        tags = [RunTag(k, _cut(str(v), _LONGEST_TAG)) for k, v in values.items()]
-        for chunk in _chunks(tags, _MOST_PARAMS):
-            self._client.log_batch(self._handle.run_id, tags=chunk)
+        self._outbox.tags({name: _cut(str(value), _LONGEST_TAG) for name, value in values.items()})
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Log numbers under slashed names ("train/loss") at a step. Buffered."""

@@ -325,7 +325,7 @@ def test_a_training_outlives_its_server(tmp_path, monkeypatch, caplog):
     assert (work / "stages" / "vae" / "stage.json").exists()
     assert "MLflow takes nothing at the moment" in caplog.text and "the next call of the same command sends it" in caplog.text
     left = sorted(path.suffix for path in (work / "unsent").glob("*/*/*"))
-    assert left == [".image", ".image", ".metrics"], left
+    assert left == [".image", ".image", ".metrics", ".tags"], left
     server.come()
     with Tracker.open(server.uri, work=work, job="train-vae") as tracker:
         train_stage("vae", variant, work, workers=0, tracker=tracker)  # finished already
@@ -335,5 +335,6 @@ def test_a_training_outlives_its_server(tmp_path, monkeypatch, caplog):
             assert sum(path.startswith(f"images/mel~{name}+step+{step}+") and path.endswith(".png") for path in there) == 1, there
     history = client_of(tracker).get_metric_history(tracker.handle().run_id, "val/mel_l1")
     assert [metric.step for metric in history] == [2, 4, 6]
+    assert '"step": 6' in client_of(tracker).get_run(tracker.handle().run_id).data.tags["loa.released"]
     assert client_of(tracker).get_run(tracker.handle().run_id).info.status == "FINISHED" and not (work / "unsent").exists()
     server.go()
