@@ -327,7 +327,10 @@ def test_killed_workers_and_drivers_leave_the_same_bytes(ray_cluster, tmp_path, 
     assert 0 < left < killed.num_shards
     report = run_pass("mel", killed, VARIANT, progress=False)
     assert report.shards_done >= left - 2  # its worker may finish the shard in hand before it notices
-    assert tars(killed) == tars(calm)
+    one, other = tars(killed), tars(calm)
+    for series in ("mel", "waveform"):  # these say which commit made them, and a checkout may move on under ten rounds of kills
+        assert one.pop(f"{series}/series.json") and other.pop(f"{series}/series.json")
+    assert one == other
 
 
 # -------------------------------------------------------------------------------------------------------- encoders
