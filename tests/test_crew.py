@@ -56,7 +56,21 @@ def test_stages_that_follow_each_other_share_their_workers(tmp_path: Path, ray_c
         assert largest_difference(tmp_path / "ray" / "stages" / stage, alone.path) == 0.0
 
 
-def test_a_crew_without_work_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_RayCrew", lambda *args: pytest.fail("workers were started"))
-    with Crew(1):
-        pass
+@pytest.mark.slow
+def test_what_a_worker_could_not_go_on_with_is_told_without_a_restart(tmp_path: Path, ray_cluster: object) -> None:
+    """With two workers Ray is to start them again before they answer; it may not, and their sentence lies in the run's folder."""
+    variant = small(steps=2)
+    store = make_store(tmp_path, variant, clips=12)
+    with Crew(2, max_failures=0) as crew, pytest.raises(UserError, match="precision is 'half'; expected auto"):
+        train_stage("audiomae", variant, tmp_path, store=store.root, crew=crew, precision="half")
+
+
+def test_a_finished_stage_starts_no_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    variant = small(steps=1)
+    make_store(tmp_path, variant, clips=12)
+    first = train_stage("classifier", variant, tmp_path, workers=0)
+    starts: list[Any] = []
+    monkeypatch.setattr(launch, "_RayCrew", lambda *args: starts.append(args))
+    with Crew(1) as crew:
+        assert train_stage("classifier", variant, tmp_path, crew=crew) == first
+    assert starts == []
