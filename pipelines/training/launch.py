@@ -118,11 +118,14 @@ class _RayCrew:
 
         from pipelines.training.ray_worker import REFUSED
 
-        (Place.of(job.run) / REFUSED).remove()
+        refused = Place.of(job.run) / REFUSED
+        refused.remove()
         number = ray.get(self._jobs.add.remote(cloudpickle.dumps(job)))  # opened by the workers alone
         answer = self._jobs.answer_to.remote(number)
         while not ray.wait([answer], timeout=0.5)[0]:
             if not self._thread.is_alive():
+                if refused.exists():  # what one worker could not go on with, and no restart was left in which all would answer so
+                    raise UserError(refused.read().decode()) from self._error
                 raise self._error or RuntimeError(f"the workers ended before {job.stage} did")
         if (sentence := ray.get(answer)) is not None:
             raise UserError(sentence)
