@@ -128,14 +128,14 @@ class Notes:
 
 
 def test_a_watch_names_step_and_clips_and_logs(capsys: pytest.CaptureFixture[str]) -> None:
-    watch, notes = Guard("vae", 0, 1), Notes()
+    watch, notes = Guard("vae", 0, 1, steps_before=1000), Notes()
     for step in range(ENOUGH + 30):
         loss = 1.0 if step != ENOUGH + 13 else 99.0
         watch.add(step, 4 * step, {"loss/vae": torch.tensor(loss), "kl": torch.tensor(1e9)})
         if step % 10 == 9:
             watch.look({}, lambda cursor: [f"clip-{cursor + i}" for i in range(12)], notes)  # type: ignore[arg-type]
     at = 4 * (ENOUGH + 13)
-    assert notes.kept == [(ENOUGH + 13, "guards/spike_vae", 99.0)]
+    assert notes.kept == [(1000 + ENOUGH + 13, "guards/spike_vae", 99.0)]
     (told,) = capsys.readouterr().err.splitlines()
     assert told.startswith(f"vae: the loss of 'vae' jumped to 99 at step {ENOUGH + 13}; the median before is 1; its clips: clip-{at}, ")
     assert told.endswith(f"clip-{at + 7} and 4 more")

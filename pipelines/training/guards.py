@@ -92,8 +92,8 @@ class Critic:
 class Guard:
     """Watches one run: `add` keeps every step's losses on the device, `look` reads them all at once, at a log."""
 
-    def __init__(self, stage: str, rank: int, world: int) -> None:
-        self.stage, self.rank, self.world = stage, rank, world
+    def __init__(self, stage: str, rank: int, world: int, steps_before: int = 0) -> None:
+        self.stage, self.rank, self.world, self.steps_before = stage, rank, world, steps_before  # the last: of earlier phases, in one curve
         self.spikes, self.critic = Spikes(), Critic()
         self.waiting: list[tuple[int, int, dict[str, Tensor]]] = []  # step, cursor, losses
         self.told = 0
@@ -109,7 +109,7 @@ class Guard:
         """
         for (step, cursor, _), losses in zip(self.waiting, self._read(), strict=True):
             for spike in self.spikes.see(step, losses):
-                tracker.metrics({f"guards/spike_{spike.part}": spike.loss}, step)
+                tracker.metrics({f"guards/spike_{spike.part}": spike.loss}, self.steps_before + step)
                 self.told += 1
                 if self.told <= NAMED:
                     what = f"the loss of {spike.part!r} jumped to {spike.loss:.3g} at step {step}; the median before is {spike.usual:.3g}"
@@ -118,7 +118,7 @@ class Guard:
         if "critic_accuracy" in means and (fault := self.critic.see(means["critic_accuracy"], means["critic_doubt"])):
             accuracy, doubt = means["critic_accuracy"], means["critic_doubt"]
             figures = f"accuracy {accuracy:.2f}, where 0.5 is chance, and {doubt:.2g} of a guessing critic's loss, over {LOGS} logs"
-            tracker.metrics({"guards/dead_critic": accuracy}, step)
+            tracker.metrics({"guards/dead_critic": accuracy}, self.steps_before + step)
             self._warn(f"the critic is of no use up to step {step}: {fault} ({figures})")
 
     def _warn(self, what: str) -> None:

@@ -142,7 +142,7 @@ class _Run:
         self.checkpoints = checkpoints
         self.progress, self.share = state.progress, Share(workers.rank, workers.world)
         self.progress.precision = settled(job.precision, stage.full_precision, self.progress.precision, self.recipe.steps)
-        self.guard = Guard(stage.name, workers.rank, workers.world)
+        self.guard = Guard(stage.name, workers.rank, workers.world, job.steps_before)
         self.trained = {name: [p for p in part.parameters() if p.requires_grad] for name, part in state.parts.items()}
         # Steps in a row without finite gradients, by part: a critic goes on without its generator.
         self.stuck = dict.fromkeys(self.trained, 0)
